@@ -1,0 +1,351 @@
+//! What can go wrong, kept apart by whose fault it is: the disk is damaged, I/O failed, the peer misbehaved, the peer
+//! refused, the caller is wrong, the node is stopping.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::types::{Epoch, Lsn, ShardId};
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something could not be done. Every variant names the thing it is about, and prints as one plain sentence.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file system operation failed.
+    Io {
+        /// What was being done, as in "write".
+        action: &'static str,
+        /// To which file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A network operation failed, or the peer went away.
+    Network {
+        /// What was being done, as in "connect to".
+        action: &'static str,
+        /// The peer's address or name.
+        peer: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Data on disk is damaged. Nothing was changed.
+    Corrupt {
+        /// The damaged file.
+        path: PathBuf,
+        /// Where in the file the damage begins, in bytes.
+        offset: u64,
+        /// The first LSN that cannot be read because of it, where that is known.
+        lsn: Option<Lsn>,
+        /// What was found.
+        reason: Cow<'static, str>,
+    },
+    /// The peer sent something that the protocol does not allow. The stream is closed.
+    Protocol {
+        /// The peer's address or name.
+        peer: String,
+        /// What it sent.
+        reason: Cow<'static, str>,
+    },
+    /// The peer answered with a refusal.
+    Refused {
+        /// The peer's address or name.
+        peer: String,
+        /// Why, as a code that programs can read.
+        code: RefusalCode,
+        /// Why, as a sentence that says what to do.
+        reason: String,
+    },
+    /// Another process uses the data directory.
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The data directory is not what the caller takes it for: other shard count, other cluster, other version.
+    Mismatch {
+        /// The file that says so.
+        path: PathBuf,
+        /// What differs, and what to do.
+        reason: Cow<'static, str>,
+    },
+    /// A record cannot fit in a segment.
+    RecordTooLarge {
+        /// Its length in bytes.
+        len: u64,
+        /// The largest length that fits, in bytes.
+        max: u64,
+    },
+    /// The caller asked for something that has no meaning.
+    Invalid {
+        /// What, and what would be right.
+        reason: Cow<'static, str>,
+    },
+    /// An LSN is no longer (or not yet) in the log.
+    NotRetained {
+        /// The shard.
+        shard: ShardId,
+        /// The LSN asked for.
+        lsn: Lsn,
+        /// The oldest LSN that the log still holds.
+        tail: Lsn,
+        /// The newest LSN of the log.
+        head: Lsn,
+    },
+    /// An earlier failure to sync made the shard read-only: what it holds may not be on stable storage.
+    Poisoned {
+        /// The shard.
+        shard: ShardId,
+        /// The failure.
+        reason: String,
+    },
+    /// The other side acts under an epoch that this node has left behind.
+    StaleEpoch {
+        /// The epoch offered.
+        offered: Epoch,
+        /// The epoch that this node has accepted.
+        accepted: Epoch,
+    },
+    /// Nothing arrived within the time allowed.
+    TimedOut {
+        /// What was waited for.
+        what: Cow<'static, str>,
+    },
+    /// The node, log or stream is shutting down.
+    ShutDown,
+}
+
+/// Why a peer refused, in a number that is stable on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[repr(u16)]
+pub enum RefusalCode {
+    /// The peer speaks no protocol version that this node speaks.
+    UnsupportedVersion = 1,
+    /// The peer belongs to another cluster.
+    WrongCluster = 2,
+    /// Shard count, segment size, region or another fixed property differs.
+    WrongTopology = 3,
+    /// There is no such shard.
+    UnknownShard = 4,
+    /// The peer's epoch is older than the accepted one.
+    StaleEpoch = 5,
+    /// The next record that the follower needs is no longer retained.
+    NotRetained = 6,
+    /// The follower's history differs from the leader's.
+    Diverged = 7,
+    /// The follower holds records that the leader does not have under the same epoch: the leader lost data.
+    LeaderBehind = 8,
+    /// The node does not serve this kind of request in its present role.
+    WrongRole = 9,
+    /// The node has as many connections as it allows.
+    TooManyConnections = 10,
+    /// The peer broke the protocol.
+    ProtocolViolation = 11,
+    /// The node is shutting down.
+    ShuttingDown = 12,
+    /// A newer connection of the same follower took over.
+    Superseded = 13,
+    /// Something failed on the other side that is not the asker's fault.
+    Internal = 14,
+}
+
+impl RefusalCode {
+    /// The code for a number from the wire; `None` for one that this version does not know.
+    #[must_use]
+    pub const fn from_wire(number: u16) -> Option<RefusalCode> {
+        use RefusalCode as C;
+        Some(match number {
+            1 => C::UnsupportedVersion,
+            2 => C::WrongCluster,
+            3 => C::WrongTopology,
+            4 => C::UnknownShard,
+            5 => C::StaleEpoch,
+            6 => C::NotRetained,
+            7 => C::Diverged,
+            8 => C::LeaderBehind,
+            9 => C::WrongRole,
+            10 => C::TooManyConnections,
+            11 => C::ProtocolViolation,
+            12 => C::ShuttingDown,
+            13 => C::Superseded,
+            14 => C::Internal,
+            _ => return None,
+        })
+    }
+
+    /// The number on the wire.
+    #[must_use]
+    pub const fn to_wire(self) -> u16 {
+        self as u16
+    }
+
+    /// Whether asking again without changing anything can never succeed.
+    #[must_use]
+    pub const fn is_permanent(self) -> bool {
+        use RefusalCode as C;
+        matches!(
+            self,
+            C::UnsupportedVersion
+                | C::WrongCluster
+                | C::WrongTopology
+                | C::UnknownShard
+                | C::NotRetained
+                | C::Diverged
+                | C::LeaderBehind
+                | C::WrongRole
+        )
+    }
+}
+
+impl Error {
+    /// For `map_err`: a failed file system operation.
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.as_ref().to_owned();
+        move |source| Error::Io { action, path, source }
+    }
+
+    /// For `map_err`: a failed network operation. Time-outs become [`Error::TimedOut`].
+    pub(crate) fn network(action: &'static str, peer: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+        let peer = peer.into();
+        move |source| Error::Network { action, peer, source }
+    }
+
+    /// The caller asked for something that has no meaning.
+    pub(crate) fn invalid(reason: impl Into<Cow<'static, str>>) -> Error {
+        Error::Invalid { reason: reason.into() }
+    }
+
+    /// Damage on disk.
+    pub(crate) fn corrupt(
+        path: impl AsRef<Path>,
+        offset: u64,
+        lsn: Option<Lsn>,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Error {
+        Error::Corrupt { path: path.as_ref().to_owned(), offset, lsn, reason: reason.into() }
+    }
+
+    /// A peer that breaks the protocol.
+    pub(crate) fn protocol(peer: impl Into<String>, reason: impl Into<Cow<'static, str>>) -> Error {
+        Error::Protocol { peer: peer.into(), reason: reason.into() }
+    }
+
+    /// Whether this is damage on disk.
+    #[must_use]
+    pub const fn is_corruption(&self) -> bool {
+        matches!(self, Error::Corrupt { .. })
+    }
+
+    /// Whether something took longer than allowed.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        match self {
+            Error::TimedOut { .. } => true,
+            Error::Network { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the file system is full. Appends go on once there is room.
+    #[must_use]
+    pub fn is_out_of_space(&self) -> bool {
+        matches!(self, Error::Io { source, .. }
+            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    }
+
+    /// Whether everything is stopping, rather than failing.
+    #[must_use]
+    pub const fn is_shutdown(&self) -> bool {
+        matches!(self, Error::ShutDown)
+    }
+
+    /// Whether trying again without changing anything can never succeed.
+    #[must_use]
+    pub const fn is_permanent(&self) -> bool {
+        match self {
+            Error::Refused { code, .. } => code.is_permanent(),
+            Error::Corrupt { .. }
+            | Error::Mismatch { .. }
+            | Error::Poisoned { .. }
+            | Error::Invalid { .. }
+            | Error::RecordTooLarge { .. }
+            | Error::StaleEpoch { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Io { action, path, source } => write!(f, "cannot {action} {}: {source}", path.display()),
+            Error::Network { action, peer, source } => write!(f, "cannot {action} {peer}: {source}"),
+            Error::Corrupt { path, offset, lsn, reason } => {
+                write!(f, "{} is damaged at offset {offset}", path.display())?;
+                if let Some(lsn) = lsn {
+                    write!(f, " (LSN {lsn})")?;
+                }
+                write!(f, ": {reason}")
+            }
+            Error::Protocol { peer, reason } => write!(f, "{peer} broke the protocol: {reason}"),
+            Error::Refused { peer, reason, .. } => write!(f, "{peer} refused: {reason}"),
+            Error::InUse { path } => {
+                write!(f, "{} is in use by another process; stop it or choose another directory", path.display())
+            }
+            Error::Mismatch { path, reason } => write!(f, "{}: {reason}", path.display()),
+            Error::RecordTooLarge { len, max } => write!(
+                f,
+                "a record of {len} bytes does not fit in a segment (at most {max} bytes); split it or use larger segments"
+            ),
+            Error::Invalid { reason } => f.write_str(reason),
+            Error::NotRetained { shard, lsn, tail, head } => {
+                write!(f, "LSN {lsn} of shard {shard} is not in the log, which holds LSN {tail} to {head}")
+            }
+            Error::Poisoned { shard, reason } => {
+                write!(f, "shard {shard} is read-only since a sync failed ({reason}); restart the node on a sound disk")
+            }
+            Error::StaleEpoch { offered, accepted } => {
+                write!(f, "epoch {offered} is over: epoch {accepted} has been accepted")
+            }
+            Error::TimedOut { what } => write!(f, "timed out: {what}"),
+            Error::ShutDown => f.write_str("shutting down"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Io { source, .. } | Error::Network { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusal_codes_survive_the_wire() {
+        for number in 0..=u16::MAX {
+            if let Some(code) = RefusalCode::from_wire(number) {
+                assert_eq!(code.to_wire(), number);
+            }
+        }
+        assert_eq!(RefusalCode::from_wire(0), None);
+    }
+
+    #[test]
+    fn every_sentence_names_its_thing() {
+        let error = Error::corrupt("a/b.wal", 4096, Some(Lsn(17)), "checksum differs");
+        assert_eq!(error.to_string(), "a/b.wal is damaged at offset 4096 (LSN 17): checksum differs");
+        assert!(error.is_corruption() && error.is_permanent());
+    }
+}

@@ -1,0 +1,50 @@
+//! Every bound of the crate, in one place, each checked against the others when the crate is compiled.
+
+/// Bytes of a page: segment headers take one, so that batches begin at a page and the header's page stays clean.
+pub const PAGE_LEN: u64 = 4096;
+/// Bytes before the first batch of a segment.
+pub const SEGMENT_HEADER_LEN: u64 = PAGE_LEN;
+/// Bytes of a batch header.
+pub const BATCH_HEADER_LEN: u64 = 56;
+/// Batches begin at multiples of this many bytes.
+pub const BATCH_ALIGNMENT: u64 = 8;
+/// Bytes before each record: its length.
+pub const RECORD_HEADER_LEN: u64 = 4;
+/// Smallest segment.
+pub const MIN_SEGMENT_SIZE: u64 = 64 * 1024;
+/// Largest segment: every offset in one fits in 32 bits, and a 32-bit process can map it.
+pub const MAX_SEGMENT_SIZE: u64 = 1024 * 1024 * 1024;
+/// Segment size unless asked otherwise.
+pub const DEFAULT_SEGMENT_SIZE: u64 = 64 * 1024 * 1024;
+/// Shards of one node.
+pub const MAX_SHARDS: u16 = 1024;
+
+/// Bytes of a frame header.
+pub const FRAME_HEADER_LEN: usize = 16;
+/// Log bytes in one `WalData` frame. Large enough to amortise a system call, small enough that heartbeats and acks
+/// never wait long behind one.
+pub const MAX_WAL_DATA_LEN: u32 = 1024 * 1024;
+/// Any frame other than log or base data.
+pub const MAX_CONTROL_LEN: u32 = 4096;
+/// A `Status` reply.
+pub const MAX_STATUS_LEN: u32 = 1024 * 1024;
+/// Text in an `Error` frame.
+pub const MAX_ERROR_TEXT_LEN: usize = 1024;
+/// Connections that a node keeps open at a time.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Followers that can be waited for.
+pub const MAX_FOLLOWERS: usize = 64;
+
+/// The largest record that fits in a segment of `segment_size` bytes, beside the segment header, its batch header,
+/// its length and the sealing batch.
+#[must_use]
+pub const fn max_record_len(segment_size: u64) -> u64 {
+    segment_size - SEGMENT_HEADER_LEN - 2 * BATCH_HEADER_LEN - RECORD_HEADER_LEN
+}
+
+const _: () = assert!(SEGMENT_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
+const _: () = assert!(BATCH_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
+const _: () = assert!(MIN_SEGMENT_SIZE.is_multiple_of(PAGE_LEN), "segments are whole pages");
+const _: () = assert!(MIN_SEGMENT_SIZE > 2 * SEGMENT_HEADER_LEN, "a segment has room for batches");
+const _: () = assert!(MAX_SEGMENT_SIZE <= u32::MAX as u64, "offsets and record lengths fit in 32 bits");
+const _: () = assert!(MAX_ERROR_TEXT_LEN + 64 < MAX_CONTROL_LEN as usize, "an error fits in a control frame");

@@ -1,0 +1,386 @@
+//! Mapped segments: the only unsafe code of the log.
+//!
+//! # Invariants
+//!
+//! 1. **Length.** A mapping is as long as its file, and the file keeps its length and its allocated blocks for as
+//!    long as the mapping lives: files are filled with real zeros before they are mapped, nobody truncates them, and
+//!    the data directory's lock keeps other processes out. So no access can fault, not even on a full disk.
+//! 2. **Below `published`, bytes never change** while the [`Segment`] lives. A file is recycled only by whoever holds
+//!    the last reference to its segment.
+//! 3. **Above `published`, bytes belong to the one [`SegmentWriter`]** of the segment. It cannot be cloned, is made
+//!    together with its segment, and hands its bytes out through `&mut self` only.
+//!
+//! `published` is written by the segment writer alone (Release) and read by everyone else (Acquire): whoever sees a
+//! value of it sees all bytes below.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use memmap2::MmapRaw;
+
+use crate::error::{Error, Result};
+use crate::types::WalSegmentId;
+use crate::wal::segment::SegmentHeader;
+
+/// A whole file in memory.
+pub(crate) struct Mapping {
+    raw: MmapRaw,
+    len: u64,
+}
+
+impl Mapping {
+    /// Maps the first `len` bytes of `file`, which must have them (invariant 1: the caller filled them).
+    pub(crate) fn new(file: &File, len: u64) -> io::Result<Mapping> {
+        let too_short = || io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter than its mapping");
+        if file.metadata()?.len() < len {
+            return Err(too_short());
+        }
+        let map_len = usize::try_from(len).map_err(|_| too_short())?;
+        let raw = memmap2::MmapOptions::new().len(map_len).map_raw(file)?;
+        // Read-ahead would bring the pages of a segment in as large folios, and then one dirtied page costs a whole
+        // folio at the next sync.
+        #[cfg(unix)]
+        let _ = raw.advise(memmap2::Advice::Random);
+        Ok(Mapping { raw, len })
+    }
+
+    /// Writes the pages of a range back and waits until the device has them, as `fdatasync` does for a file.
+    pub(crate) fn sync_range(&self, range: Range<u64>) -> io::Result<()> {
+        let (start, len) = self.locate(&range);
+        self.raw.flush_range(start, len)
+    }
+
+    /// Takes the faults of a range now, so that the writer need not. Only advice: an error changes nothing.
+    pub(crate) fn populate(&self, range: Range<u64>) {
+        #[cfg(target_os = "linux")]
+        {
+            let (start, len) = self.locate(&range);
+            let _ = self.raw.advise_range(memmap2::Advice::PopulateWrite, start, len);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
+    /// Start and length of a range, checked against the mapping.
+    #[inline]
+    #[allow(clippy::cast_possible_truncation, reason = "below `len`, which fitted in a usize when it was mapped")]
+    fn locate(&self, range: &Range<u64>) -> (usize, usize) {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a mapping of {} bytes", self.len);
+        (range.start as usize, (range.end - range.start) as usize)
+    }
+
+    /// # Safety
+    ///
+    /// Nobody may write to the range while the slice lives.
+    #[inline]
+    unsafe fn slice(&self, range: Range<u64>) -> &[u8] {
+        let (start, len) = self.locate(&range);
+        // SAFETY: inside the mapping (just checked), which lives as long as `self` and cannot fault (invariant 1);
+        // unchanging by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.raw.as_ptr().add(start), len) }
+    }
+
+    /// # Safety
+    ///
+    /// Nobody else may read or write the range while the slice lives.
+    #[inline]
+    #[allow(clippy::mut_from_ref, reason = "exclusive by the caller's promise")]
+    unsafe fn slice_mut(&self, range: Range<u64>) -> &mut [u8] {
+        let (start, len) = self.locate(&range);
+        // SAFETY: inside the mapping (just checked), which lives as long as `self` and cannot fault (invariant 1);
+        // exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.raw.as_mut_ptr().add(start), len) }
+    }
+}
+
+/// One mapped segment, shared by its writer and its readers.
+pub struct Segment {
+    header: SegmentHeader,
+    path: PathBuf,
+    file: File,
+    mapping: Mapping,
+    /// Bytes that readers may read. Written by the one [`SegmentWriter`] (Release), read by anyone (Acquire).
+    published: AtomicU64,
+    /// Set (Release) after the sealing batch has been published: whoever sees it sees the final `published`.
+    sealed: AtomicBool,
+}
+
+impl Segment {
+    /// Takes a filled file into use as the segment that `header` describes, with `published` bytes that are valid
+    /// already, and gives its one writer along.
+    pub(crate) fn new(
+        header: SegmentHeader,
+        path: PathBuf,
+        file: File,
+        mapping: Mapping,
+        published: u64,
+        sealed: bool,
+    ) -> (Arc<Segment>, SegmentWriter) {
+        let segment = Arc::new(Segment {
+            header,
+            path,
+            file,
+            mapping,
+            published: AtomicU64::new(published),
+            sealed: AtomicBool::new(sealed),
+        });
+        (Arc::clone(&segment), SegmentWriter { segment, end: published })
+    }
+
+    /// What its header page says.
+    #[must_use]
+    pub fn header(&self) -> &SegmentHeader {
+        &self.header
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> WalSegmentId {
+        self.header.id
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes that may be read, header page included.
+    #[must_use]
+    #[inline]
+    pub fn published(&self) -> u64 {
+        self.published.load(Ordering::Acquire)
+    }
+
+    /// Whether it will never grow again. If so, [`published`](Self::published) read afterwards is final.
+    #[must_use]
+    #[inline]
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
+    }
+
+    /// Published bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the range is not published.
+    #[inline]
+    pub fn bytes(&self, range: Range<u64>) -> Result<&[u8]> {
+        if range.start > range.end || range.end > self.published() {
+            return Err(Error::invalid(format!(
+                "bytes {}..{} of {} are not published",
+                range.start, range.end, self.header.id
+            )));
+        }
+        // SAFETY: below `published`, where bytes never change (invariant 2).
+        Ok(unsafe { self.mapping.slice(range) })
+    }
+
+    /// Puts published bytes of a range on stable storage.
+    pub(crate) fn sync_range(&self, range: Range<u64>) -> Result<()> {
+        self.mapping.sync_range(range).map_err(Error::io("sync", &self.path))
+    }
+
+    /// Takes page faults ahead of the writer.
+    pub(crate) fn populate(&self, range: Range<u64>) {
+        self.mapping.populate(range);
+    }
+
+    /// The file below the mapping, for positional writes and for recycling.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives up the mapping and hands out the file, for recycling: only whoever holds the last reference can have the
+    /// segment by value, so nobody reads it any more (invariant 2).
+    pub(crate) fn into_file(self) -> (PathBuf, File) {
+        (self.path, self.file)
+    }
+}
+
+impl std::fmt::Debug for Segment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Segment")
+            .field("id", &self.header.id.to_string())
+            .field("published", &self.published())
+            .field("sealed", &self.is_sealed())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The only way to put bytes into a segment.
+#[derive(Debug)]
+pub(crate) struct SegmentWriter {
+    segment: Arc<Segment>,
+    /// Equal to `segment.published`, without the atomic load.
+    end: u64,
+}
+
+impl SegmentWriter {
+    /// The segment written to.
+    pub(crate) fn segment(&self) -> &Arc<Segment> {
+        &self.segment
+    }
+
+    /// Bytes published so far.
+    #[inline]
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Bytes that are left.
+    #[inline]
+    pub(crate) fn room(&self) -> u64 {
+        self.segment.mapping.len - self.end
+    }
+
+    /// The unpublished bytes `from..to`, counted from the published end.
+    #[inline]
+    pub(crate) fn unpublished(&mut self, range: Range<u64>) -> &mut [u8] {
+        let range = self.end + range.start..self.end + range.end;
+        // SAFETY: above `published`, which only this writer touches, and `&mut self` makes the slice the only one
+        // (invariant 3).
+        unsafe { self.segment.mapping.slice_mut(range) }
+    }
+
+    /// Lets readers see `len` more bytes, which the caller has filled and checked.
+    #[inline]
+    pub(crate) fn publish(&mut self, len: u64) {
+        assert!(len <= self.room(), "publishing past the end of a segment");
+        self.end += len;
+        self.segment.published.store(self.end, Ordering::Release);
+    }
+
+    /// Says that the segment never grows again; the sealing batch has been published.
+    pub(crate) fn seal(self) {
+        self.segment.sealed.store(true, Ordering::Release);
+    }
+}
+
+/// A range of published log bytes that keeps its segment mapped: what shippers send and in-process streams carry.
+#[derive(Clone, Debug)]
+pub struct LogRange {
+    segment: Arc<Segment>,
+    start: u64,
+    end: u64,
+}
+
+impl LogRange {
+    /// A range of published bytes of a segment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the range is not published.
+    pub fn new(segment: Arc<Segment>, range: Range<u64>) -> Result<LogRange> {
+        segment.bytes(range.clone())?;
+        Ok(LogRange { segment, start: range.start, end: range.end })
+    }
+
+    /// The segment it is a part of.
+    #[must_use]
+    pub fn segment(&self) -> &Arc<Segment> {
+        &self.segment
+    }
+
+    /// Where it begins in its segment, in bytes.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Where it ends in its segment, in bytes.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// How many bytes it has.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// The bytes.
+    #[must_use]
+    #[inline]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: was below `published` when the range was made, and stays so; bytes there never change (invariant 2).
+        unsafe { self.segment.mapping.slice(self.start..self.end) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
+
+    fn segment(published: u64) -> (Arc<Segment>, SegmentWriter, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("segment");
+        std::fs::write(&path, vec![0; 65536]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mapping = Mapping::new(&file, 65536).unwrap();
+        let header = SegmentHeader {
+            id: WalSegmentId { region: RegionId(0), shard: ShardId(0), first_lsn: Lsn(1) },
+            cluster: ClusterId(1),
+            epoch: Epoch(1),
+            chain_before: Chain(0),
+            segment_size: 65536,
+        };
+        let (segment, writer) = Segment::new(header, path, file, mapping, published, false);
+        (segment, writer, dir)
+    }
+
+    #[test]
+    fn readers_see_what_is_published_and_nothing_else() {
+        let (segment, mut writer, _dir) = segment(0);
+        writer.unpublished(0..5).copy_from_slice(b"hello");
+        assert!(segment.bytes(0..5).is_err());
+        writer.publish(5);
+        assert_eq!(segment.bytes(0..5).unwrap(), b"hello");
+        assert!(segment.bytes(0..6).is_err());
+        let range = LogRange::new(segment, 1..3).unwrap();
+        assert_eq!(range.bytes(), b"el");
+        writer.seal();
+        assert!(range.segment().is_sealed());
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("short");
+        std::fs::write(&path, [0; 100]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        assert!(Mapping::new(&file, 65536).is_err());
+    }
+
+    #[test]
+    fn concurrent_readers_only_ever_see_finished_bytes() {
+        let (segment, mut writer, _dir) = segment(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut seen = 0;
+                while seen < 65536 {
+                    let published = segment.published();
+                    assert!(published >= seen);
+                    assert!(segment.bytes(seen..published).unwrap().iter().all(|&byte| byte == 7));
+                    seen = published;
+                }
+            });
+            for _ in 0..65536 / 64 {
+                writer.unpublished(0..64).fill(7);
+                writer.publish(64);
+            }
+        });
+    }
+}
