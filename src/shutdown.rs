@@ -176,9 +176,9 @@ impl Scope {
     }
 }
 
-/// Runs a closer and drops it. What it owns may panic when dropped, so that is inside, too.
+/// Runs a closer and drops it, both within the catch: what it owns may panic when dropped.
 fn run(closer: Closer) {
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(move || closer())) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(closer)) {
         let message = panic.downcast_ref::<&str>().copied().map(str::to_owned);
         let message = message.or_else(|| panic.downcast_ref::<String>().cloned());
         log::error!("something registered to be closed at shutdown panicked: {}", message.unwrap_or_default());

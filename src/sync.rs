@@ -18,8 +18,9 @@ mod real {
     pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
     pub(crate) use std::thread::{Thread, current as current_thread};
 
-    /// Parks until unparked, for no reason at all, or until the deadline. Returns whether the deadline has passed.
-    pub(crate) fn park_until(deadline: Option<Instant>) -> bool {
+    /// Parks `_this` thread until it is unparked, for no reason at all, or until the deadline. Returns whether the
+    /// deadline has passed.
+    pub(crate) fn park_until(_this: &Thread, deadline: Option<Instant>) -> bool {
         let Some(deadline) = deadline else {
             std::thread::park();
             return false;
@@ -43,13 +44,12 @@ mod real {
 
 #[cfg(loom)]
 mod model {
+    use std::sync::{Arc, PoisonError};
     use std::time::Instant;
 
     pub(crate) use loom::hint::spin_loop;
     pub(crate) use loom::sync::MutexGuard;
     pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-    pub(crate) use loom::thread::{Thread, current as current_thread};
-
     /// `loom`'s mutex with the interface of `parking_lot`'s.
     #[derive(Debug)]
     pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
@@ -60,18 +60,55 @@ mod model {
         }
 
         pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
-            self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
         }
+    }
+
+    /// What parks and is unparked. Not `loom`'s own, which in version 0.7 also runs on a thread that is blocked on a
+    /// lock when it is unparked, and loses the token.
+    #[derive(Clone)]
+    pub(crate) struct Thread(Arc<Parker>);
+
+    struct Parker {
+        token: loom::sync::Mutex<bool>,
+        changed: loom::sync::Condvar,
+    }
+
+    impl Thread {
+        pub(crate) fn id(&self) -> usize {
+            Arc::as_ptr(&self.0).addr()
+        }
+
+        pub(crate) fn unpark(&self) {
+            *self.0.lock() = true;
+            self.0.changed.notify_one();
+        }
+    }
+
+    impl Parker {
+        fn lock(&self) -> MutexGuard<'_, bool> {
+            self.token.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+
+    /// Something new to park on at each call, so left-over tokens of an earlier wait are not modelled. They could
+    /// only make a park return early.
+    pub(crate) fn current_thread() -> Thread {
+        Thread(Arc::new(Parker { token: loom::sync::Mutex::new(false), changed: loom::sync::Condvar::new() }))
     }
 
     /// Parks until unparked. There is no clock in a model: a park with a deadline yields once and then expires, so
     /// that the checker tries the expiry at every point relative to the other threads.
-    pub(crate) fn park_until(deadline: Option<Instant>) -> bool {
+    pub(crate) fn park_until(this: &Thread, deadline: Option<Instant>) -> bool {
         if deadline.is_some() {
             loom::thread::yield_now();
             return true;
         }
-        loom::thread::park();
+        let mut token = this.0.lock();
+        while !*token {
+            token = this.0.changed.wait(token).unwrap_or_else(PoisonError::into_inner);
+        }
+        *token = false;
         false
     }
 

@@ -353,7 +353,7 @@ fn park(conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
         if expired {
             break Waited::TimedOut;
         }
-        expired = park_until(deadline);
+        expired = park_until(&this, deadline);
     };
     for condition in conditions {
         condition.mark.deregister(&this);
