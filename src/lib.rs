@@ -4,6 +4,7 @@ pub mod error;
 pub mod limits;
 pub mod types;
 pub mod wal;
+pub mod wire;
 
 pub use error::{Error, RefusalCode, Result};
 pub use types::{
