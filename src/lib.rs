@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod limits;
+pub mod transport;
 pub mod types;
 pub mod wal;
 pub mod wire;
