@@ -6,9 +6,11 @@ pub mod limits;
 pub mod replication;
 pub mod shutdown;
 mod sync;
+pub mod transport;
 pub mod types;
 pub mod wal;
 pub mod watermark;
+pub mod wire;
 
 pub use error::{Error, RefusalCode, Result};
 pub use replication::{Checkpoint, CheckpointEntry, CheckpointError, ReplicationState};

@@ -24,12 +24,26 @@ pub const FRAME_HEADER_LEN: usize = 16;
 /// Log bytes in one `WalData` frame. Large enough to amortise a system call, small enough that heartbeats and acks
 /// never wait long behind one.
 pub const MAX_WAL_DATA_LEN: u32 = 1024 * 1024;
-/// Any frame other than log or base data.
+/// Bytes of one base block, which is one `BaseData` frame.
+pub const MAX_BASE_DATA_LEN: u32 = 1024 * 1024;
+/// Segment bytes in one `Segment` frame: a segment that is sent as a whole comes in pieces of at most this many bytes.
+pub const MAX_SEGMENT_PIECE_LEN: u32 = 1024 * 1024;
+/// Any frame other than log, base or segment data and status.
 pub const MAX_CONTROL_LEN: u32 = 4096;
 /// A `Status` reply.
 pub const MAX_STATUS_LEN: u32 = 1024 * 1024;
 /// Text in an `Error` frame.
 pub const MAX_ERROR_TEXT_LEN: usize = 1024;
+/// Bytes that a TCP receiver reads ahead: frame headers and small frames arrive through this buffer, many with one
+/// system call; bodies that are larger go straight to the memory that the caller chooses.
+pub const RECEIVE_BUFFER_LEN: usize = 16 * 1024;
+/// Frames that an in-process stream holds before its sender waits.
+pub const MAX_IN_PROCESS_FRAMES: usize = 64;
+/// Connections that wait to be accepted.
+pub const MAX_PENDING_CONNECTIONS: u16 = 128;
+/// How long a segment that is sent by hand waits for a connection, and then for each byte of the answer, in
+/// milliseconds.
+pub const SEGMENT_TIMEOUT_MS: u64 = 30_000;
 /// Connections that a node keeps open at a time.
 pub const MAX_CONNECTIONS: usize = 4096;
 /// Followers that can be waited for.
@@ -47,4 +61,5 @@ const _: () = assert!(BATCH_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
 const _: () = assert!(MIN_SEGMENT_SIZE.is_multiple_of(PAGE_LEN), "segments are whole pages");
 const _: () = assert!(MIN_SEGMENT_SIZE > 2 * SEGMENT_HEADER_LEN, "a segment has room for batches");
 const _: () = assert!(MAX_SEGMENT_SIZE <= u32::MAX as u64, "offsets and record lengths fit in 32 bits");
+const _: () = assert!(MAX_CONTROL_LEN as usize + FRAME_HEADER_LEN <= RECEIVE_BUFFER_LEN, "a message is buffered whole");
 const _: () = assert!(MAX_ERROR_TEXT_LEN + 64 < MAX_CONTROL_LEN as usize, "an error fits in a control frame");

@@ -1,0 +1,683 @@
+//! Streams over TCP: blocking sockets, configured through `socket2`.
+//!
+//! Both halves use one socket, which closes when both are gone; a closer holds it only weakly. Sending is one vectored
+//! system call for header, prefix and body. Receiving goes through a small buffer that takes headers and small frames,
+//! many at a time; what of a larger body is not in the buffer yet is read straight into the caller's memory, and the
+//! same system call takes what is behind it into the buffer.
+
+use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+use crate::error::{Error, Result};
+use crate::limits::{FRAME_HEADER_LEN, MAX_CONTROL_LEN, MAX_PENDING_CONNECTIONS, RECEIVE_BUFFER_LEN};
+use crate::transport::{
+    Body, Closer, Connection, FrameReceiver, FrameSender, Listener, Transport, closed_by_peer, closed_here, misused,
+    outgoing_header, receive_error, receive_timed_out, refuse_zero_timeout,
+};
+use crate::wire::{FrameHeader, FrameKind};
+
+/// How sockets are set up. [`Default`] is right for replication within and between data centres.
+#[derive(Clone, Debug)]
+pub struct TcpOptions {
+    /// Send small frames at once (`TCP_NODELAY`). On unless turned off.
+    pub no_delay: bool,
+    /// Probe a peer that has been quiet for this long, one second at least. 30 seconds unless changed; `None` never
+    /// probes.
+    pub keep_alive: Option<Duration>,
+    /// Give up when the peer's system has not acknowledged data for this long (`TCP_USER_TIMEOUT`, Linux only). 30
+    /// seconds unless changed; `None` leaves it to the system.
+    pub user_timeout: Option<Duration>,
+    /// Bytes of the socket's send buffer; `None` lets the system choose and adapt.
+    pub send_buffer: Option<usize>,
+    /// Bytes of the socket's receive buffer; `None` lets the system choose and adapt.
+    pub receive_buffer: Option<usize>,
+    /// A send fails when the peer takes no byte for this long. 30 seconds unless changed; `None` waits for as long as
+    /// the stream lives.
+    pub write_timeout: Option<Duration>,
+    /// Spin for bytes to arrive instead of sleeping: saves a wake-up per frame and costs a core per receiver. Where the
+    /// system cannot ask for bytes without blocking (neither Linux, Android, macOS nor a BSD) it has no effect.
+    pub spin_receive: bool,
+}
+
+impl Default for TcpOptions {
+    fn default() -> TcpOptions {
+        TcpOptions {
+            no_delay: true,
+            keep_alive: Some(Duration::from_secs(30)),
+            user_timeout: Some(Duration::from_secs(30)),
+            send_buffer: None,
+            receive_buffer: None,
+            write_timeout: Some(Duration::from_secs(30)),
+            spin_receive: false,
+        }
+    }
+}
+
+impl TcpOptions {
+    /// What must be set before a socket connects or listens.
+    fn apply_before(&self, socket: &Socket) -> io::Result<()> {
+        if let Some(bytes) = self.send_buffer {
+            socket.set_send_buffer_size(bytes)?;
+        }
+        if let Some(bytes) = self.receive_buffer {
+            socket.set_recv_buffer_size(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// What is set on a connected socket.
+    fn apply(&self, stream: &TcpStream) -> io::Result<()> {
+        let socket = SockRef::from(stream);
+        stream.set_nodelay(self.no_delay)?;
+        if let Some(quiet) = self.keep_alive.map(|quiet| quiet.max(Duration::from_secs(1))) {
+            let keep_alive = TcpKeepalive::new().with_time(quiet);
+            #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple", windows))]
+            let keep_alive = keep_alive.with_interval((quiet / 3).max(Duration::from_secs(1)));
+            socket.set_tcp_keepalive(&keep_alive)?;
+        }
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        socket.set_tcp_user_timeout(self.user_timeout)?;
+        stream.set_write_timeout(self.write_timeout)
+    }
+}
+
+/// TCP. An address is `host:port`; names resolve, IPv6 addresses stand in brackets.
+///
+/// ```
+/// use std::time::Duration;
+/// use towline::transport::{TcpTransport, Transport};
+///
+/// # fn main() -> towline::Result<()> {
+/// let transport = TcpTransport::default();
+/// let listener = transport.listen("127.0.0.1:0")?;
+/// let connection = transport.connect(&listener.local_address(), Duration::from_secs(1))?;
+/// let accepted = listener.accept()?;
+/// connection.closer.close();
+/// # drop(accepted);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct TcpTransport {
+    options: TcpOptions,
+}
+
+impl TcpTransport {
+    /// With options of one's own.
+    #[must_use]
+    pub fn new(options: TcpOptions) -> TcpTransport {
+        TcpTransport { options }
+    }
+
+    fn connect_to(&self, address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        self.options.apply_before(&socket)?;
+        socket.connect_timeout(&address.into(), timeout)?;
+        let stream = TcpStream::from(socket);
+        // A port that nobody listens on can be chosen as our own end, and TCP then connects a socket to itself.
+        if stream.local_addr()? == stream.peer_addr()? {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        self.options.apply(&stream)?;
+        Ok(stream)
+    }
+
+    fn listen_at(&self, address: SocketAddr) -> io::Result<TcpListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        // Without it a restarted node would wait minutes for its own port. On Windows it means something else.
+        #[cfg(not(windows))]
+        socket.set_reuse_address(true)?;
+        self.options.apply_before(&socket)?;
+        socket.bind(&address.into())?;
+        socket.listen(i32::from(MAX_PENDING_CONNECTIONS.min(i16::MAX.unsigned_abs())))?;
+        Ok(socket.into())
+    }
+
+    fn connection(&self, stream: TcpStream, peer: String) -> Connection {
+        let socket = Arc::new(Shared { stream, peer: peer.clone(), closed: AtomicBool::new(false) });
+        let weak = Arc::downgrade(&socket);
+        let closer = Closer::new(move || {
+            if let Some(socket) = weak.upgrade() {
+                socket.closed.store(true, Ordering::SeqCst);
+                // Fails only if the stream is over already.
+                let _ = socket.stream.shutdown(Shutdown::Both);
+            }
+        });
+        Connection {
+            peer,
+            sender: Box::new(TcpSender { socket: Arc::clone(&socket), failed: false }),
+            receiver: Box::new(TcpReceiver::new(socket, self.options.spin_receive)),
+            closer,
+        }
+    }
+}
+
+impl Transport for TcpTransport {
+    fn connect(&self, address: &str, timeout: Duration) -> Result<Connection> {
+        refuse_zero_timeout(Some(timeout))?;
+        refuse_zero_timeout(self.options.write_timeout)?;
+        let deadline = Instant::now().checked_add(timeout);
+        let addresses = resolve(address)?;
+        let mut failure = io::Error::from(io::ErrorKind::TimedOut);
+        for (tried, &candidate) in addresses.iter().enumerate() {
+            let left = deadline.map_or(timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
+            // An address that does not answer leaves time for the others.
+            let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+            if share.is_zero() {
+                break;
+            }
+            match self.connect_to(candidate, share) {
+                Ok(stream) => return Ok(self.connection(stream, address.to_owned())),
+                Err(error) => failure = error,
+            }
+        }
+        Err(Error::network("connect to", address)(failure))
+    }
+
+    fn listen(&self, address: &str) -> Result<Box<dyn Listener>> {
+        Ok(Box::new(self.listener(address)?))
+    }
+}
+
+impl TcpTransport {
+    fn listener(&self, address: &str) -> Result<TcpNodeListener> {
+        refuse_zero_timeout(self.options.write_timeout)?;
+        let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for candidate in resolve(address)? {
+            match self.listen_at(candidate).and_then(|listener| Ok((listener.local_addr()?, listener))) {
+                Ok((local, listener)) => {
+                    let (closed, waiting) = (AtomicBool::new(false), AtomicUsize::new(0));
+                    return Ok(TcpNodeListener { transport: self.clone(), listener, local, closed, waiting });
+                }
+                Err(error) => failure = error,
+            }
+        }
+        Err(Error::network("listen on", address)(failure))
+    }
+}
+
+/// The addresses that a name stands for, at least one.
+fn resolve(address: &str) -> Result<Vec<SocketAddr>> {
+    let port = address.rsplit_once(':').map(|(_, port)| port);
+    if port.is_none_or(|port| port.parse::<u16>().is_err()) {
+        return Err(Error::invalid(format!("{address:?} is not an address; use host:port, as in db1.example:7400")));
+    }
+    let failed = |why: String| Error::Network {
+        action: "use the address",
+        peer: address.to_owned(),
+        source: io::Error::new(io::ErrorKind::NotFound, why),
+    };
+    match address.to_socket_addrs() {
+        Ok(addresses) => {
+            let addresses: Vec<SocketAddr> = addresses.collect();
+            if addresses.is_empty() { Err(failed("it does not resolve; use host:port".into())) } else { Ok(addresses) }
+        }
+        Err(error) => Err(failed(format!("it does not resolve ({error}); use host:port"))),
+    }
+}
+
+struct TcpNodeListener {
+    transport: TcpTransport,
+    listener: TcpListener,
+    local: SocketAddr,
+    closed: AtomicBool,
+    /// Threads in `accept`, each of which needs a connection to be woken where a shutdown does not do it.
+    waiting: AtomicUsize,
+}
+
+impl TcpNodeListener {
+    fn accept_open(&self) -> Result<Connection> {
+        loop {
+            // Looked at after this thread has been counted: either this sees that the listener is closed, or `close`
+            // sees this thread and wakes it.
+            if self.closed.load(Ordering::SeqCst) {
+                return Err(Error::ShutDown);
+            }
+            let accepted = self.listener.accept();
+            if self.closed.load(Ordering::SeqCst) {
+                return Err(Error::ShutDown);
+            }
+            match accepted {
+                Ok((stream, peer)) => match self.transport.options.apply(&stream) {
+                    Ok(()) => return Ok(self.transport.connection(stream, peer.to_string())),
+                    // A peer that has gone again: some systems no longer take options for its socket.
+                    Err(error) => log::debug!("dropped the connection of {peer}: {error}"),
+                },
+                // The same, noticed earlier. Not this side's trouble.
+                Err(error) if is_gone(error.kind()) => {}
+                Err(error) => return Err(Error::network("accept a connection on", self.local.to_string())(error)),
+            }
+        }
+    }
+
+    /// Makes blocked `accept` calls return.
+    fn wake(&self) {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        let woken = SockRef::from(&self.listener).shutdown(Shutdown::Both).is_ok();
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        let woken = false;
+        if !woken {
+            self.wake_by_connecting();
+        }
+    }
+
+    /// The same for systems where a listening socket cannot be shut down: a connection for each of the calls.
+    fn wake_by_connecting(&self) {
+        for _ in 0..self.waiting.load(Ordering::SeqCst) {
+            // Fails where the queue is full: then there is something to accept already.
+            let _ = TcpStream::connect_timeout(&self.reachable(), Duration::from_secs(1));
+        }
+    }
+
+    /// The address by which this machine reaches the listener.
+    fn reachable(&self) -> SocketAddr {
+        let mut address = self.local;
+        match address {
+            SocketAddr::V4(v4) if v4.ip().is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+            SocketAddr::V6(v6) if v6.ip().is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+            _ => {}
+        }
+        address
+    }
+}
+
+fn is_gone(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+}
+
+impl Listener for TcpNodeListener {
+    fn accept(&self) -> Result<Connection> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let accepted = self.accept_open();
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        accepted
+    }
+
+    fn local_address(&self) -> String {
+        self.reachable().to_string()
+    }
+
+    fn close(&self) {
+        if !self.closed.swap(true, Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+}
+
+/// The socket of a connection, shared by its halves.
+struct Shared {
+    stream: TcpStream,
+    peer: String,
+    /// Set by the closer before it shuts the socket down, so that the halves can tell who ended the stream.
+    closed: AtomicBool,
+}
+
+impl Shared {
+    fn is_closed_here(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+}
+
+struct TcpSender {
+    socket: Arc<Shared>,
+    /// Part of a frame may have been sent: nothing that follows would be understood.
+    failed: bool,
+}
+
+impl TcpSender {
+    fn send_all(&self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        // Empty parts at the beginning would be taken for a stream that takes no more bytes.
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            match write_vectored(&self.socket.stream, slices) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer took no byte in time"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One vectored write. On Linux without a signal when the peer is gone, whatever the host program does with signals.
+fn write_vectored(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    {
+        const MSG_NOSIGNAL: i32 = 0x4000;
+        SockRef::from(stream).send_vectored_with_flags(slices, MSG_NOSIGNAL)
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    {
+        let mut stream = stream;
+        io::Write::write_vectored(&mut stream, slices)
+    }
+}
+
+impl FrameSender for TcpSender {
+    fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()> {
+        let body = body.bytes();
+        let header = outgoing_header(kind, flags, prefix, body)?.encode();
+        let peer = &self.socket.peer;
+        if self.socket.is_closed_here() {
+            return Err(closed_here("send to", peer));
+        }
+        if self.failed {
+            let source = io::Error::new(io::ErrorKind::BrokenPipe, "an earlier frame was not sent to its end");
+            return Err(Error::Network { action: "send to", peer: peer.clone(), source });
+        }
+        match self.send_all(&mut [IoSlice::new(&header), IoSlice::new(prefix), IoSlice::new(body)]) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.failed = true;
+                let closed = self.socket.is_closed_here();
+                Err(if closed { closed_here("send to", peer) } else { Error::network("send to", peer)(error) })
+            }
+        }
+    }
+
+    fn peer(&self) -> &str {
+        &self.socket.peer
+    }
+}
+
+struct TcpReceiver {
+    socket: Arc<Shared>,
+    /// Bytes `start..end` have been read and not been received.
+    buffer: Box<[u8; RECEIVE_BUFFER_LEN]>,
+    start: usize,
+    end: usize,
+    /// The current frame, and how many bytes of its body have not been received.
+    frame: Option<FrameHeader>,
+    left: u32,
+    /// A `receive_exact` that timed out: the length asked for, and how much of it is filled.
+    unfinished: Option<(usize, usize)>,
+    timeout: Option<Duration>,
+    spin: bool,
+}
+
+impl TcpReceiver {
+    fn new(socket: Arc<Shared>, spin: bool) -> TcpReceiver {
+        TcpReceiver {
+            socket,
+            buffer: Box::new([0; RECEIVE_BUFFER_LEN]),
+            start: 0,
+            end: 0,
+            frame: None,
+            left: 0,
+            unfinished: None,
+            timeout: None,
+            spin: spin && MSG_DONTWAIT.is_some(),
+        }
+    }
+
+    fn buffered(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Waits until at least `len` bytes, no more than the buffer holds, are buffered.
+    fn buffer_at_least(&mut self, len: usize) -> Result<()> {
+        if self.start + len > RECEIVE_BUFFER_LEN || self.start == self.end {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        while self.end - self.start < len {
+            self.wait_spinning()?;
+            match (&self.socket.stream).read(&mut self.buffer[self.end..]) {
+                Ok(0) => return Err(self.ended(0)),
+                Ok(read) => self.end += read,
+                Err(error) => self.judge(error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `into` behind its first `filled` bytes, keeping count in `filled`.
+    fn fill(&mut self, into: &mut [u8], filled: &mut usize) -> Result<()> {
+        let take = (self.end - self.start).min(into.len() - *filled);
+        into[*filled..*filled + take].copy_from_slice(&self.buffer[self.start..self.start + take]);
+        self.start += take;
+        *filled += take;
+        while *filled < into.len() {
+            // Here the buffer is empty: what arrives behind the bytes asked for goes there, with the same call.
+            self.wait_spinning()?;
+            let room = into.len() - *filled;
+            let mut parts = [IoSliceMut::new(&mut into[*filled..]), IoSliceMut::new(&mut self.buffer[..])];
+            match (&self.socket.stream).read_vectored(&mut parts) {
+                Ok(0) => return Err(self.ended(*filled)),
+                Ok(read) => {
+                    *filled += read.min(room);
+                    (self.start, self.end) = (0, read.saturating_sub(room));
+                }
+                Err(error) => self.judge(error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What a failed read means; interruptions mean nothing.
+    fn judge(&self, error: io::Error) -> Result<()> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Ok(()),
+            _ if self.socket.is_closed_here() => Err(closed_here("receive from", &self.socket.peer)),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if self.timeout.is_some() => {
+                Err(receive_timed_out(&self.socket.peer))
+            }
+            _ => Err(receive_error(&self.socket.peer, error)),
+        }
+    }
+
+    /// The stream has ended: by whom, and where, with `filled` bytes in the caller's memory already.
+    fn ended(&self, filled: usize) -> Error {
+        let peer = &self.socket.peer;
+        if self.socket.is_closed_here() {
+            return closed_here("receive from", peer);
+        }
+        let buffered = self.end - self.start + filled;
+        let text = match self.frame {
+            Some(frame) if self.left > 0 => {
+                format!(
+                    "closed by peer in the middle of a {} frame, with {} of {} bytes still to come",
+                    frame.kind,
+                    (self.left as usize).saturating_sub(buffered),
+                    frame.len
+                )
+            }
+            _ if buffered > 0 => format!("closed by peer in the middle of a frame header, after {buffered} bytes"),
+            _ => return closed_by_peer(peer),
+        };
+        receive_error(peer, io::Error::new(io::ErrorKind::ConnectionAborted, text))
+    }
+
+    /// Where spinning was asked for: returns when a read will not block. Elsewhere at once.
+    fn wait_spinning(&self) -> Result<()> {
+        if !self.spin {
+            return Ok(());
+        }
+        let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            match peek(&self.socket.stream) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Bytes, the end, or an error that the read will tell.
+                _ => return Ok(()),
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(receive_timed_out(&self.socket.peer));
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn misused(&self, asked: &str) -> Error {
+        misused(self.frame.map(|frame| frame.kind), self.left, asked)
+    }
+}
+
+/// The flag by which one call does not block on a blocking socket, where there is one.
+const MSG_DONTWAIT: Option<i32> = if cfg!(any(target_os = "linux", target_os = "android")) {
+    Some(0x40)
+} else if cfg!(any(
+    target_vendor = "apple",
+    target_os = "freebsd",
+    target_os = "netbsd",
+    target_os = "openbsd",
+    target_os = "dragonfly"
+)) {
+    Some(0x80)
+} else {
+    None
+};
+
+/// Whether a byte is there (1), or the end of the stream (0), without blocking and without taking it.
+fn peek(stream: &TcpStream) -> io::Result<usize> {
+    const MSG_PEEK: i32 = 2;
+    match MSG_DONTWAIT {
+        Some(flag) => SockRef::from(stream).recv_with_flags(&mut [MaybeUninit::uninit()], MSG_PEEK | flag),
+        None => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+impl FrameReceiver for TcpReceiver {
+    fn receive_header(&mut self) -> Result<FrameHeader> {
+        if self.left > 0 {
+            return Err(self.misused("receive the next frame"));
+        }
+        self.buffer_at_least(FRAME_HEADER_LEN)?;
+        let Some(bytes) = self.buffered().first_chunk() else { return Err(self.misused("receive a header")) };
+        let header = FrameHeader::decode(bytes).map_err(|error| error.from_peer(&self.socket.peer))?;
+        self.start += FRAME_HEADER_LEN;
+        self.frame = Some(header);
+        self.left = header.len;
+        Ok(header)
+    }
+
+    fn receive_exact(&mut self, into: &mut [u8]) -> Result<()> {
+        let (asked, mut filled) = self.unfinished.unwrap_or((into.len(), 0));
+        let Some(left) = u32::try_from(asked).ok().and_then(|asked| self.left.checked_sub(asked)) else {
+            return Err(self.misused(&format!("receive {asked} bytes")));
+        };
+        if asked != into.len() {
+            return Err(self.misused(&format!("receive {} bytes while {asked} are half received", into.len())));
+        }
+        let result = self.fill(into, &mut filled);
+        if result.is_ok() {
+            self.unfinished = None;
+            self.left = left;
+        } else {
+            self.unfinished = Some((asked, filled));
+        }
+        result
+    }
+
+    fn receive_body(&mut self) -> Result<&[u8]> {
+        let len = self.left as usize;
+        if self.left > MAX_CONTROL_LEN || self.unfinished.is_some() {
+            return Err(self.misused("receive a body as a message"));
+        }
+        if len == 0 {
+            return Ok(&[]);
+        }
+        self.buffer_at_least(len)?;
+        let start = self.start;
+        self.start += len;
+        self.left = 0;
+        Ok(&self.buffer[start..start + len])
+    }
+
+    fn remaining(&self) -> u32 {
+        self.left
+    }
+
+    fn current(&self) -> Option<FrameHeader> {
+        self.frame.filter(|_| self.left > 0)
+    }
+
+    fn has_buffered(&self) -> bool {
+        self.start < self.end || peek(&self.socket.stream).is_ok_and(|bytes| bytes > 0)
+    }
+
+    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
+        refuse_zero_timeout(timeout)?;
+        if timeout != self.timeout {
+            // Spinning looks at the time itself, and its reads never block.
+            let set = self.socket.stream.set_read_timeout(timeout);
+            set.map_err(Error::network("set the time-out for", &self.socket.peer))?;
+            self.timeout = timeout;
+        }
+        Ok(())
+    }
+
+    fn peer(&self) -> &str {
+        &self.socket.peer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_of_its_own_wakes_each_accept() {
+        let listener = TcpTransport::default().listener("0.0.0.0:0").unwrap();
+        std::thread::scope(|scope| {
+            let accepting: Vec<_> = (0..3).map(|_| scope.spawn(|| listener.accept().unwrap_err())).collect();
+            while listener.waiting.load(Ordering::SeqCst) < accepting.len() {
+                std::thread::yield_now();
+            }
+            listener.closed.store(true, Ordering::SeqCst);
+            listener.wake_by_connecting();
+            for thread in accepting {
+                assert!(thread.join().unwrap().is_shutdown());
+            }
+        });
+    }
+
+    #[test]
+    fn options_reach_the_sockets() {
+        let options = TcpOptions {
+            receive_buffer: Some(32 * 1024),
+            send_buffer: Some(32 * 1024),
+            keep_alive: Some(Duration::from_millis(1)),
+            write_timeout: Some(Duration::from_secs(7)),
+            ..TcpOptions::default()
+        };
+        let transport = TcpTransport::new(options);
+        let listener = transport.listener("127.0.0.1:0").unwrap();
+        let stream = transport.connect_to(listener.local, Duration::from_secs(60)).unwrap();
+        assert!(stream.nodelay().unwrap());
+        assert_eq!(stream.write_timeout().unwrap(), Some(Duration::from_secs(7)));
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap());
+        // Systems round buffer sizes up, and none defaults to as little.
+        assert!((32 * 1024..=128 * 1024).contains(&socket.recv_buffer_size().unwrap()));
+        let zero = TcpOptions { write_timeout: Some(Duration::ZERO), ..TcpOptions::default() };
+        assert!(matches!(TcpTransport::new(zero).listen("127.0.0.1:0"), Err(Error::Invalid { .. })));
+    }
+
+    #[test]
+    fn a_send_that_nobody_takes_times_out_and_ends_the_sender() {
+        let transport =
+            TcpTransport::new(TcpOptions { write_timeout: Some(Duration::from_millis(5)), ..TcpOptions::default() });
+        let listener = transport.listener("127.0.0.1:0").unwrap();
+        let mut stream = transport.connect(&listener.local_address(), Duration::from_secs(60)).unwrap();
+        let body = vec![0; 1024 * 1024];
+        let error = loop {
+            if let Err(error) = stream.sender.send(FrameKind::Status, 0, &[], Body::Bytes(&body)) {
+                break error;
+            }
+        };
+        assert!(error.is_timeout(), "{error}");
+        let again = stream.sender.send(FrameKind::Status, 0, &[], Body::EMPTY).unwrap_err();
+        assert!(!again.is_timeout() && again.to_string().contains("earlier frame"), "{again}");
+    }
+}
