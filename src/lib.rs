@@ -1,6 +1,7 @@
 //! Towline.
 
 mod atomic_file;
+pub mod data_dir;
 pub mod error;
 pub mod limits;
 pub mod replication;

@@ -1,0 +1,644 @@
+//! A node's data directory: who may use it, and what it is.
+//!
+//! | name | what |
+//! |---|---|
+//! | `LOCK` | empty; locked by the process that uses the directory, for as long as it does |
+//! | `MANIFEST` | what the directory is: see below; replaced as a whole |
+//! | `replication.ckpt` | applied marks; replaced as a whole |
+//! | `shard-0003/` | the log of shard 3 |
+//!
+//! `MANIFEST` is made last: a directory without one, in which nothing has been written yet, is as good as empty. A
+//! directory that has a log but no `MANIFEST` is damaged, and is never taken for a new one.
+//!
+//! # Format of `MANIFEST`, version 1
+//!
+//! 64 bytes, little-endian.
+//!
+//! | offset | size | field | meaning |
+//! |---:|---:|---|---|
+//! | 0 | 8 | `magic` | the bytes `TOWLMAN` and a zero |
+//! | 8 | 2 | `version` | 1 |
+//! | 10 | 2 | `region` | where the node's own logs originate |
+//! | 12 | 2 | `shard_count` | shards, from 1 to [`MAX_SHARDS`] |
+//! | 14 | 2 | `reserved` | 0 |
+//! | 16 | 8 | `node` | the node's id |
+//! | 24 | 8 | `segment_size` | bytes of each segment file |
+//! | 32 | 8 | `epoch` | the highest epoch that the node has accepted |
+//! | 40 | 16 | `cluster` | the cluster's id; 0 is "not known yet" |
+//! | 56 | 4 | `reserved` | 0 |
+//! | 60 | 4 | `crc` | CRC-32 (IEEE) of all bytes before it |
+//!
+//! Every version begins with magic and version and ends with the CRC of all bytes before it, so that a newer version
+//! can be told from damage.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+
+use crate::atomic_file;
+use crate::error::{Error, Result};
+use crate::limits::MAX_SHARDS;
+use crate::types::{ClusterId, Epoch, NodeId, RegionId, ShardId, shard_directory_name};
+use crate::wal::segment::{is_valid_size, sync_directory};
+
+const LOCK: &str = "LOCK";
+const MANIFEST: &str = "MANIFEST";
+const CHECKPOINT: &str = "replication.ckpt";
+
+const MAGIC: [u8; 8] = *b"TOWLMAN\0";
+/// Version of the format of `MANIFEST`.
+pub const MANIFEST_VERSION: u16 = 1;
+const MANIFEST_LEN: usize = 64;
+
+/// What a data directory is. Fixed when it is made, but for `epoch`, which only grows, and `cluster`, which becomes
+/// known once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// The cluster that the node belongs to.
+    pub cluster: ClusterId,
+    /// The node.
+    pub node: NodeId,
+    /// Where the node's own logs originate.
+    pub region: RegionId,
+    /// How many shards it has, from 1 to [`MAX_SHARDS`].
+    pub shard_count: u16,
+    /// Bytes of each segment file.
+    pub segment_size: u64,
+    /// The highest epoch that the node has accepted.
+    pub epoch: Epoch,
+}
+
+impl Manifest {
+    /// The content of the file.
+    #[must_use]
+    pub fn encode(&self) -> [u8; MANIFEST_LEN] {
+        let mut bytes = [0; MANIFEST_LEN];
+        bytes[0..8].copy_from_slice(&MAGIC);
+        bytes[8..10].copy_from_slice(&MANIFEST_VERSION.to_le_bytes());
+        bytes[10..12].copy_from_slice(&self.region.0.to_le_bytes());
+        bytes[12..14].copy_from_slice(&self.shard_count.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.node.0.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.segment_size.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.epoch.0.to_le_bytes());
+        bytes[40..56].copy_from_slice(&self.cluster.0.to_le_bytes());
+        let crc = crc32fast::hash(&bytes[..60]);
+        bytes[60..64].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Reads and checks the content of the file at `path`, which is only for errors to name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Corrupt`] for damage, [`Error::Mismatch`] for a version that is newer than this program.
+    pub fn decode(bytes: &[u8], path: &Path) -> Result<Manifest> {
+        let corrupt = |offset: u64, reason: String| Err(Error::corrupt(path, offset, None, reason));
+        if !bytes.starts_with(&MAGIC) {
+            return corrupt(0, "it does not begin like a manifest".to_owned());
+        }
+        let Some((covered, crc)) = bytes.split_last_chunk::<4>() else {
+            return corrupt(0, "it is cut short".to_owned());
+        };
+        let Some(&[low, high]) = covered.get(8..10).and_then(|version| version.first_chunk::<2>()) else {
+            return corrupt(8, "it is cut short".to_owned());
+        };
+        let (crc, computed) = (u32::from_le_bytes(*crc), crc32fast::hash(covered));
+        if crc != computed {
+            return corrupt(0, format!("its checksum is {crc:08x}, but its bytes give {computed:08x}"));
+        }
+        let version = u16::from_le_bytes([low, high]);
+        if version > MANIFEST_VERSION {
+            let reason = format!(
+                "written by a newer towline (manifest version {version}; this one knows {MANIFEST_VERSION}); upgrade this one"
+            );
+            return Err(Error::Mismatch { path: path.to_owned(), reason: reason.into() });
+        }
+        let Ok(bytes) = <&[u8; MANIFEST_LEN]>::try_from(bytes) else {
+            return corrupt(0, format!("it has {} bytes where {MANIFEST_LEN} are due", bytes.len()));
+        };
+        Manifest::decode_fields(bytes, version).or_else(|reason| corrupt(8, reason))
+    }
+
+    fn decode_fields(bytes: &[u8; MANIFEST_LEN], version: u16) -> Result<Manifest, String> {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
+        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        if version != MANIFEST_VERSION {
+            return Err(format!("manifest version {version} is not {MANIFEST_VERSION}"));
+        }
+        if u16_at(14) != 0 || u32_at(56) != 0 {
+            return Err("reserved bytes are in use".to_owned());
+        }
+        let manifest = Manifest {
+            cluster: ClusterId(u128::from(u64_at(40)) | u128::from(u64_at(48)) << 64),
+            node: NodeId(u64_at(16)),
+            region: RegionId(u16_at(10)),
+            shard_count: u16_at(12),
+            segment_size: u64_at(24),
+            epoch: Epoch(u64_at(32)),
+        };
+        manifest.check().map(|()| manifest)
+    }
+
+    /// Whether the numbers are ones that a directory can have.
+    fn check(&self) -> Result<(), String> {
+        if self.shard_count == 0 || self.shard_count > MAX_SHARDS {
+            return Err(format!("{} shards are not between 1 and {MAX_SHARDS}", self.shard_count));
+        }
+        if !is_valid_size(self.segment_size) {
+            return Err(format!("{} bytes is not a size that a segment can have", self.segment_size));
+        }
+        Ok(())
+    }
+}
+
+/// A data directory in use. Holds its lock until dropped; share it by reference or in an `Arc`.
+///
+/// ```
+/// use towline::data_dir::{DataDir, Manifest};
+/// use towline::{ClusterId, Epoch, NodeId, RegionId, ShardId};
+///
+/// # let parent = tempfile::tempdir()?;
+/// # let path = parent.path().join("data");
+/// assert!(DataDir::open(&path)?.is_none());
+/// let manifest = Manifest {
+///     cluster: ClusterId(7),
+///     node: NodeId(1),
+///     region: RegionId(0),
+///     shard_count: 2,
+///     segment_size: 1024 * 1024,
+///     epoch: Epoch::ZERO,
+/// };
+/// let directory = DataDir::create(&path, manifest)?;
+/// assert!(DataDir::open(&path).is_err(), "one at a time");
+/// directory.accept_epoch(Epoch(3))?;
+/// drop(directory);
+/// let directory = DataDir::open(&path)?.expect("it has a manifest now");
+/// assert_eq!(directory.manifest(), Manifest { epoch: Epoch(3), ..manifest });
+/// assert!(directory.shard_path(ShardId(1)).is_dir());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    /// As on disk. Locked while it is replaced, so that the two never differ for anyone who looks.
+    manifest: Mutex<Manifest>,
+    /// Locked by the operating system for as long as it is open.
+    _lock: File,
+}
+
+impl DataDir {
+    /// Opens the directory, or says `None` where there is nothing to open: `path` does not exist, or nothing has been
+    /// made in it. Changes nothing then. Otherwise removes temporary files that a crash has left.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] if another process (or another `DataDir` of this one) has it open; [`Error::Corrupt`] if
+    /// `MANIFEST` is damaged or missing beside logs, or the directory of a shard is missing; [`Error::Mismatch`] if a
+    /// newer version wrote it; [`Error::Io`].
+    pub fn open(path: &Path) -> Result<Option<DataDir>> {
+        match path.read_dir() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            result => result.map_err(Error::io("read", path))?,
+        };
+        if !exists(&path.join(LOCK))? && !exists(&path.join(MANIFEST))? {
+            return refuse_orphaned_logs(path).map(|()| None);
+        }
+        let lock = lock(path)?;
+        // Only now: before, another process may have been making it.
+        if !exists(&path.join(MANIFEST))? {
+            return refuse_orphaned_logs(path).map(|()| None);
+        }
+        let manifest = DataDir::read_manifest(path)?;
+        remove_temporary_files(path)?;
+        let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
+        for shard in (0..manifest.shard_count).map(ShardId) {
+            let path = directory.shard_path(shard);
+            if !path.is_dir() {
+                let reason = format!("shard {shard} has no directory, though the manifest counts it; restore it");
+                return Err(Error::corrupt(path, 0, None, reason));
+            }
+        }
+        Ok(Some(directory))
+    }
+
+    /// Makes a directory: parents, lock, the directories of shards and, last, `MANIFEST`. All of it is durable on
+    /// return. Hidden files, `lost+found` and what an interrupted `create` left do not disturb.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a manifest whose numbers a directory cannot have; [`Error::Mismatch`] if there is a
+    /// `MANIFEST` already or the directory holds anything else; [`Error::Corrupt`] if it holds logs without a
+    /// `MANIFEST`; [`Error::InUse`]; [`Error::Io`].
+    pub fn create(path: &Path, manifest: Manifest) -> Result<DataDir> {
+        manifest.check().map_err(Error::invalid)?;
+        create_directory(path)?;
+        if !exists(&path.join(LOCK))? {
+            refuse_foreign_content(path)?;
+        }
+        let lock = lock(path)?;
+        refuse_foreign_content(path)?;
+        refuse_orphaned_logs(path)?;
+        remove_temporary_files(path)?;
+        let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
+        for shard in (0..manifest.shard_count).map(ShardId) {
+            create_directory(&directory.shard_path(shard))?;
+        }
+        sync_directory(path).map_err(Error::io("sync", path))?;
+        atomic_file::replace(&path.join(MANIFEST), &manifest.encode())?;
+        Ok(directory)
+    }
+
+    /// Reads `MANIFEST` without taking the lock: for tools that only look, also while a node runs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if it cannot be read (it may not exist), and those of [`Manifest::decode`].
+    pub fn read_manifest(path: &Path) -> Result<Manifest> {
+        let path = path.join(MANIFEST);
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        Manifest::decode(&bytes, &path)
+    }
+
+    /// What `MANIFEST` says.
+    #[must_use]
+    pub fn manifest(&self) -> Manifest {
+        *self.manifest.lock()
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The directory of a shard's log.
+    #[must_use]
+    pub fn shard_path(&self, shard: ShardId) -> PathBuf {
+        self.path.join(shard_directory_name(shard))
+    }
+
+    /// The file of the applied marks.
+    #[must_use]
+    pub fn checkpoint_path(&self) -> PathBuf {
+        self.path.join(CHECKPOINT)
+    }
+
+    /// Accepts an epoch: it is on stable storage on return, and nothing older will be accepted again. Accepting the
+    /// present one changes nothing. On an error the present one stays in force.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StaleEpoch`] for one that is older than the present one; [`Error::Io`].
+    pub fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
+        self.replace_manifest(|manifest| {
+            if epoch < manifest.epoch {
+                return Err(Error::StaleEpoch { offered: epoch, accepted: manifest.epoch });
+            }
+            manifest.epoch = epoch;
+            Ok(())
+        })
+    }
+
+    /// Joins a cluster: durable on return. A node that has never met its leader does not know its cluster yet; one
+    /// that knows it stays in it. Joining the present one changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Mismatch`] if the node belongs to another cluster; [`Error::Io`].
+    pub fn join_cluster(&self, cluster: ClusterId) -> Result<()> {
+        self.replace_manifest(|manifest| {
+            if manifest.cluster != ClusterId::UNKNOWN && manifest.cluster != cluster {
+                let reason = format!("the node belongs to cluster {}, not to {cluster}", manifest.cluster);
+                return Err(Error::Mismatch { path: self.path.join(MANIFEST), reason: reason.into() });
+            }
+            manifest.cluster = cluster;
+            Ok(())
+        })
+    }
+
+    /// Changes the manifest on disk, then in memory.
+    fn replace_manifest(&self, change: impl FnOnce(&mut Manifest) -> Result<()>) -> Result<()> {
+        let mut manifest = self.manifest.lock();
+        let mut changed = *manifest;
+        change(&mut changed)?;
+        if changed != *manifest {
+            atomic_file::replace(&self.path.join(MANIFEST), &changed.encode())?;
+            *manifest = changed;
+        }
+        Ok(())
+    }
+}
+
+/// Takes the directory's lock, which ends with the file that is returned, at the latest when the process does.
+fn lock(directory: &Path) -> Result<File> {
+    let path = directory.join(LOCK);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(Error::io("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
+    }
+}
+
+/// Unlike [`Path::exists`], an error is an error and not a "no".
+fn exists(path: &Path) -> Result<bool> {
+    path.try_exists().map_err(Error::io("look for", path))
+}
+
+/// Makes a directory and its missing parents, durably.
+fn create_directory(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    if let Some(parent) = parent {
+        create_directory(parent)?;
+    }
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        result => result.map_err(Error::io("create", path))?,
+    }
+    let parent = parent.unwrap_or(Path::new("."));
+    sync_directory(parent).map_err(Error::io("sync", parent))
+}
+
+/// The names in a directory. One that is not Unicode comes back changed, which only matters to whoever opens it.
+fn names(directory: &Path) -> Result<Vec<String>> {
+    let entries = directory.read_dir().map_err(Error::io("read", directory))?;
+    entries
+        .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<_>>()
+        .map_err(Error::io("read", directory))
+}
+
+/// In a directory without `MANIFEST`: fails if it has served before.
+fn refuse_orphaned_logs(directory: &Path) -> Result<()> {
+    let manifest = directory.join(MANIFEST);
+    for name in names(directory)? {
+        let is_data = name == CHECKPOINT || (is_shard_directory(&name) && !is_empty_directory(&directory.join(&name))?);
+        if is_data {
+            let reason = format!("it is missing, though {name} holds data; restore it, or choose another directory");
+            return Err(Error::corrupt(manifest, 0, None, reason));
+        }
+    }
+    Ok(())
+}
+
+/// Before a directory is made: fails if it is one already, or somebody else's.
+fn refuse_foreign_content(directory: &Path) -> Result<()> {
+    for name in names(directory)? {
+        let reason = if name == MANIFEST {
+            "it exists already: this is the data directory of a node; open it instead".to_owned()
+        } else if name.starts_with('.')
+            || name == "lost+found"
+            || name == LOCK
+            || name == CHECKPOINT
+            || is_temporary(&name)
+            || is_shard_directory(&name)
+        {
+            continue;
+        } else {
+            "it is no part of a data directory; choose an empty one".to_owned()
+        };
+        return Err(Error::Mismatch { path: directory.join(name), reason: reason.into() });
+    }
+    Ok(())
+}
+
+fn is_shard_directory(name: &str) -> bool {
+    let number = name.strip_prefix("shard-").and_then(|number| number.parse().ok());
+    number.is_some_and(|number| shard_directory_name(ShardId(number)) == name)
+}
+
+fn is_empty_directory(path: &Path) -> Result<bool> {
+    Ok(path.is_dir() && names(path)?.is_empty())
+}
+
+/// Whether it is what a crash leaves of a file that was being replaced.
+fn is_temporary(name: &str) -> bool {
+    name.ends_with(".tmp") && [MANIFEST, CHECKPOINT].iter().any(|file| name.starts_with(file))
+}
+
+fn remove_temporary_files(directory: &Path) -> Result<()> {
+    for name in names(directory)? {
+        if is_temporary(&name) {
+            let path = directory.join(name);
+            log::info!("removing {}, left by an interrupted write", path.display());
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MANIFEST_OF_TWO: Manifest = Manifest {
+        cluster: ClusterId(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+        node: NodeId(9),
+        region: RegionId(3),
+        shard_count: 2,
+        segment_size: 65536,
+        epoch: Epoch(5),
+    };
+
+    fn decode(bytes: &[u8]) -> Result<Manifest> {
+        Manifest::decode(bytes, Path::new("MANIFEST"))
+    }
+
+    /// Bytes with a CRC that fits, so that only the other rules can refuse them.
+    fn resealed(mut bytes: Vec<u8>) -> Vec<u8> {
+        let end = bytes.len() - 4;
+        let crc = crc32fast::hash(&bytes[..end]);
+        bytes[end..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_manifest_survives_its_file_and_every_flipped_bit_and_cut_is_found() {
+        let bytes = MANIFEST_OF_TWO.encode();
+        assert_eq!(decode(&bytes).unwrap(), MANIFEST_OF_TWO);
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes;
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&damaged).unwrap_err().is_corruption(), "bit {bit}");
+        }
+        for len in 0..bytes.len() {
+            assert!(decode(&bytes[..len]).unwrap_err().is_corruption(), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn the_format_is_what_the_table_says() {
+        let mut golden = b"TOWLMAN\0\x01\0\x03\0\x02\0\0\0".to_vec();
+        golden.extend([9, 0, 0, 0, 0, 0, 0, 0]);
+        golden.extend([0, 0, 1, 0, 0, 0, 0, 0]);
+        golden.extend([5, 0, 0, 0, 0, 0, 0, 0]);
+        golden.extend([0xef, 0xcd, 0xab, 0x89, 0x67, 0x45, 0x23, 0x01].repeat(2));
+        golden.extend([0; 8]);
+        assert_eq!(resealed(golden), MANIFEST_OF_TWO.encode());
+    }
+
+    #[test]
+    fn a_newer_version_is_told_from_damage() {
+        let mut newer = MANIFEST_OF_TWO.encode().to_vec();
+        newer[8] = 2;
+        newer.extend([1; 40]);
+        let error = decode(&resealed(newer)).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("newer towline"), "{error}");
+    }
+
+    #[test]
+    fn numbers_that_no_directory_has_are_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        for wrong in [
+            Manifest { shard_count: 0, ..MANIFEST_OF_TWO },
+            Manifest { shard_count: MAX_SHARDS + 1, ..MANIFEST_OF_TWO },
+            Manifest { segment_size: 65537, ..MANIFEST_OF_TWO },
+        ] {
+            assert!(decode(&wrong.encode()).unwrap_err().is_corruption());
+            let error = DataDir::create(&parent.path().join("d"), wrong).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        }
+        assert!(names(parent.path()).unwrap().is_empty(), "nothing is made of it");
+    }
+
+    #[test]
+    fn one_directory_has_one_user_at_a_time() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("a/b");
+        let directory = DataDir::create(&path, MANIFEST_OF_TWO).unwrap();
+        assert!(matches!(DataDir::open(&path), Err(Error::InUse { path: named }) if named == path));
+        assert_eq!(DataDir::read_manifest(&path).unwrap(), MANIFEST_OF_TWO);
+        drop(directory);
+        let directory = DataDir::open(&path).unwrap().unwrap();
+        assert_eq!((directory.path(), directory.manifest()), (path.as_path(), MANIFEST_OF_TWO));
+        assert_eq!(directory.checkpoint_path(), path.join("replication.ckpt"));
+    }
+
+    #[test]
+    fn epochs_only_grow_and_are_kept() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap();
+        directory.accept_epoch(Epoch(5)).unwrap();
+        directory.accept_epoch(Epoch(8)).unwrap();
+        assert_eq!(DataDir::read_manifest(parent.path()).unwrap().epoch, Epoch(8));
+        let error = directory.accept_epoch(Epoch(7)).unwrap_err();
+        assert!(matches!(error, Error::StaleEpoch { offered: Epoch(7), accepted: Epoch(8) }));
+        drop(directory);
+        let manifest = DataDir::open(parent.path()).unwrap().unwrap().manifest();
+        assert_eq!(manifest, Manifest { epoch: Epoch(8), ..MANIFEST_OF_TWO });
+    }
+
+    #[test]
+    fn a_node_joins_one_cluster_and_stays() {
+        let parent = tempfile::tempdir().unwrap();
+        let alone = Manifest { cluster: ClusterId::UNKNOWN, ..MANIFEST_OF_TWO };
+        let directory = DataDir::create(parent.path(), alone).unwrap();
+        directory.join_cluster(ClusterId(4)).unwrap();
+        directory.join_cluster(ClusterId(4)).unwrap();
+        assert!(matches!(directory.join_cluster(ClusterId(5)), Err(Error::Mismatch { .. })));
+        assert_eq!(DataDir::read_manifest(parent.path()).unwrap(), Manifest { cluster: ClusterId(4), ..alone });
+    }
+
+    #[test]
+    fn an_epoch_that_could_not_be_kept_is_not_in_force() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap();
+        std::fs::create_dir(parent.path().join("MANIFEST.tmp")).unwrap();
+        assert!(directory.accept_epoch(Epoch(9)).is_err());
+        assert_eq!(directory.manifest().epoch, Epoch(5));
+    }
+
+    #[test]
+    fn nothing_is_touched_where_there_is_no_data_directory() {
+        let parent = tempfile::tempdir().unwrap();
+        assert!(DataDir::open(&parent.path().join("missing")).unwrap().is_none());
+        assert!(DataDir::open(parent.path()).unwrap().is_none());
+        assert!(names(parent.path()).unwrap().is_empty());
+        let file = parent.path().join("file");
+        std::fs::write(&file, b"x").unwrap();
+        assert!(matches!(DataDir::open(&file), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn a_log_without_manifest_is_never_taken_for_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
+        std::fs::write(parent.path().join("shard-0001/r0003-s0001-00000000000000000001.wal"), b"x").unwrap();
+        std::fs::remove_file(parent.path().join(MANIFEST)).unwrap();
+        for lock_too in [false, true] {
+            if lock_too {
+                std::fs::remove_file(parent.path().join(LOCK)).unwrap();
+            }
+            let error = DataDir::open(parent.path()).unwrap_err();
+            assert!(error.is_corruption() && error.to_string().contains("shard-0001 holds data"), "{error}");
+            assert!(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap_err().is_corruption());
+            assert!(!parent.path().join(MANIFEST).exists());
+        }
+    }
+
+    #[test]
+    fn an_interrupted_creation_is_as_good_as_none() {
+        let parent = tempfile::tempdir().unwrap();
+        drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
+        std::fs::rename(parent.path().join(MANIFEST), parent.path().join("MANIFEST.tmp")).unwrap();
+        assert!(DataDir::open(parent.path()).unwrap().is_none());
+        drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
+        assert!(!parent.path().join("MANIFEST.tmp").exists());
+    }
+
+    #[test]
+    fn a_directory_is_made_only_where_there_is_none() {
+        let parent = tempfile::tempdir().unwrap();
+        std::fs::write(parent.path().join(".hidden"), b"x").unwrap();
+        std::fs::create_dir(parent.path().join("lost+found")).unwrap();
+        drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
+        let error = DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("already"), "{error}");
+        let other = tempfile::tempdir().unwrap();
+        std::fs::write(other.path().join("thesis.tex"), b"x").unwrap();
+        let error = DataDir::create(other.path(), MANIFEST_OF_TWO).unwrap_err();
+        assert!(error.to_string().contains("thesis.tex"), "{error}");
+        assert_eq!(names(other.path()).unwrap(), ["thesis.tex"], "not even a lock is left there");
+    }
+
+    #[test]
+    fn left_over_temporary_files_are_removed_and_a_missing_shard_is_noticed() {
+        let parent = tempfile::tempdir().unwrap();
+        drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
+        for name in ["MANIFEST.tmp", "replication.ckpt.tmp", "mine.tmp"] {
+            std::fs::write(parent.path().join(name), b"half").unwrap();
+        }
+        drop(DataDir::open(parent.path()).unwrap().unwrap());
+        assert!(!parent.path().join("MANIFEST.tmp").exists());
+        assert!(!parent.path().join("replication.ckpt.tmp").exists());
+        assert!(parent.path().join("mine.tmp").exists());
+        std::fs::remove_dir(parent.path().join("shard-0001")).unwrap();
+        let error = DataDir::open(parent.path()).unwrap_err();
+        assert!(error.is_corruption() && error.to_string().contains("shard 1"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..80), sealed in any::<bool>()) {
+            let mut bytes = [MAGIC.as_slice(), &bytes].concat();
+            if sealed && bytes.len() >= 12 {
+                bytes = resealed(bytes);
+            }
+            let _ = decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! Reading segment files from disk, with reads alone: what recovery and the tools that only look have in common.
+//!
+//! Reads and not mappings, because a file that is damaged, cut short or being written by another process must give an
+//! error or a wrong checksum, never a fault; and because large sequential reads are as fast as the checksum needs.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, PAGE_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
+use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, BatchIter, Expected, FLAG_SEALING};
+use crate::wal::segment::{HEADER_PAGE, SegmentHeader, read_at};
+
+const HEADER: usize = BATCH_HEADER_LEN as usize;
+/// Bytes asked of the operating system at a time.
+const READ_LEN: usize = 1024 * 1024;
+
+/// The segments of a shard's directory, oldest first, and every other name in it.
+pub(super) fn list(directory: &Path) -> Result<(Vec<(WalSegmentId, PathBuf)>, Vec<PathBuf>)> {
+    let (mut segments, mut others) = (Vec::new(), Vec::new());
+    for entry in directory.read_dir().map_err(Error::io("read", directory))? {
+        let path = entry.map_err(Error::io("read", directory))?.path();
+        match path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<WalSegmentId>().ok()) {
+            Some(id) => segments.push((id, path)),
+            None => others.push(path),
+        }
+    }
+    segments.sort_by_key(|(id, _)| (id.first_lsn, *id));
+    others.sort();
+    Ok((segments, others))
+}
+
+/// A segment file, read through one buffer that grows to the largest batch and no further.
+pub(super) struct SegmentFile {
+    pub(super) path: PathBuf,
+    /// Bytes in the file when it was opened.
+    pub(super) len: u64,
+    file: File,
+    buffer: Vec<u8>,
+    /// Where in the file `buffer` begins.
+    buffered_from: u64,
+}
+
+impl SegmentFile {
+    pub(super) fn open(path: &Path) -> Result<SegmentFile> {
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let len = file.metadata().map_err(Error::io("look at", path))?.len();
+        Ok(SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), buffered_from: 0 })
+    }
+
+    /// The bytes from `at` on: `wanted` of them or more, fewer only where the file ends.
+    pub(super) fn bytes(&mut self, at: u64, wanted: u64) -> Result<&[u8]> {
+        let wanted = wanted.min(self.len.saturating_sub(at));
+        if let Some(start) = self.position_in_buffer(at, wanted) {
+            return Ok(&self.buffer[start..]);
+        }
+        // What is in the buffer already moves to its beginning; the rest is read behind it.
+        let kept = match self.position_in_buffer(at, 0) {
+            Some(start) => {
+                self.buffer.drain(..start);
+                self.buffer.len()
+            }
+            None => 0,
+        };
+        let wanted = usize::try_from(wanted).map_err(|_| {
+            Error::corrupt(&self.path, at, None, "a batch is too large for this machine's memory".to_owned())
+        })?;
+        self.buffered_from = at;
+        self.buffer.resize(wanted.max(READ_LEN), 0);
+        let mut filled = kept;
+        while filled < self.buffer.len() {
+            let count = read_at(&self.file, &mut self.buffer[filled..], at + filled as u64)
+                .or_else(
+                    |error| if error.kind() == std::io::ErrorKind::Interrupted { Ok(usize::MAX) } else { Err(error) },
+                )
+                .map_err(Error::io("read", &self.path))?;
+            match count {
+                0 => break,
+                usize::MAX => {}
+                count => filled += count,
+            }
+        }
+        self.buffer.truncate(filled);
+        Ok(&self.buffer)
+    }
+
+    /// Where `at` is in the buffer, if that and `wanted` bytes from there on are in it.
+    fn position_in_buffer(&self, at: u64, wanted: u64) -> Option<usize> {
+        let start = usize::try_from(at.checked_sub(self.buffered_from)?).ok()?;
+        let rest = self.buffer.len().checked_sub(start)?;
+        (rest as u64 >= wanted).then_some(start)
+    }
+
+    /// The header page; the inner error is what is wrong with it.
+    pub(super) fn header(&mut self) -> Result<Result<SegmentHeader, String>> {
+        let len = self.len;
+        Ok(match self.bytes(0, SEGMENT_HEADER_LEN)?.first_chunk::<HEADER_PAGE>() {
+            Some(page) if page.iter().all(|&byte| byte == 0) => Err("its header page is blank".to_owned()),
+            Some(page) => SegmentHeader::decode(page),
+            None => Err(format!("its {len} bytes are too few for a header page")),
+        })
+    }
+
+    /// The end of the last byte that is not zero at or after `from`; `from` where there is none.
+    pub(super) fn extent(&mut self, from: u64) -> Result<u64> {
+        let (mut at, mut extent) = (from, from);
+        while at < self.len {
+            let bytes = self.bytes(at, 1)?;
+            if bytes.is_empty() {
+                break;
+            }
+            if let Some(last) = last_non_zero(bytes) {
+                extent = at + last as u64 + 1;
+            }
+            at += bytes.len() as u64;
+        }
+        Ok(extent)
+    }
+}
+
+/// The index of the last byte that is not zero.
+fn last_non_zero(bytes: &[u8]) -> Option<usize> {
+    let mut end = bytes.len();
+    for chunk in bytes.rchunks(PAGE_LEN as usize) {
+        if !is_zero(chunk) {
+            let start = end - chunk.len();
+            return chunk.iter().rposition(|&byte| byte != 0).map(|index| start + index);
+        }
+        end -= chunk.len();
+    }
+    None
+}
+
+/// Whether all bytes are zero, without an early exit inside a chunk, so that it compiles to vector instructions.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(256).all(|chunk| chunk.iter().fold(0, |any, &byte| any | byte) == 0)
+}
+
+/// How far a walk over batches came.
+#[derive(Clone, Debug)]
+pub(super) struct Walked {
+    /// The end of the last valid batch, in bytes from the beginning of the file.
+    pub(super) end: u64,
+    /// What the batch after it must continue.
+    pub(super) next: Expected,
+    /// The newest timestamp; the default where there is no batch.
+    pub(super) timestamp: HybridTimestamp,
+    /// The highest LSN that a batch says was synced.
+    pub(super) synced: Lsn,
+    pub(super) batches: u64,
+    pub(super) records: u64,
+    /// Why it ended; `None` at a sealing batch or at the limit.
+    pub(super) stopped: Option<BatchError>,
+    pub(super) sealed: bool,
+}
+
+impl Walked {
+    /// The LSN of the last record.
+    pub(super) fn last_lsn(&self) -> Lsn {
+        self.next.first_lsn.previous()
+    }
+}
+
+/// Walks the batches of a segment from `at`, where a batch that continues `expected` is due, and verifies each, until
+/// one is not valid, one seals, or `limit` is reached. The segment has `size` bytes by its header.
+///
+/// A sealing batch before any record is not valid in a segment: its successor would have the same name.
+pub(super) fn walk(
+    file: &mut SegmentFile,
+    (mut at, limit, size): (u64, u64, u64),
+    expected: Expected,
+    mut visit: impl FnMut(u64, Batch<'_>),
+) -> Result<Walked> {
+    let mut walked = Walked {
+        end: at,
+        next: expected,
+        timestamp: HybridTimestamp::default(),
+        synced: Lsn::ZERO,
+        batches: 0,
+        records: 0,
+        stopped: None,
+        sealed: false,
+    };
+    while at < limit {
+        let header = match verify_at(file, at, size, walked.next)? {
+            Ok(header) if header.is_sealing() && at == SEGMENT_HEADER_LEN => {
+                walked.stopped = Some(BatchError::Invalid("it seals a segment that has no records".into()));
+                break;
+            }
+            Ok(header) => header,
+            Err(error) => {
+                walked.stopped = Some(error);
+                break;
+            }
+        };
+        if let Some(batch) = BatchIter::new(file.bytes(at, header.total_len())?).next() {
+            visit(at, batch);
+        }
+        at += header.total_len();
+        walked.end = at;
+        walked.next = Expected { first_lsn: header.last_lsn().next(), chain: header.crc, ..walked.next };
+        walked.timestamp = walked.timestamp.max(header.timestamp);
+        walked.synced = walked.synced.max(header.synced_lsn);
+        walked.batches += 1;
+        walked.records += u64::from(header.record_count);
+        if header.is_sealing() {
+            walked.sealed = true;
+            break;
+        }
+    }
+    Ok(walked)
+}
+
+/// Verifies one batch, reading as much as it needs.
+fn verify_at(
+    file: &mut SegmentFile,
+    at: u64,
+    size: u64,
+    expected: Expected,
+) -> Result<Result<BatchHeader, BatchError>> {
+    let room = size.saturating_sub(at);
+    match batch::verify(file.bytes(at, BATCH_HEADER_LEN)?, room, expected) {
+        // Only asked for after the header has proved to be the one due here, so a stray length reads nothing.
+        Err(BatchError::Incomplete { needed }) => Ok(batch::verify(file.bytes(at, needed)?, room, expected)),
+        result => Ok(result),
+    }
+}
+
+/// Which batches can stand somewhere behind damage.
+#[derive(Clone, Debug)]
+pub(super) struct Plausible {
+    /// The lowest first LSN: one behind the last record before the damage.
+    pub(super) lowest: Lsn,
+    /// The highest first LSN that a batch can have at offset `base`. Each later byte allows for a quarter of a record,
+    /// because a record takes four bytes at least.
+    pub(super) highest: Lsn,
+    pub(super) base: u64,
+    /// The epoch of the segment, if its header is readable, otherwise the oldest it can have.
+    pub(super) epoch: std::ops::RangeInclusive<u64>,
+}
+
+/// Whether somewhere behind damage there is a batch that is consistent in itself: the next one at or after `from`.
+///
+/// What its predecessors were is not known there, so the chain that it says it continues is taken for granted; all
+/// other rules are checked, the cheap ones first, and then the CRC. Bytes of a record can look like a batch; that they
+/// also have an LSN and an epoch that fit takes a copy of a log with the same numbers inside a record of the log.
+pub(super) fn next_consistent(
+    file: &mut SegmentFile,
+    from: u64,
+    size: u64,
+    plausible: &Plausible,
+) -> Result<Option<(u64, BatchHeader)>> {
+    let mut at = from.next_multiple_of(BATCH_ALIGNMENT);
+    loop {
+        let bytes = file.bytes(at, BATCH_HEADER_LEN)?;
+        if bytes.len() < HEADER {
+            return Ok(None);
+        }
+        match first_plausible(bytes, at, size, plausible) {
+            Ok((found, header)) => {
+                if has_its_crc(file, found, &header)? {
+                    return Ok(Some((found, header)));
+                }
+                at = found + BATCH_ALIGNMENT;
+            }
+            Err(next) => at = next,
+        }
+    }
+}
+
+/// The first header in `bytes`, which begin at offset `at`, that can be one; else where to go on looking.
+fn first_plausible(bytes: &[u8], at: u64, size: u64, plausible: &Plausible) -> Result<(u64, BatchHeader), u64> {
+    const STEP: usize = BATCH_ALIGNMENT as usize;
+    let mut index = 0;
+    while let Some(first) = bytes.get(index..).and_then(|rest| rest.first_chunk::<HEADER>()) {
+        let offset = at + index as u64;
+        let has_version = first[48..50] == BATCH_VERSION.to_le_bytes() && first[51..56] == [0; 5];
+        if has_version {
+            let header = BatchHeader::decode(first);
+            if is_plausible(&header, offset, size, plausible) {
+                return Ok((offset, header));
+            }
+        } else if first[8..16] == [0; 8] {
+            // A header whose LSN would be in zeros is none: leave out zeros by the page.
+            let rest = &bytes[index..];
+            if rest.len() >= PAGE_LEN as usize && is_zero(&rest[..PAGE_LEN as usize]) {
+                index += PAGE_LEN as usize - STEP;
+                continue;
+            }
+        }
+        index += STEP;
+    }
+    Err(at + index as u64)
+}
+
+fn is_plausible(header: &BatchHeader, offset: u64, size: u64, plausible: &Plausible) -> bool {
+    let records_behind = offset.saturating_sub(plausible.base) / RECORD_HEADER_LEN;
+    header.flags & !FLAG_SEALING == 0
+        && header.is_sealing() == (header.record_count == 0)
+        && u64::from(header.record_count) * RECORD_HEADER_LEN <= u64::from(header.body_len)
+        && (!header.is_sealing() || header.body_len == 0)
+        && header.total_len() <= size.saturating_sub(offset)
+        && plausible.epoch.contains(&header.epoch.0)
+        && header.first_lsn >= plausible.lowest
+        && header.first_lsn <= plausible.highest.plus(records_behind)
+        && header.synced_lsn < header.first_lsn
+}
+
+/// Whether the CRC fits, in pieces, so that a stray length does not become a buffer of that size.
+fn has_its_crc(file: &mut SegmentFile, at: u64, header: &BatchHeader) -> Result<bool> {
+    let end = at + header.total_len();
+    let (mut position, mut chain) = (at + 4, header.prev_crc);
+    while position < end {
+        let bytes = file.bytes(position, 1)?;
+        let len = usize::try_from(end - position).unwrap_or(usize::MAX).min(bytes.len());
+        if len == 0 {
+            return Ok(false);
+        }
+        chain = batch::chain_after(chain, &bytes[..len]);
+        position += len as u64;
+    }
+    Ok(chain == header.crc)
+}
