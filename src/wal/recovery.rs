@@ -474,12 +474,11 @@ impl<'a> Survey<'a> {
     /// Moves the last segment to the dropped ones if it has no record and is not where the log's position stands.
     fn drop_empty_segment(&mut self) {
         let holds_position = self.segments.len() == 1 && self.next.first_lsn > Lsn::FIRST;
-        if self.segments.last().is_some_and(|last| last.published == SEGMENT_HEADER_LEN) && !holds_position {
-            if let Some(empty) = self.segments.pop() {
-                let is_short = self.short.iter().any(|(path, _)| *path == empty.path);
-                self.short.retain(|(path, _)| *path != empty.path);
-                self.dropped.insert(0, (empty.path, !is_short));
-            }
+        let is_empty = |last: &mut RecoveredSegment| last.published == SEGMENT_HEADER_LEN && !holds_position;
+        if let Some(empty) = self.segments.pop_if(is_empty) {
+            let is_short = self.short.iter().any(|(path, _)| *path == empty.path);
+            self.short.retain(|(path, _)| *path != empty.path);
+            self.dropped.insert(0, (empty.path, !is_short));
         }
     }
 
@@ -719,8 +718,8 @@ mod tests {
         let far = Expected { first_lsn: Lsn(1_000_000), chain: Chain(1), epoch: Epoch(3) };
         let other = crate::wal::batch::build(far, HybridTimestamp(1), Lsn(999_999), &[b"y"]);
         let gap = log.end();
-        // The four bytes bring the copies to a multiple of eight.
-        log.append(&[b"", &own[4096..4096 + 64], &[0; 4], &other]);
+        // The empty records bring the copies to multiples of eight, where batches are looked for.
+        log.append(&[b"", &own[4096..4096 + 64], b"", &other]);
         write(&log.segment_path(), &[0; 50], gap);
         assert_eq!(recover_twice(&log, Lsn(1)).unwrap().head, Lsn(1));
     }

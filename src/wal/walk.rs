@@ -12,12 +12,20 @@ use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, BatchIter, Expected, FLAG_SEALING};
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader, read_at};
 
+#[allow(clippy::cast_possible_truncation, reason = "a small constant")]
 const HEADER: usize = BATCH_HEADER_LEN as usize;
+#[allow(clippy::cast_possible_truncation, reason = "a small constant")]
+const PAGE: usize = PAGE_LEN as usize;
+#[allow(clippy::cast_possible_truncation, reason = "a small constant")]
+const STEP: usize = BATCH_ALIGNMENT as usize;
 /// Bytes asked of the operating system at a time.
 const READ_LEN: usize = 1024 * 1024;
 
+/// Segments by name, oldest first.
+pub(super) type Listing = Vec<(WalSegmentId, PathBuf)>;
+
 /// The segments of a shard's directory, oldest first, and every other name in it.
-pub(super) fn list(directory: &Path) -> Result<(Vec<(WalSegmentId, PathBuf)>, Vec<PathBuf>)> {
+pub(super) fn list(directory: &Path) -> Result<(Listing, Vec<PathBuf>)> {
     let (mut segments, mut others) = (Vec::new(), Vec::new());
     for entry in directory.read_dir().map_err(Error::io("read", directory))? {
         let path = entry.map_err(Error::io("read", directory))?.path();
@@ -122,7 +130,7 @@ impl SegmentFile {
 /// The index of the last byte that is not zero.
 fn last_non_zero(bytes: &[u8]) -> Option<usize> {
     let mut end = bytes.len();
-    for chunk in bytes.rchunks(PAGE_LEN as usize) {
+    for chunk in bytes.rchunks(PAGE) {
         if !is_zero(chunk) {
             let start = end - chunk.len();
             return chunk.iter().rposition(|&byte| byte != 0).map(|index| start + index);
@@ -271,7 +279,6 @@ pub(super) fn next_consistent(
 
 /// The first header in `bytes`, which begin at offset `at`, that can be one; else where to go on looking.
 fn first_plausible(bytes: &[u8], at: u64, size: u64, plausible: &Plausible) -> Result<(u64, BatchHeader), u64> {
-    const STEP: usize = BATCH_ALIGNMENT as usize;
     let mut index = 0;
     while let Some(first) = bytes.get(index..).and_then(|rest| rest.first_chunk::<HEADER>()) {
         let offset = at + index as u64;
@@ -284,8 +291,8 @@ fn first_plausible(bytes: &[u8], at: u64, size: u64, plausible: &Plausible) -> R
         } else if first[8..16] == [0; 8] {
             // A header whose LSN would be in zeros is none: leave out zeros by the page.
             let rest = &bytes[index..];
-            if rest.len() >= PAGE_LEN as usize && is_zero(&rest[..PAGE_LEN as usize]) {
-                index += PAGE_LEN as usize - STEP;
+            if rest.len() >= PAGE && is_zero(&rest[..PAGE]) {
+                index += PAGE - STEP;
                 continue;
             }
         }
@@ -321,4 +328,79 @@ fn has_its_crc(file: &mut SegmentFile, at: u64, header: &BatchHeader) -> Result<
         position += len as u64;
     }
     Ok(chain == header.crc)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Chain, Epoch};
+
+    /// A file that is larger than the buffer: page of header, then batches with bodies of these sizes, then zeros.
+    fn file_of(sizes: &[usize], len: usize) -> (tempfile::TempDir, SegmentFile, Vec<u64>) {
+        let mut next = Expected { first_lsn: Lsn(1), chain: Chain(9), epoch: Epoch(1) };
+        let (mut bytes, mut ends) = (vec![0; HEADER_PAGE], Vec::new());
+        for (index, size) in sizes.iter().enumerate() {
+            let record: Vec<u8> = (0..*size).map(|at| u8::try_from((at * 31 + index) % 251).unwrap()).collect();
+            let batch = batch::build(next, HybridTimestamp(index as u64), Lsn::ZERO, &[&record]);
+            let header = BatchHeader::decode(batch.first_chunk().unwrap());
+            next = Expected { first_lsn: header.last_lsn().next(), chain: header.crc, ..next };
+            bytes.extend(batch);
+            ends.push(bytes.len() as u64);
+        }
+        bytes.resize(len, 0);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("segment");
+        std::fs::write(&path, bytes).unwrap();
+        let file = SegmentFile::open(&path).unwrap();
+        (directory, file, ends)
+    }
+
+    const FIRST: Expected = Expected { first_lsn: Lsn(1), chain: Chain(9), epoch: Epoch(1) };
+    const SIZES: [usize; 9] = [10, 700_000, 700_000, 2_500_000, 0, 1_048_576, 999, 1_040_000, 5];
+    const LEN: usize = 8 * 1024 * 1024;
+
+    #[test]
+    fn a_walk_is_the_same_however_batches_lie_across_the_buffer() {
+        let (_directory, mut file, ends) = file_of(&SIZES, LEN);
+        let mut seen = Vec::new();
+        let walked = walk(&mut file, (4096, LEN as u64, LEN as u64), FIRST, |at, batch| {
+            seen.push(at + batch.header.total_len());
+            assert_eq!(batch.records().next().unwrap().bytes.len(), SIZES[seen.len() - 1]);
+        });
+        let walked = walked.unwrap();
+        assert_eq!(seen, ends);
+        assert_eq!((walked.end, walked.records, walked.stopped), (*ends.last().unwrap(), 9, Some(BatchError::Blank)));
+        assert_eq!(file.extent(walked.end).unwrap(), walked.end);
+        assert!(ends[8] - file.extent(4096).unwrap() < 8, "but for padding");
+    }
+
+    #[test]
+    fn behind_damage_each_batch_is_found_from_wherever_the_search_begins() {
+        let (_directory, mut file, ends) = file_of(&SIZES, LEN);
+        let plausible = Plausible { lowest: Lsn(1), highest: Lsn(1), base: 0, epoch: 1..=1 };
+        let mut from = 0;
+        for (index, end) in ends.iter().enumerate() {
+            let (found, header) = next_consistent(&mut file, from, LEN as u64, &plausible).unwrap().unwrap();
+            assert_eq!((found + header.total_len(), header.first_lsn), (*end, Lsn(index as u64 + 1)));
+            from = found + 1;
+        }
+        assert_eq!(next_consistent(&mut file, from, LEN as u64, &plausible).unwrap(), None);
+        let other_epoch = Plausible { epoch: 2..=9, ..plausible };
+        assert_eq!(next_consistent(&mut file, 0, LEN as u64, &other_epoch).unwrap(), None);
+    }
+
+    #[test]
+    fn the_extent_ends_with_the_last_byte_that_is_not_zero() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        for last in [None, Some(0), Some(4095), Some(4096), Some(READ_LEN - 1), Some(READ_LEN), Some(READ_LEN + 300)] {
+            let mut bytes = vec![0; READ_LEN + 301];
+            if let Some(last) = last {
+                bytes[last] = 1;
+            }
+            std::fs::write(&path, bytes).unwrap();
+            let extent = SegmentFile::open(&path).unwrap().extent(0).unwrap();
+            assert_eq!(extent, last.map_or(0, |last| last as u64 + 1));
+        }
+    }
 }
