@@ -2,6 +2,8 @@
 
 pub mod error;
 pub mod limits;
+pub mod rebuild;
+pub mod target;
 pub mod types;
 pub mod wal;
 
