@@ -9,7 +9,7 @@ pub mod router;
 
 use std::fmt;
 
-pub use fixed_store::{FixedStore, FixedStoreOptions};
+pub use fixed_store::{Entry, FixedStore, FixedStoreOptions, FixedStoreReader};
 pub use router::ShardRouter;
 
 use crate::error::{Error, Result};

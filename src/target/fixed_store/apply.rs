@@ -188,7 +188,7 @@ impl Shard {
                 self.id
             )));
         }
-        let operation = Operation::decode(&self.layout, record).map_err(|reason| self.contradicts(0, lsn, reason))?;
+        let operation = Operation::decode(&self.layout, record).map_err(|reason| self.foreign(lsn, &reason))?;
         self.ensure_slot(writer, operation.slot, lsn)?;
         operation.result(lsn).encode(&self.layout, operation.slot, &mut writer.image);
         self.check_history(writer, lsn, operation.slot)?;
@@ -225,54 +225,63 @@ impl Shard {
 
     /// Writes `writer.image`, the operation's result, unless the slot is newer; keeps index and free slots in step.
     fn write_slot(&self, writer: &mut Writer, lsn: Lsn, operation: &Operation<'_>) -> Result<()> {
-        let (slot, key) = (operation.slot, operation.key);
-        let rebuilding = self.is_rebuilding();
+        let slot = operation.slot;
         let was_torn = writer.torn.contains(&slot);
-        let was_occupied = if was_torn {
-            false
-        } else {
-            let current = self.front_of(slot, &mut writer.front)?;
-            if current.lsn() >= lsn {
-                return Ok(());
-            }
-            let blank_allowed = operation.value.is_some() || rebuilding;
-            match current {
-                Slot::Occupied { key: found, .. } if found == key => true,
-                Slot::Deleted { .. } if operation.value.is_some() => false,
-                Slot::Free if blank_allowed => false,
-                Slot::Occupied { .. } => {
-                    return Err(self.contradicts(slot, lsn, "the record is for a slot that holds another key"));
-                }
-                _ => return Err(self.contradicts(slot, lsn, "the record deletes a key that is not in its slot")),
-            }
-        };
+        let before = if was_torn { Slot::Free } else { self.front_of(slot, &mut writer.front)? };
+        if before.lsn() >= lsn {
+            return Ok(());
+        }
+        if !was_torn && !self.follows(&before, operation) {
+            return Err(self.contradicts(slot, lsn, "the record does not follow from what is in its slot"));
+        }
+        let was_occupied = matches!(before, Slot::Occupied { .. });
         if operation.value.is_some() {
-            let elsewhere = self.index.get(key).filter(|&other| other != slot);
-            let is_newer_elsewhere = self.is_elsewhere_since(key, slot, lsn, &mut writer.front)?;
-            if elsewhere.is_some() && !is_newer_elsewhere {
-                return Err(self.contradicts(slot, lsn, "the record puts a key that is in another slot already"));
-            }
-            self.map.write(&mut writer.slots, slot, &writer.image);
-            writer.take(slot);
-            if !rebuilding && elsewhere.is_none() && !was_occupied {
-                self.index.insert(key, slot);
-            }
-            self.occupied.fetch_add(u64::from(!was_occupied), Ordering::AcqRel);
+            self.put_slot(writer, lsn, operation, was_occupied)?;
         } else {
-            // Readers rely on this order: what the index names is there, or the index knows better by now.
-            if self.index.get(key) == Some(slot) {
-                self.index.remove(key);
-            }
-            self.map.write(&mut writer.slots, slot, &writer.image);
-            writer.take(slot);
-            writer.free.insert(slot);
-            self.occupied.fetch_sub(u64::from(was_occupied), Ordering::AcqRel);
+            self.delete_slot(writer, operation, was_occupied);
         }
         if was_torn {
             writer.torn.remove(&slot);
             self.torn.fetch_sub(1, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    /// Whether a record can be the next one after what its slot holds (rule 3).
+    fn follows(&self, before: &Slot<'_>, operation: &Operation<'_>) -> bool {
+        match before {
+            Slot::Occupied { key, .. } => *key == operation.key,
+            Slot::Deleted { .. } => operation.value.is_some(),
+            Slot::Free => operation.value.is_some() || self.is_rebuilding(),
+        }
+    }
+
+    fn put_slot(&self, writer: &mut Writer, lsn: Lsn, put: &Operation<'_>, was_occupied: bool) -> Result<()> {
+        let (slot, key) = (put.slot, put.key);
+        let elsewhere = self.index.get(key).is_some_and(|other| other != slot);
+        if elsewhere && !self.is_elsewhere_since(key, slot, lsn, &mut writer.front)? {
+            return Err(self.contradicts(slot, lsn, "the record puts a key that is in another slot already"));
+        }
+        // The slot first: what the index names must be there.
+        self.map.write(&mut writer.slots, slot, &writer.image);
+        writer.take(slot);
+        if !was_occupied && !elsewhere && !self.is_rebuilding() {
+            self.index.insert(key, slot);
+        }
+        self.occupied.fetch_add(u64::from(!was_occupied), Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn delete_slot(&self, writer: &mut Writer, delete: &Operation<'_>, was_occupied: bool) {
+        let slot = delete.slot;
+        // The index first: what it names must be there.
+        if self.index.get(delete.key) == Some(slot) {
+            self.index.remove(delete.key);
+        }
+        self.map.write(&mut writer.slots, slot, &writer.image);
+        writer.take(slot);
+        writer.free.insert(slot);
+        self.occupied.fetch_sub(u64::from(was_occupied), Ordering::AcqRel);
     }
 
     /// Grows until the slot exists. Slots are taken one after the other, so one far beyond the end makes no sense.
@@ -292,6 +301,11 @@ impl Shard {
             self.grow(&mut writer.slots)?;
         }
         Ok(())
+    }
+
+    /// A record that another kind of target wrote, or a newer version.
+    pub(super) fn foreign(&self, lsn: Lsn, reason: &str) -> Error {
+        Error::invalid(format!("the record at LSN {lsn} of shard {} is none of a fixed store's: {reason}", self.id))
     }
 
     fn contradicts(&self, slot: u64, lsn: Lsn, reason: impl Into<std::borrow::Cow<'static, str>>) -> Error {

@@ -168,7 +168,7 @@ impl Header {
         bytes[10..12].copy_from_slice(&self.shard.0.to_le_bytes());
         bytes[12..14].copy_from_slice(&self.shard_count.to_le_bytes());
         bytes[14] = self.prefix_bits;
-        bytes[15] = u8::from(self.clean) * FLAG_CLEAN | u8::from(self.rebuilding) * FLAG_REBUILDING;
+        bytes[15] = (u8::from(self.clean) * FLAG_CLEAN) | (u8::from(self.rebuilding) * FLAG_REBUILDING);
         bytes[16..20].copy_from_slice(&self.layout.key_len.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.layout.value_len.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.layout.slot_size.to_le_bytes());
@@ -371,7 +371,7 @@ impl<'a> Operation<'a> {
 
     pub(super) fn decode(layout: &Layout, bytes: &'a [u8]) -> Result<Operation<'a>, String> {
         let Some((fixed, rest)) = bytes.split_first_chunk::<RECORD_FIXED_LEN>() else {
-            return Err(format!("a record of {} bytes is none of a fixed store's", bytes.len()));
+            return Err(format!("{} bytes are too few", bytes.len()));
         };
         if fixed[0] != RECORD_VERSION {
             return Err(format!("record version {} is not {RECORD_VERSION}", fixed[0]));
@@ -571,9 +571,13 @@ mod tests {
             }
             let _ = Slot::decode(&layout(), 1, &slot);
             let _ = Slot::decode_prefix(&layout(), &slot);
-            if let Some(header) = slot.first_chunk_mut::<HEADER_LEN>() {
-                let _ = Header::decode(header);
+            slot.resize(HEADER_LEN, 0);
+            if fix_crc {
+                slot[..10].copy_from_slice(&header().encode()[..10]);
+                let crc = crc32fast::hash(&slot[..60]);
+                slot[60..].copy_from_slice(&crc.to_le_bytes());
             }
+            let _ = Header::decode_page(&slot);
         }
     }
 }

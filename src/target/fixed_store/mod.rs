@@ -428,8 +428,8 @@ impl ReplicationTarget for FixedStore {
 
     fn blocks_of(&self, shard: ShardId, record: Record<'_>, blocks: &mut Vec<BlockId>) -> Result<bool> {
         let shard = self.shard(shard)?;
-        let operation = Operation::decode(&shard.layout, record.bytes)
-            .map_err(|reason| Error::invalid(format!("record {} of shard {}: {reason}", record.lsn, shard.id)))?;
+        let operation =
+            Operation::decode(&shard.layout, record.bytes).map_err(|reason| shard.foreign(record.lsn, &reason))?;
         blocks.push(BlockId(operation.slot));
         Ok(true)
     }

@@ -271,7 +271,7 @@ impl Shard {
     }
 
     /// After a failed sync nobody can know what is on disk: nothing more is written or reported as durable.
-    fn poison(&self, action: &'static str, source: std::io::Error) -> Error {
+    pub(super) fn poison(&self, action: &'static str, source: std::io::Error) -> Error {
         let _ = self.poisoned.set(format!("cannot {action} {}: {source}", self.path.display()));
         log::error!("shard {} is read-only: cannot {action} {}: {source}", self.id, self.path.display());
         Error::Io { action, path: self.path.clone(), source }

@@ -32,8 +32,9 @@ use memmap2::{MmapOptions, MmapRaw};
 use super::format::Layout;
 
 const WORD: usize = 8;
-/// Extents of one map. A store grows by an eighth at least, so this is far more than the largest store needs.
-const MAX_EXTENTS: usize = 512;
+/// Extents of one map. A store grows by an eighth at least, so this takes an empty one to the most slots there can be:
+/// 1.125 to the power of 240 is above 2^40.
+const MAX_EXTENTS: usize = 256;
 /// Sequence numbers of one map.
 const SEQUENCES: usize = 1024;
 /// How often a reader looks again before it lets other threads run.
@@ -49,7 +50,7 @@ struct Extent {
 /// The slots of one shard in memory: a list of extents that grows.
 pub(super) struct SlotsMap {
     layout: Layout,
-    extents: [OnceLock<Extent>; MAX_EXTENTS],
+    extents: Box<[OnceLock<Extent>]>,
     /// Slots that are mapped. Written by the one [`SlotWriter`] (Release) after their extent is in the list; whoever
     /// sees a value of it (Acquire) finds the extents of all slots below.
     slot_count: AtomicU64,
@@ -66,7 +67,7 @@ impl SlotsMap {
     pub(super) fn new(layout: Layout) -> (SlotsMap, SlotWriter) {
         let map = SlotsMap {
             layout,
-            extents: [const { OnceLock::new() }; MAX_EXTENTS],
+            extents: (0..MAX_EXTENTS).map(|_| OnceLock::new()).collect(),
             slot_count: AtomicU64::new(0),
             sequences: (0..SEQUENCES).map(|_| AtomicU64::new(0)).collect(),
         };

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::target::BlockRun;
 
 pub(super) const OPTIONS: FixedStoreOptions =
     FixedStoreOptions { key_len: 16, value_len: 100, shard_count: 1, prefix_bits: 0 };
@@ -359,6 +360,54 @@ fn a_reader_sees_a_store_that_is_open() {
     assert_eq!(reader.topology(), store.topology());
 }
 
+#[test]
+fn after_a_failed_sync_nothing_is_written_or_reported_as_durable() {
+    let (store, log, dir) = store();
+    put(&store, &log, "a", "1");
+    store.sync(SHARD).unwrap();
+    put(&store, &log, "b", "2");
+    let failed = store.shards[0].poison("sync", std::io::Error::other("the disk is gone"));
+    assert!(failed.to_string().ends_with("the disk is gone"));
+    for error in [
+        store.sync(SHARD).unwrap_err(),
+        store.put(b"c", b"", |_, _| panic!("appended")).unwrap_err(),
+        store.begin_base(SHARD, BaseInfo { base_lsn: Lsn(9), block_len: 144, block_count: 0 }).err().unwrap(),
+    ] {
+        assert!(matches!(error, Error::Poisoned { shard: SHARD, .. }), "{error}");
+    }
+    assert_eq!(store.durable_applied(SHARD).unwrap(), Some(Lsn(1)));
+    assert_eq!(get(&store, "b").as_deref(), Some("2"), "reading goes on");
+    drop(store);
+    let header = read_header(&shard_path(dir.path(), 0), &File::open(shard_path(dir.path(), 0)).unwrap()).unwrap();
+    assert!(!header.clean && header.applied == Lsn(1));
+}
+
+/// A crash between extending the file and noting it in the header leaves a tail that counts for nothing.
+#[test]
+fn what_lies_behind_the_last_slot_is_zeroed_before_use() {
+    let (store, log, dir) = store();
+    store.close().unwrap();
+    let path = shard_path(dir.path(), 0);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes.resize(bytes.len() + 100_000, 0x55);
+    fs::write(&path, bytes).unwrap();
+    let store = FixedStore::open(dir.path(), &OPTIONS).unwrap();
+    put(&store, &log, "a", "1");
+    assert_eq!((contents(&store).len(), store.torn_slots(SHARD).unwrap()), (1, 0));
+    store.close().unwrap();
+    assert_eq!(FixedStore::open(dir.path(), &OPTIONS).unwrap().torn_slots(SHARD).unwrap(), 0);
+}
+
+#[test]
+fn an_interrupted_making_of_a_store_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = FixedStoreOptions { shard_count: 3, ..OPTIONS };
+    FixedStore::open(dir.path(), &options).unwrap().close().unwrap();
+    fs::remove_file(shard_path(dir.path(), 0)).unwrap();
+    fs::write(shard_path(dir.path(), 0).with_extension("new"), b"half").unwrap();
+    FixedStore::open(dir.path(), &options).unwrap();
+}
+
 /// Values are one repeated byte, so half a slot would show.
 #[test]
 fn concurrent_readers_never_see_half_a_slot() {
@@ -464,6 +513,24 @@ fn a_rebuild_under_writes_ends_with_the_same_slots() {
     leader.close().unwrap();
     follower.close().unwrap();
     assert!(slot_bytes(dir.path(), 0) == slot_bytes(other.path(), 0), "leader and follower differ");
+}
+
+#[test]
+fn blank_blocks_are_left_out_of_a_base() {
+    let (store, log, _dir) = store();
+    for slot in [1_u64, 2, 5] {
+        let mut record = Vec::new();
+        Operation { slot, key: &slot.to_le_bytes(), value: Some(b"v") }.encode(&mut record);
+        let lsn = log.append(SHARD, &record).unwrap();
+        store.apply(SHARD, Record { lsn, bytes: &record }).unwrap();
+    }
+    let mut source = store.open_base(SHARD).unwrap();
+    let len = source.info().block_len as usize;
+    let mut buffer = vec![0; 10 * len + 7];
+    let mut next = || source.next_run(&mut buffer).unwrap();
+    assert_eq!(next(), Some(BlockRun { first: BlockId(1), count: 2, len: 2 * len }));
+    assert_eq!(next(), Some(BlockRun { first: BlockId(5), count: 1, len }));
+    assert_eq!((next(), next()), (None, None));
 }
 
 #[test]
