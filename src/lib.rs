@@ -1,21 +1,88 @@
-//! Towline.
+//! A sharded write-ahead log for storage engines, towed to its followers.
+//!
+//! Synchronous and thread-per-shard: each shard is one ordered log of memory-mapped segments; each follower and shard
+//! has one blocking TCP stream; threads hand work to each other by moving atomic watermarks over the log itself. There
+//! is no async runtime, and an idle node makes no system calls but heartbeats.
+//!
+//! ```text
+//!  caller ──append──▶ log writer ──▶ mapped segment ──written──┬──▶ shipper (follower A) ──▶ TCP
+//!                                          │                   └──▶ shipper (follower B) ──▶ TCP
+//!                                          └──synced── whoever waits for it, or the sync thread
+//!
+//!  TCP ──▶ receiver ──▶ mapped segment ──received──┬──▶ sync ─────durable──┐
+//!                      (same bytes, same offsets)  └──▶ applier ──applied──┴──▶ ack ──TCP──▶ leader's marks
+//! ```
+//!
+//! # The journey of one write
+//!
+//! | where | what happens |
+//! |---|---|
+//! | [`wal`] | a record becomes part of a batch in a mapped segment, and has an LSN; later it is on stable storage |
+//! | [`watermark`] | `written` moves, and whoever waits for it wakes |
+//! | `shipper` | the mapped bytes go to the socket, one shipper for each follower and shard |
+//! | [`wire`], [`transport`] | frames over TCP, or within a process |
+//! | `receiver` | the socket's bytes go into the follower's mapped segment, at the same offset, and are checked |
+//! | [`target`] | the applier hands the records to the state machine, in order |
+//! | [`commit`] | acknowledgements come back, and whoever waits for the record's commit wakes |
+//!
+//! Around it: a [`Node`] leads or follows; [`data_dir`] and [`replication`] keep what must survive a restart;
+//! [`status`] and [`tail`] look in from outside; [`shutdown`] ends everything at once.
+//!
+//! # Example
+//!
+//! ```
+//! use std::sync::Arc;
+//! use towline::target::LogOnly;
+//! use towline::{Node, Outcome, ShardId};
+//!
+//! # let directory = tempfile::tempdir()?;
+//! # let (leader_dir, follower_dir) = (directory.path().join("a"), directory.path().join("b"));
+//! let leader = Node::builder(leader_dir).segment_size(1 << 20).lead("127.0.0.1:0")?;
+//! let follower = Node::builder(follower_dir).follow(leader.local_address(), Arc::new(LogOnly))?;
+//!
+//! let mut writer = leader.writer(ShardId(0))?;
+//! let lsn = writer.append(b"a record")?;
+//! let outcome = leader.wait(ShardId(0), lsn, "durable:1".parse()?, None)?;
+//! assert_eq!(outcome, Outcome::Committed);
+//! # drop(follower);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
+mod applier;
 mod atomic_file;
+mod backoff;
+pub mod commit;
 pub mod data_dir;
 pub mod error;
+mod follower;
+mod leader;
 pub mod limits;
+mod node;
+mod receiver;
+pub mod rebuild;
 pub mod replication;
+mod server;
+mod shipper;
 pub mod shutdown;
+pub mod status;
 mod sync;
+pub mod tail;
+pub mod target;
 pub mod transport;
 pub mod types;
 pub mod wal;
 pub mod watermark;
 pub mod wire;
 
+pub use commit::{AckLevel, Commit, Commits, FollowerMarks, Outcome};
+pub use data_dir::Manifest;
 pub use error::{Error, RefusalCode, Result};
+pub use follower::Follower;
+pub use leader::Leader;
+pub use node::{Node, NodeBuilder};
 pub use replication::{Checkpoint, CheckpointEntry, CheckpointError, ReplicationState};
 pub use shutdown::{ShutdownGuard, ShutdownSignal};
+pub use tail::Tail;
 pub use types::{
     Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, ParseSegmentIdError, RegionId, ShardId, WalSegmentId,
 };

@@ -1,0 +1,199 @@
+//! Giving and taking bases: a slot is a block.
+//!
+//! The image is read while records are applied. Each block is a whole slot, as one record left it, but blocks differ in
+//! age: all are at least as new as the base LSN, some may be newer. The slots' versions sort that out on the other side:
+//! of a block and what the log has put into its slot, the newer stays. Once the log has been applied up to the newest
+//! block, the image is the leader's state at that LSN.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::format::{MAX_SLOTS, Slot};
+use super::shard::Shard;
+use crate::error::{Error, Result};
+use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, BlockRun};
+use crate::types::Lsn;
+
+struct SlotSource {
+    shard: Arc<Shard>,
+    info: BaseInfo,
+    next: u64,
+}
+
+/// Makes a flushed boundary and opens the image at it.
+pub(super) fn open_base(shard: &Arc<Shard>) -> Result<Box<dyn BaseSource>> {
+    shard.check_serving()?;
+    shard.check_whole()?;
+    shard.sync()?;
+    let info = BaseInfo {
+        base_lsn: shard.durable_applied(),
+        block_len: shard.layout.slot_size,
+        block_count: shard.map.slot_count(),
+    };
+    Ok(Box::new(SlotSource { shard: Arc::clone(shard), info, next: 0 }))
+}
+
+impl BaseSource for SlotSource {
+    fn info(&self) -> BaseInfo {
+        self.info
+    }
+
+    fn next_run(&mut self, buffer: &mut [u8]) -> Result<Option<BlockRun>> {
+        let slot_len = self.shard.layout.slot_len();
+        if buffer.len() < slot_len {
+            return Err(Error::invalid(format!("a buffer of {} bytes for blocks of {slot_len}", buffer.len())));
+        }
+        let mut run: Option<BlockRun> = None;
+        for place in buffer.chunks_exact_mut(slot_len) {
+            // Blank blocks end a run, or are passed over before it.
+            let found = loop {
+                if self.next >= self.info.block_count {
+                    break false;
+                }
+                let is_free = matches!(self.shard.read_slot(self.next, place)?, Slot::Free);
+                self.next += 1;
+                if !is_free || run.is_some() {
+                    break !is_free;
+                }
+            };
+            if !found {
+                break;
+            }
+            let run = run.get_or_insert(BlockRun { first: BlockId(self.next - 1), count: 0, len: 0 });
+            run.count += 1;
+            run.len += slot_len;
+        }
+        // A rebuild of this very store that has begun since leaves nothing to give.
+        self.shard.check_serving()?;
+        Ok(run)
+    }
+}
+
+struct SlotSink {
+    shard: Arc<Shard>,
+    session: u64,
+    block_count: u64,
+}
+
+/// Sets the mark, empties the shard and opens it for blocks.
+pub(super) fn begin_base(shard: &Arc<Shard>, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
+    let mut writer = shard.writer.lock();
+    shard.check_sound()?;
+    if info.block_len != shard.layout.slot_size || info.block_count > MAX_SLOTS {
+        return Err(Error::Mismatch {
+            path: shard.path.clone(),
+            reason: format!(
+                "the base has {} blocks of {} bytes, but slots have {} bytes",
+                info.block_count, info.block_len, shard.layout.slot_size
+            )
+            .into(),
+        });
+    }
+    if !shard.is_rebuilding() && shard.applied() > info.base_lsn {
+        return Err(Error::invalid(format!(
+            "shard {} has applied LSN {}, which is newer than the offered base at LSN {}; nothing was changed",
+            shard.id,
+            shard.applied(),
+            info.base_lsn
+        )));
+    }
+    shard.update_header(|header| {
+        header.rebuilding = true;
+        header.clean = false;
+        header.applied = Lsn::ZERO;
+    })?;
+    // Readers look at the mark last, so they find it before they find anything gone.
+    shard.rebuilding.store(true, Ordering::SeqCst);
+    shard.index.clear();
+    writer.forget();
+    writer.set_marked_clean(false);
+    writer.slot_limit = info.block_count;
+    writer.rebuilds += 1;
+    writer.rebuild_session = writer.rebuilds;
+    shard.torn.store(0, Ordering::Release);
+    shard.occupied.store(0, Ordering::Release);
+    let mut bytes = vec![0; shard.layout.slot_len()];
+    for slot in 0..shard.map.slot_count() {
+        shard.map.read(slot, &mut bytes);
+        if bytes.iter().any(|&byte| byte != 0) {
+            bytes.fill(0);
+            shard.map.write(&mut writer.slots, slot, &bytes);
+        }
+    }
+    shard.applied.store(info.base_lsn.0, Ordering::Release);
+    shard.consistent_from.store(info.base_lsn.0, Ordering::Release);
+    let session = writer.rebuild_session;
+    Ok(Box::new(SlotSink { shard: Arc::clone(shard), session, block_count: info.block_count }))
+}
+
+impl SlotSink {
+    fn superseded(&self) -> Error {
+        Error::invalid(format!(
+            "this rebuild of shard {} is over: it was completed, cancelled or replaced",
+            self.shard.id
+        ))
+    }
+}
+
+impl BaseSink for SlotSink {
+    fn put_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
+        let mut writer = self.shard.writer.lock();
+        if writer.rebuild_session != self.session {
+            return Err(self.superseded());
+        }
+        if block.0 >= self.block_count {
+            return Err(Error::invalid(format!("block {block} of a base of {} blocks", self.block_count)));
+        }
+        let lsn = self.shard.put_base_slot(&mut writer, block.0, bytes)?;
+        self.shard.consistent_from.fetch_max(lsn.0, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn consistent_from(&self) -> Lsn {
+        self.shard.consistent_from()
+    }
+
+    fn complete(&mut self, achieved: Lsn) -> Result<()> {
+        let shard = &*self.shard;
+        let mut writer = shard.writer.lock();
+        if writer.rebuild_session != self.session {
+            return Err(self.superseded());
+        }
+        let (applied, needed) = (shard.applied(), shard.consistent_from().max(achieved));
+        if applied < needed {
+            return Err(Error::invalid(format!(
+                "the rebuild of shard {} needs the log up to LSN {needed}, and {applied} is applied",
+                shard.id
+            )));
+        }
+        while shard.map.slot_count() < writer.slot_limit {
+            shard.grow(&mut writer.slots)?;
+        }
+        shard.load(&mut writer)?;
+        if let Some(slot) = writer.first_torn() {
+            return Err(shard.damaged(slot, "the slot was damaged during the rebuild"));
+        }
+        shard.sync_slots()?;
+        shard.update_header(|header| {
+            header.rebuilding = false;
+            header.applied = applied;
+        })?;
+        writer.rebuild_session = 0;
+        writer.slot_limit = 0;
+        shard.rebuilding.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn cancel(&mut self) {
+        let mut writer = self.shard.writer.lock();
+        if writer.rebuild_session == self.session {
+            writer.rebuild_session = 0;
+        }
+    }
+}
+
+impl Drop for SlotSink {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
