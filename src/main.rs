@@ -1,3 +1,7 @@
-//! The `towline` command.
+//! The `towline` command: demonstrates, leads, follows, reads, asks and checks.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

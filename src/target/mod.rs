@@ -5,11 +5,13 @@
 //! built-in target, and the one to read before writing another.
 
 pub mod fixed_store;
+mod log_only;
 pub mod router;
 
 use std::fmt;
 
 pub use fixed_store::{Entry, FixedStore, FixedStoreOptions, FixedStoreReader};
+pub use log_only::LogOnly;
 pub use router::ShardRouter;
 
 use crate::error::{Error, Result};

@@ -232,7 +232,8 @@ impl Frame {
 /// What both halves of one side share. When it goes, the connection closes.
 struct Side {
     peer: String,
-    outgoing: Sender<Frame>,
+    /// None once sending has been finished.
+    outgoing: Mutex<Option<Sender<Frame>>>,
     incoming: Receiver<Frame>,
     /// Ended by this side's closer, or by its halves being gone.
     own_end: Arc<End>,
@@ -263,7 +264,7 @@ fn side(
     peer_end: Arc<End>,
 ) -> Connection {
     let end = Arc::clone(&own_end);
-    let side = Arc::new(Side { peer: peer.clone(), outgoing, incoming, own_end, peer_end });
+    let side = Arc::new(Side { peer: peer.clone(), outgoing: Mutex::new(Some(outgoing)), incoming, own_end, peer_end });
     Connection {
         peer,
         sender: Box::new(InProcessSender { side: Arc::clone(&side) }),
@@ -295,13 +296,21 @@ impl FrameSender for InProcessSender {
             Body::Bytes(bytes) => FrameBody::Owned(bytes.into()),
             Body::Log(range) => FrameBody::Log(range.clone()),
         };
+        // Only this sender locks it.
+        let outgoing = side.outgoing.lock();
+        let Some(outgoing) = outgoing.as_ref() else { return Err(closed_here("send to", &side.peer)) };
         select! {
-            send(side.outgoing, Frame { header, prefix: Prefix::new(prefix), body }) -> sent => {
+            send(outgoing, Frame { header, prefix: Prefix::new(prefix), body }) -> sent => {
                 sent.map_err(|_| peer_gone())
             }
             recv(side.own_end.signal) -> _ => Err(closed_here("send to", &side.peer)),
             recv(side.peer_end.signal) -> _ => Err(peer_gone()),
         }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.side.outgoing.lock().take();
+        Ok(())
     }
 
     fn peer(&self) -> &str {

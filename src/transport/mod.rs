@@ -176,6 +176,14 @@ pub trait FrameSender: Send {
     /// was sent, and the sender stays usable. [`Error::Network`] otherwise, a time-out included, and then for ever.
     fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()>;
 
+    /// Ends this direction in good order: the peer receives what was sent before, and then "closed by peer", while this
+    /// side can still receive. Nothing can be sent afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Network`] if the stream is over already.
+    fn finish(&mut self) -> Result<()>;
+
     /// The peer's address or name.
     fn peer(&self) -> &str;
 

@@ -43,6 +43,9 @@ pub struct TcpOptions {
     /// Spin for bytes to arrive instead of sleeping: saves a wake-up per frame and costs a core per receiver. Where the
     /// system cannot ask for bytes without blocking (neither Linux, Android, macOS nor a BSD) it has no effect.
     pub spin_receive: bool,
+    /// Listen on addresses that other machines reach, although nothing is encrypted. Off unless turned on: then only
+    /// loopback addresses are listened on, and others are refused.
+    pub allow_plaintext: bool,
 }
 
 impl Default for TcpOptions {
@@ -55,6 +58,7 @@ impl Default for TcpOptions {
             receive_buffer: None,
             write_timeout: Some(Duration::from_secs(30)),
             spin_receive: false,
+            allow_plaintext: false,
         }
     }
 }
@@ -190,6 +194,12 @@ impl TcpTransport {
         refuse_zero_timeout(self.options.write_timeout)?;
         let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for candidate in resolve(address)? {
+            if !self.options.allow_plaintext && !candidate.ip().is_loopback() {
+                return Err(Error::invalid(format!(
+                    "{address} can be reached from other machines, and nothing is encrypted; \
+                     listen on 127.0.0.1, or allow plaintext (--allow-plaintext) on a network that is trusted"
+                )));
+            }
             match self.listen_at(candidate).and_then(|listener| Ok((listener.local_addr()?, listener))) {
                 Ok((local, listener)) => {
                     let (closed, waiting) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -383,6 +393,11 @@ impl FrameSender for TcpSender {
                 Err(if closed { closed_here("send to", peer) } else { Error::network("send to", peer)(error) })
             }
         }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.failed = true;
+        self.socket.stream.shutdown(Shutdown::Write).map_err(Error::network("finish sending to", &self.socket.peer))
     }
 
     fn peer(&self) -> &str {

@@ -18,12 +18,14 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::MmapRaw;
 
 use crate::error::{Error, Result};
-use crate::types::WalSegmentId;
+use crate::limits::SEGMENT_HEADER_LEN;
+use crate::types::{Lsn, WalSegmentId};
+use crate::wal::batch::BatchIter;
 use crate::wal::segment::SegmentHeader;
 
 /// A whole file in memory.
@@ -105,20 +107,21 @@ pub struct Segment {
     mapping: Mapping,
     /// Bytes that readers may read. Written by the one [`SegmentWriter`] (Release), read by anyone (Acquire).
     published: AtomicU64,
-    /// Set (Release) after the sealing batch has been published: whoever sees it sees the final `published`.
-    sealed: AtomicBool,
+    /// 0 while open; then one more than the last LSN. Set (Release) by the segment writer after it published the
+    /// sealing batch: whoever sees it sees the final `published`.
+    sealed: AtomicU64,
 }
 
 impl Segment {
     /// Takes a filled file into use as the segment that `header` describes, with `published` bytes that are valid
-    /// already, and gives its one writer along.
+    /// already and, if it is sealed, its last LSN; and gives its one writer along.
     pub(crate) fn new(
         header: SegmentHeader,
         path: PathBuf,
         file: File,
         mapping: Mapping,
         published: u64,
-        sealed: bool,
+        sealed: Option<Lsn>,
     ) -> (Arc<Segment>, SegmentWriter) {
         let segment = Arc::new(Segment {
             header,
@@ -126,7 +129,7 @@ impl Segment {
             file,
             mapping,
             published: AtomicU64::new(published),
-            sealed: AtomicBool::new(sealed),
+            sealed: AtomicU64::new(sealed.map_or(0, |last_lsn| last_lsn.next().0)),
         });
         (Arc::clone(&segment), SegmentWriter { segment, end: published })
     }
@@ -160,7 +163,14 @@ impl Segment {
     #[must_use]
     #[inline]
     pub fn is_sealed(&self) -> bool {
-        self.sealed.load(Ordering::Acquire)
+        self.sealed.load(Ordering::Acquire) != 0
+    }
+
+    /// The last LSN in it, known once it is sealed.
+    #[must_use]
+    #[inline]
+    pub fn sealed_last_lsn(&self) -> Option<Lsn> {
+        self.sealed.load(Ordering::Acquire).checked_sub(1).map(Lsn)
     }
 
     /// Published bytes.
@@ -188,11 +198,6 @@ impl Segment {
     /// Takes page faults ahead of the writer.
     pub(crate) fn populate(&self, range: Range<u64>) {
         self.mapping.populate(range);
-    }
-
-    /// The file below the mapping, for positional writes and for recycling.
-    pub(crate) fn file(&self) -> &File {
-        &self.file
     }
 
     /// Gives up the mapping and hands out the file, for recycling: only whoever holds the last reference can have the
@@ -256,8 +261,8 @@ impl SegmentWriter {
     }
 
     /// Says that the segment never grows again; the sealing batch has been published.
-    pub(crate) fn seal(self) {
-        self.segment.sealed.store(true, Ordering::Release);
+    pub(crate) fn seal(self, last_lsn: Lsn) {
+        self.segment.sealed.store(last_lsn.next().0, Ordering::Release);
     }
 }
 
@@ -310,6 +315,15 @@ impl LogRange {
         self.start == self.end
     }
 
+    /// The batches in it, header page left out. The range must begin at a batch or at the beginning of its segment;
+    /// a batch that its end cuts is left out too.
+    #[must_use]
+    pub fn batches(&self) -> BatchIter<'_> {
+        let bytes = self.bytes();
+        let skip = usize::try_from(SEGMENT_HEADER_LEN.saturating_sub(self.start)).unwrap_or(usize::MAX);
+        BatchIter::new(bytes.get(skip..).unwrap_or_default())
+    }
+
     /// The bytes.
     #[must_use]
     #[inline]
@@ -322,7 +336,7 @@ impl LogRange {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
+    use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
 
     fn segment(published: u64) -> (Arc<Segment>, SegmentWriter, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
@@ -337,7 +351,7 @@ mod tests {
             chain_before: Chain(0),
             segment_size: 65536,
         };
-        let (segment, writer) = Segment::new(header, path, file, mapping, published, false);
+        let (segment, writer) = Segment::new(header, path, file, mapping, published, None);
         (segment, writer, dir)
     }
 
@@ -351,8 +365,8 @@ mod tests {
         assert!(segment.bytes(0..6).is_err());
         let range = LogRange::new(segment, 1..3).unwrap();
         assert_eq!(range.bytes(), b"el");
-        writer.seal();
-        assert!(range.segment().is_sealed());
+        writer.seal(Lsn(9));
+        assert_eq!(range.segment().sealed_last_lsn(), Some(Lsn(9)));
     }
 
     #[test]

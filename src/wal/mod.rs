@@ -1,18 +1,239 @@
-//! The log of one shard.
+//! The log of one shard: mapped segments of batches, one writer, any number of readers.
+//!
+//! A [`Wal`] is a directory of [segment](segment) files, each a header page and [batches](batch). Opening one
+//! recovers it and gives its one [`LogWriter`]; everything else goes through the shared [`Log`]:
+//! [`LogReader`]s that tail it, waiting for syncs, retention.
+//!
+//! # Durability
+//!
+//! - A record is *written* when [`LogWriter::append`] returns: in the mapped file, seen by readers, and safe from a
+//!   crash of the process.
+//! - It is *synced* when [`Log::wait_synced`] says so, or the [`synced`](Log::synced) mark has passed it: safe from a
+//!   power cut.
+//! - A sync that fails poisons the shard: nothing is appended or reported synced any more until it is opened again.
+//! - After a crash, what was synced is there. What was only written may be there up to some record; it is then
+//!   *written*, and synced again while opening.
+//!
+//! # Threads
+//!
+//! Each open log has two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
+//! Both park when there is nothing to do and end when the [`Wal`] is closed or dropped.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 pub mod batch;
 mod compare;
+mod log;
 #[cfg(test)]
 mod log_fixture;
 mod mapping;
+mod reader;
 mod recovery;
 pub mod scan;
 pub mod segment;
+mod spares;
+#[cfg(test)]
+mod tests;
 mod walk;
+mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
-#[cfg(test)]
-pub(crate) use mapping::Mapping;
+pub use log::Log;
 pub use mapping::{LogRange, Segment};
+pub use reader::{LogPosition, LogReader};
 pub use recovery::{LogIdentity, TornTail};
 pub use segment::SegmentHeader;
+pub(crate) use writer::unix_ms;
+pub use writer::{LogEnd, LogWriter};
+
+use crate::error::{Error, Result};
+use crate::limits::SEGMENT_HEADER_LEN;
+use crate::types::Lsn;
+use crate::watermark::WaitStrategy;
+pub(crate) use mapping::Mapping;
+use spares::Spares;
+
+/// When a log is synced, beside when somebody waits for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncPolicy {
+    /// Every append returns only once its batch is on stable storage.
+    EveryBatch,
+    /// When somebody waits, for everything written by then; what nobody waits for, within a second.
+    Group,
+    /// What nobody waits for, within this time.
+    Interval(Duration),
+    /// Only when somebody waits.
+    Never,
+}
+
+impl SyncPolicy {
+    /// How long written records may stay unsynced when nobody waits for them.
+    fn background_delay(self) -> Option<Duration> {
+        match self {
+            SyncPolicy::EveryBatch | SyncPolicy::Group => Some(Duration::from_secs(1)),
+            SyncPolicy::Interval(delay) => Some(delay),
+            // Only a follower's leader asks for more then.
+            SyncPolicy::Never => Some(Duration::MAX),
+        }
+    }
+}
+
+/// Settings of one log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalOptions {
+    /// When it is synced. Default: [`SyncPolicy::Group`].
+    pub sync: SyncPolicy,
+    /// Segments prepared ahead of need. Default: 2, at least 1.
+    pub spare_segments: usize,
+    /// Bytes ahead of the writer whose page faults are taken by the preparing thread; 0 for none. Default: 4 MiB.
+    pub populate_ahead: u64,
+    /// How its waiters wait. Default: [`WaitStrategy::Park`].
+    pub wait: WaitStrategy,
+    /// The LSN known to be on stable storage from elsewhere, as from a checkpoint: damage at or below it is
+    /// corruption, never a torn tail. Default: none.
+    pub known_synced: Lsn,
+}
+
+impl Default for WalOptions {
+    fn default() -> Self {
+        WalOptions {
+            sync: SyncPolicy::Group,
+            spare_segments: 2,
+            populate_ahead: 4 << 20,
+            wait: WaitStrategy::default(),
+            known_synced: Lsn::ZERO,
+        }
+    }
+}
+
+/// An open log. Closing it, or dropping it, ends its threads; readers and the writer then get
+/// [`Error::ShutDown`].
+#[derive(Debug)]
+pub struct Wal {
+    log: Arc<Log>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Wal {
+    /// Opens the log in `directory`, which must exist, and makes an empty one if there is none. Whoever opens it must
+    /// have the directory for itself: a node holds the lock of its data directory.
+    ///
+    /// What recovery had to cut is told by [`LogWriter::torn_tail`]. Everything recovered is synced before this
+    /// returns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Corrupt`] for damage to what was synced; [`Error::Mismatch`] if the files belong to another log;
+    /// [`Error::Io`].
+    pub fn open(directory: &Path, identity: LogIdentity, options: WalOptions) -> Result<(Wal, LogWriter)> {
+        if !segment::is_valid_size(identity.segment_size) {
+            return Err(Error::invalid(format!(
+                "segments of {} bytes: a segment has whole pages of 4096 bytes, at least {} and at most {} bytes",
+                identity.segment_size,
+                crate::limits::MIN_SEGMENT_SIZE,
+                crate::limits::MAX_SEGMENT_SIZE
+            )));
+        }
+        let recovered = recovery::recover(directory, &identity, options.known_synced)?;
+        if let Some(torn) = &recovered.torn {
+            ::log::warn!(
+                "shard {}: cut {} bytes behind LSN {} at {} offset {}: {}",
+                identity.shard,
+                torn.bytes,
+                torn.after,
+                torn.path.display(),
+                torn.offset,
+                torn.reason
+            );
+        }
+        let shard = identity.shard;
+        let spares = Spares::new(directory, shard, identity.segment_size, options.spare_segments, recovered.leftovers)?;
+        let mut segments = Vec::with_capacity(recovered.segments.len());
+        let mut open = None;
+        let mut last = None;
+        for found in recovered.segments {
+            let file = File::options().read(true).write(true).open(&found.path);
+            let file = file.map_err(Error::io("open", &found.path))?;
+            let mapping = Mapping::new(&file, identity.segment_size).map_err(Error::io("map", &found.path))?;
+            let sealed = found.sealed.then_some(found.last_lsn);
+            let (segment, writer) = Segment::new(found.header, found.path, file, mapping, found.published, sealed);
+            last = Some((found.header.id.first_lsn, found.published, sealed.is_some()));
+            open = sealed.is_none().then_some(writer);
+            segments.push(segment);
+        }
+        let (segment, offset) = match last {
+            Some((first_lsn, published, false)) => (first_lsn, published),
+            _ => (recovered.head.next(), 0),
+        };
+        let end = LogEnd { head: recovered.head, chain: recovered.chain, epoch: recovered.epoch, segment, offset };
+        let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares));
+        log.sync_all()?;
+        let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log) };
+        let writer = LogWriter::new(log, open, end, recovered.timestamp, recovered.torn);
+        Ok((wal, writer))
+    }
+
+    fn start_threads(log: &Arc<Log>) -> Result<Vec<JoinHandle<()>>> {
+        let shard = log.shard();
+        let spawn = |name: &str, run: fn(&Log)| {
+            let log = Arc::clone(log);
+            std::thread::Builder::new()
+                .name(format!("tl-{name}-s{shard}"))
+                .stack_size(THREAD_STACK)
+                .spawn(move || run(&log))
+                .map_err(Error::io("start a thread for", log_directory(shard)))
+        };
+        Ok(vec![spawn("prep", |log| log.spares().run())?, spawn("sync", Log::run_syncer)?])
+    }
+
+    /// The shared side of it.
+    #[must_use]
+    pub fn log(&self) -> &Arc<Log> {
+        &self.log
+    }
+
+    /// Blocks until the spare segments are ready that [`WalOptions::spare_segments`] asks for. Nothing needs this
+    /// but measurements that want to begin with everything prepared.
+    pub fn wait_for_spares(&self) {
+        self.log.spares().wait_ready();
+    }
+
+    /// Syncs everything written, then ends the threads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`] if something written is not on stable storage.
+    pub fn close(mut self) -> Result<()> {
+        let result = self.log.sync_all();
+        self.stop();
+        result
+    }
+
+    fn stop(&mut self) {
+        self.log.end();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                ::log::error!("a thread of shard {} panicked", self.log.shard());
+            }
+        }
+    }
+}
+
+impl Drop for Wal {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Stack of the crate's threads: they call no user code but a target's and keep buffers on the heap.
+pub(crate) const THREAD_STACK: usize = 256 * 1024;
+
+const _: () = assert!(SEGMENT_HEADER_LEN == segment::HEADER_PAGE as u64);
+
+fn log_directory(shard: crate::types::ShardId) -> std::path::PathBuf {
+    crate::types::shard_directory_name(shard).into()
+}

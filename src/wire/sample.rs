@@ -165,6 +165,8 @@ pub(crate) fn mapped(bytes: &[u8], sealed: bool) -> (Arc<Segment>, tempfile::Tem
     std::fs::write(&path, whole).unwrap();
     let file = File::options().read(true).write(true).open(&path).unwrap();
     let mapping = Mapping::new(&file, header.segment_size).unwrap();
+    let records = crate::wal::BatchIter::new(&bytes[HEADER_PAGE..]).last().map(|batch| batch.header.last_lsn());
+    let sealed = records.filter(|_| sealed);
     let (segment, _writer) = Segment::new(header, path, file, mapping, bytes.len() as u64, sealed);
     (segment, dir)
 }

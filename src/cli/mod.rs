@@ -1,0 +1,97 @@
+//! The command line: one file a command.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage or a difference found.
+
+mod demo;
+mod follower;
+mod inspect;
+mod leader;
+mod progress;
+mod status;
+mod tail;
+mod verify;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+use towline::ShutdownSignal;
+use towline::transport::{TcpOptions, TcpTransport};
+
+/// Done.
+const DONE: u8 = 0;
+/// Failed.
+const FAILED: u8 = 1;
+/// Damage or a difference found.
+const FOUND_DAMAGE: u8 = 3;
+
+/// What a command ends with: an exit code, or a failure to report.
+type Outcome = Result<u8, Box<dyn std::error::Error>>;
+
+/// A sharded write-ahead log, towed to its followers.
+#[derive(Parser)]
+#[command(name = "towline", version, about, long_about = None, arg_required_else_help = true)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage or a difference found.\n\
+    Set RUST_LOG=info (or debug) to see what the threads do.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Demo),
+    Leader(leader::Leader),
+    Follower(follower::Follower),
+    Tail(tail::Tail),
+    Status(status::Status),
+    Inspect(inspect::Inspect),
+    Verify(verify::Verify),
+}
+
+/// Reads the command line and does what it says.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let outcome = match cli.command {
+        Command::Demo(command) => command.run(),
+        Command::Leader(command) => command.run(),
+        Command::Follower(command) => command.run(),
+        Command::Tail(command) => command.run(),
+        Command::Status(command) => command.run(),
+        Command::Inspect(command) => command.run(),
+        Command::Verify(command) => command.run(),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::from(DONE),
+        Err(error) => {
+            eprintln!("towline: {error}");
+            let damage = error.downcast_ref::<towline::Error>().is_some_and(towline::Error::is_corruption);
+            ExitCode::from(if damage { FOUND_DAMAGE } else { FAILED })
+        }
+    }
+}
+
+/// Whoever reads our output has seen enough, as `head` does.
+fn is_broken_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// A signal that Ctrl-C and a polite kill give.
+fn stop_at_interrupt() -> Result<ShutdownSignal, ctrlc::Error> {
+    let stop = ShutdownSignal::new();
+    let signal = stop.clone();
+    ctrlc::set_handler(move || signal.shutdown())?;
+    Ok(stop)
+}
+
+/// Plain TCP with the usual settings.
+fn tcp() -> Arc<TcpTransport> {
+    Arc::new(TcpTransport::new(TcpOptions::default()))
+}
+
+/// Bytes for people.
+fn human_bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}

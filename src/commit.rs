@@ -1,0 +1,413 @@
+//! From acknowledgements to "committed".
+//!
+//! Each shard of a leader has one [`Commits`]: the marks of its followers, what is acknowledged as widely as somebody
+//! asks, and the waiting for it. Acknowledgements come in on the threads that read them; waiters park on watermarks.
+//!
+//! `applied <= received` and `durable <= received <= written` hold for every follower; an acknowledgement that breaks
+//! that is refused where it is read.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::error::{Error, Result};
+use crate::limits::MAX_FOLLOWERS;
+use crate::types::{Lsn, NodeId};
+use crate::wal::Log;
+use crate::watermark::{Until, Waited, Watermark, wait_any};
+
+/// What a follower has done with a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AckLevel {
+    /// It is in the follower's log: safe from a crash of either process.
+    Received,
+    /// It is on the follower's stable storage: safe from a power cut.
+    Durable,
+    /// The follower's target has applied it: readers there see it.
+    Applied,
+}
+
+impl AckLevel {
+    /// The word for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            AckLevel::Received => "received",
+            AckLevel::Durable => "durable",
+            AckLevel::Applied => "applied",
+        }
+    }
+}
+
+/// How widely a record must be acknowledged to count as committed.
+///
+/// Written as `synced` (on this node's stable storage), `received:1`, `durable:2`, `applied:1` (by that many followers
+/// that exist), or both with a plus: `synced+durable:1`.
+///
+/// ```
+/// use towline::{AckLevel, Commit};
+///
+/// let commit: Commit = "synced+durable:2".parse()?;
+/// assert_eq!(commit, Commit::followers(AckLevel::Durable, 2)?.and_synced());
+/// assert!("durable:0".parse::<Commit>().is_err());
+/// # Ok::<(), towline::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Commit {
+    synced: bool,
+    followers: Option<(AckLevel, usize)>,
+}
+
+impl Commit {
+    /// On this node's stable storage.
+    pub const SYNCED: Commit = Commit { synced: true, followers: None };
+
+    /// Acknowledged by `count` followers at `level`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for no followers at all, which would mean nothing, or for more than a node can have.
+    pub fn followers(level: AckLevel, count: usize) -> Result<Commit> {
+        if (1..=MAX_FOLLOWERS).contains(&count) {
+            Ok(Commit { synced: false, followers: Some((level, count)) })
+        } else {
+            Err(Error::invalid(format!("{}:{count}: between 1 and {MAX_FOLLOWERS} followers", level.as_str())))
+        }
+    }
+
+    /// The same, and on this node's stable storage too. The syncs of both run at the same time.
+    #[must_use]
+    pub const fn and_synced(self) -> Commit {
+        Commit { synced: true, followers: self.followers }
+    }
+
+    /// Whether this node's stable storage is asked for.
+    #[must_use]
+    pub const fn is_synced(self) -> bool {
+        self.synced
+    }
+
+    /// At which level how many followers are asked for.
+    #[must_use]
+    pub const fn asked_of_followers(self) -> Option<(AckLevel, usize)> {
+        self.followers
+    }
+}
+
+impl fmt::Display for Commit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.synced, self.followers) {
+            (true, None) | (false, None) => f.write_str("synced"),
+            (true, Some((level, count))) => write!(f, "synced+{}:{count}", level.as_str()),
+            (false, Some((level, count))) => write!(f, "{}:{count}", level.as_str()),
+        }
+    }
+}
+
+impl FromStr for Commit {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Commit> {
+        let unknown = || {
+            Error::invalid(format!(
+                "{text:?} is not a commit level: use synced, received:K, durable:K, applied:K, or synced+durable:K"
+            ))
+        };
+        let (synced, rest) = match text.strip_prefix("synced") {
+            Some("") => return Ok(Commit::SYNCED),
+            Some(rest) => (true, rest.strip_prefix('+').ok_or_else(unknown)?),
+            None => (false, text),
+        };
+        let (level, count) = rest.split_once(':').ok_or_else(unknown)?;
+        let level = [AckLevel::Received, AckLevel::Durable, AckLevel::Applied]
+            .into_iter()
+            .find(|known| known.as_str() == level)
+            .ok_or_else(unknown)?;
+        let commit = Commit::followers(level, count.parse().map_err(|_| unknown())?)?;
+        Ok(if synced { commit.and_synced() } else { commit })
+    }
+}
+
+/// How waiting for a commit ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "a record that is not committed may be lost"]
+pub enum Outcome {
+    /// Acknowledged as widely as asked.
+    Committed,
+    /// Not so by the deadline. It may still come.
+    TimedOut,
+    /// A newer epoch has been seen: another node leads, and this record may be cut.
+    Deposed,
+    /// The node is shutting down.
+    ShutDown,
+    /// A sync failed on this node; what it holds may be lost in a power cut. The text says what failed.
+    Poisoned(String),
+    /// No record has this LSN yet.
+    NotWritten,
+}
+
+impl Outcome {
+    /// Whether it is [`Outcome::Committed`].
+    #[must_use]
+    pub fn is_committed(&self) -> bool {
+        *self == Outcome::Committed
+    }
+}
+
+/// What one follower has acknowledged. Written only by the thread that reads this follower's stream for this shard.
+#[derive(Debug)]
+pub struct FollowerMarks {
+    node: NodeId,
+    received: AtomicU64,
+    durable: AtomicU64,
+    applied: AtomicU64,
+    /// When the last acknowledgement came, in milliseconds since the Unix epoch; 0 for never.
+    acked_at_ms: AtomicU64,
+    /// Newest LSN handed to the stream. Written only by the shipper.
+    shipped: AtomicU64,
+    /// How many streams serve this follower now: 0 or 1, for an instant 2 while a new one takes over.
+    streams: AtomicU64,
+}
+
+impl FollowerMarks {
+    fn new(node: NodeId) -> FollowerMarks {
+        FollowerMarks {
+            node,
+            received: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
+            applied: AtomicU64::new(0),
+            acked_at_ms: AtomicU64::new(0),
+            shipped: AtomicU64::new(0),
+            streams: AtomicU64::new(0),
+        }
+    }
+
+    /// Whose marks these are.
+    #[must_use]
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// What it has acknowledged at a level.
+    #[must_use]
+    pub fn at(&self, level: AckLevel) -> Lsn {
+        let mark = match level {
+            AckLevel::Received => &self.received,
+            AckLevel::Durable => &self.durable,
+            AckLevel::Applied => &self.applied,
+        };
+        Lsn(mark.load(Ordering::Acquire))
+    }
+
+    /// Newest LSN handed to its stream.
+    #[must_use]
+    pub fn shipped(&self) -> Lsn {
+        Lsn(self.shipped.load(Ordering::Relaxed))
+    }
+
+    /// When it last acknowledged anything, in milliseconds since the Unix epoch; 0 for never.
+    #[must_use]
+    pub fn acked_at_ms(&self) -> u64 {
+        self.acked_at_ms.load(Ordering::Relaxed)
+    }
+
+    /// Whether a stream serves it now.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.streams.load(Ordering::Relaxed) > 0
+    }
+
+    pub(crate) fn set_shipped(&self, lsn: Lsn) {
+        self.shipped.store(lsn.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stream_began(&self) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stream_ended(&self) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The followers of one shard and what they have acknowledged together.
+pub struct Commits {
+    log: Arc<Log>,
+    policy: Commit,
+    /// The mark in `reached` that the policy asks for, at hand without the lock.
+    policy_reached: Option<Arc<Watermark>>,
+    followers: RwLock<Vec<Arc<FollowerMarks>>>,
+    /// For each (level, count) that somebody has asked for: up to where at least that many have acknowledged. Moved
+    /// by the threads that read acknowledgements. Never moves back, not even when a follower goes.
+    reached: RwLock<Vec<(AckLevel, usize, Arc<Watermark>)>>,
+    /// One at a time computes what is reached, so that each computation sees all marks moved before it.
+    computing: Mutex<()>,
+    /// The newest LSN that somebody waits for at the durable or the applied level. Moved by waiters; shippers wait on
+    /// it to ask followers for haste.
+    durable_wanted: Watermark,
+    applied_wanted: Watermark,
+}
+
+impl Commits {
+    pub(crate) fn new(log: Arc<Log>, policy: Commit) -> Commits {
+        let mut commits = Commits {
+            log,
+            policy,
+            policy_reached: None,
+            followers: RwLock::default(),
+            reached: RwLock::default(),
+            computing: Mutex::default(),
+            durable_wanted: Watermark::new(Lsn::ZERO),
+            applied_wanted: Watermark::new(Lsn::ZERO),
+        };
+        commits.policy_reached = policy.followers.map(|(level, count)| commits.reached(level, count));
+        commits
+    }
+
+    /// The commit policy of the node.
+    #[must_use]
+    pub fn policy(&self) -> Commit {
+        self.policy
+    }
+
+    /// The newest LSN that is committed by the node's policy. Wait-free.
+    #[must_use]
+    pub fn committed(&self) -> Lsn {
+        let synced = if self.policy.synced { self.log.synced().load() } else { Lsn::MAX };
+        let followers = self.policy_reached.as_ref().map_or(Lsn::MAX, |mark| mark.load());
+        synced.min(followers)
+    }
+
+    /// The marks of every follower seen so far.
+    #[must_use]
+    pub fn followers(&self) -> Vec<Arc<FollowerMarks>> {
+        self.followers.read().clone()
+    }
+
+    /// Waits until `lsn` is committed as `commit` says, or the deadline passes.
+    pub fn wait(&self, lsn: Lsn, commit: Commit, deadline: Option<Instant>) -> Outcome {
+        if lsn > self.log.head() {
+            return Outcome::NotWritten;
+        }
+        // Followers are told first, so that their syncs run while this thread does the local one.
+        if let Some((level, _)) = commit.followers {
+            self.want(level, lsn);
+        }
+        if commit.synced
+            && let Err(error) = self.log.wait_synced(lsn, deadline)
+        {
+            return outcome_of(error);
+        }
+        let Some((level, count)) = commit.followers else { return Outcome::Committed };
+        let reached = self.reached(level, count);
+        let conditions = [Until { mark: &reached, at_least: lsn }, self.log.until_ended()];
+        match wait_any(&conditions, self.log.options().wait, deadline) {
+            Waited::Reached(0) => Outcome::Committed,
+            Waited::Reached(_) => outcome_of(self.log.end_reason()),
+            Waited::TimedOut => Outcome::TimedOut,
+        }
+    }
+
+    /// Asks followers for haste.
+    fn want(&self, level: AckLevel, lsn: Lsn) {
+        match level {
+            AckLevel::Received => {}
+            AckLevel::Durable => {
+                self.durable_wanted.advance(lsn);
+            }
+            AckLevel::Applied => {
+                self.applied_wanted.advance(lsn);
+            }
+        }
+    }
+
+    pub(crate) fn durable_wanted(&self) -> &Watermark {
+        &self.durable_wanted
+    }
+
+    pub(crate) fn applied_wanted(&self) -> &Watermark {
+        &self.applied_wanted
+    }
+
+    /// The marks of a follower, made when it is first seen.
+    pub(crate) fn follower(&self, node: NodeId) -> Result<Arc<FollowerMarks>> {
+        let mut followers = self.followers.write();
+        if let Some(known) = followers.iter().find(|known| known.node == node) {
+            return Ok(Arc::clone(known));
+        }
+        if followers.len() >= MAX_FOLLOWERS {
+            return Err(Error::invalid(format!(
+                "{MAX_FOLLOWERS} followers are known already, and node {node} is not one"
+            )));
+        }
+        let marks = Arc::new(FollowerMarks::new(node));
+        followers.push(Arc::clone(&marks));
+        Ok(marks)
+    }
+
+    /// Takes in what a follower says of itself, and wakes those whose commit it completes.
+    pub(crate) fn acknowledge(&self, follower: &FollowerMarks, received: Lsn, durable: Lsn, applied: Lsn, now_ms: u64) {
+        follower.received.store(received.0, Ordering::Release);
+        follower.durable.store(durable.0, Ordering::Release);
+        follower.applied.store(applied.0, Ordering::Release);
+        follower.acked_at_ms.store(now_ms, Ordering::Relaxed);
+        let _one_at_a_time = self.computing.lock();
+        for (level, count, mark) in self.reached.read().iter() {
+            mark.advance(self.count_th(*level, *count));
+        }
+    }
+
+    /// The mark for (level, count), made when it is first asked for.
+    fn reached(&self, level: AckLevel, count: usize) -> Arc<Watermark> {
+        let find = |marks: &[(AckLevel, usize, Arc<Watermark>)]| {
+            marks.iter().find(|mark| (mark.0, mark.1) == (level, count)).map(|mark| Arc::clone(&mark.2))
+        };
+        if let Some(mark) = find(&self.reached.read()) {
+            return mark;
+        }
+        let _one_at_a_time = self.computing.lock();
+        let mut marks = self.reached.write();
+        if let Some(mark) = find(&marks) {
+            return mark;
+        }
+        let mark = Arc::new(Watermark::new(self.count_th(level, count)));
+        marks.push((level, count, Arc::clone(&mark)));
+        mark
+    }
+
+    /// Up to where at least `count` followers have acknowledged at `level`: the `count`-th highest mark.
+    fn count_th(&self, level: AckLevel, count: usize) -> Lsn {
+        let followers = self.followers.read();
+        let mut marks = [Lsn::ZERO; MAX_FOLLOWERS];
+        for (mark, follower) in marks.iter_mut().zip(followers.iter()) {
+            *mark = follower.at(level);
+        }
+        let Some(known) = marks.get_mut(..followers.len()).filter(|known| known.len() >= count) else {
+            return Lsn::ZERO;
+        };
+        known.sort_unstable_by(|a, b| b.cmp(a));
+        count.checked_sub(1).and_then(|index| known.get(index)).copied().unwrap_or(Lsn::ZERO)
+    }
+}
+
+impl fmt::Debug for Commits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Commits")
+            .field("policy", &self.policy)
+            .field("committed", &self.committed())
+            .finish_non_exhaustive()
+    }
+}
+
+fn outcome_of(error: Error) -> Outcome {
+    match error {
+        Error::TimedOut { .. } => Outcome::TimedOut,
+        Error::StaleEpoch { .. } => Outcome::Deposed,
+        Error::ShutDown => Outcome::ShutDown,
+        other => Outcome::Poisoned(other.to_string()),
+    }
+}

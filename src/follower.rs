@@ -1,0 +1,437 @@
+//! The following role: a receiver, an acknowledger and an applier for each shard.
+//!
+//! # Threads
+//!
+//! | thread | how many | blocks in |
+//! |---|---|---|
+//! | `tl-recv-s…` | one a shard | reading its socket, or waiting to connect again |
+//! | `tl-ack-s…` | one a shard while connected | waiting for the synced or the applied mark |
+//! | `tl-apply-s…` | one a shard | waiting for the written mark, or in the target |
+//! | `tl-ckpt` | one | waiting for marks |
+//! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
+//! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::applier::Applier;
+use crate::backoff::Backoff;
+use crate::commit::Commits;
+use crate::data_dir::{DataDir, Manifest};
+use crate::error::{Error, Result};
+use crate::limits::MAX_SHARDS;
+use crate::node::{
+    CheckpointShard, Checkpointer, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs, time_left,
+};
+use crate::receiver::{Receiver, exchange};
+use crate::server::{Server, ServerShard};
+use crate::shutdown::ShutdownSignal;
+use crate::status::{Role, Status};
+use crate::target::ReplicationTarget;
+use crate::transport::{Connection, Transport};
+use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
+use crate::wal::{Log, Wal, segment, unix_ms};
+use crate::watermark::Watermark;
+use crate::wire::{PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest};
+
+/// What the threads of a follower share.
+pub(crate) struct Following {
+    pub(crate) options: NodeOptions,
+    pub(crate) stop: ShutdownSignal,
+    directory: Arc<DataDir>,
+    transport: Arc<dyn Transport>,
+    leader: String,
+    /// What ended following for good, if anything did: the first failure that trying again cannot mend.
+    failure: Mutex<Option<Error>>,
+}
+
+impl Following {
+    pub(crate) fn manifest(&self) -> Manifest {
+        self.directory.manifest()
+    }
+
+    pub(crate) fn connect(&self) -> Result<Connection> {
+        self.transport.connect(&self.leader, self.options.handshake_timeout)
+    }
+
+    pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
+        self.directory.accept_epoch(epoch)
+    }
+
+    /// The leader must still be the one that the directory was made for.
+    pub(crate) fn check_topology(&self, peer: &str, info: &ShardInfo) -> Result<()> {
+        let manifest = self.manifest();
+        let own = (manifest.cluster, manifest.region, manifest.shard_count, manifest.segment_size);
+        let offered = (info.cluster, info.region, info.shard_count, info.segment_size);
+        if own == offered {
+            return Ok(());
+        }
+        Err(Error::Mismatch {
+            path: self.directory.path().to_owned(),
+            reason: format!(
+                "it holds cluster {}, region {}, {} shards, segments of {} bytes, but {peer} leads cluster {}, region {}, \
+                 {} shards, {} bytes; check the address, or start with an empty directory",
+                own.0, own.1, own.2, own.3, offered.0, offered.1, offered.2, offered.3
+            )
+            .into(),
+        })
+    }
+
+    /// Ends following for good.
+    fn fail(&self, shard: ShardId, error: Error) {
+        log::error!("shard {shard}: following ends: {error}");
+        self.failure.lock().get_or_insert(error);
+        self.stop.shutdown();
+    }
+}
+
+/// How following goes for one shard, for those who ask.
+#[derive(Debug, Default)]
+pub(crate) struct ShardState {
+    connected: AtomicBool,
+    leader_head: AtomicU64,
+    heard_at_ms: AtomicU64,
+    applied: Mutex<Option<Arc<Watermark>>>,
+    error: Mutex<Option<String>>,
+}
+
+impl ShardState {
+    pub(crate) fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Relaxed);
+        if connected {
+            *self.error.lock() = None;
+        }
+    }
+
+    pub(crate) fn heard_from_leader(&self) {
+        self.heard_at_ms.store(unix_ms(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_leader_head(&self, head: Lsn) {
+        self.leader_head.fetch_max(head.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_error(&self, error: &Error) {
+        *self.error.lock() = Some(error.to_string());
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn leader_head(&self) -> Lsn {
+        Lsn(self.leader_head.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn heard_at_ms(&self) -> u64 {
+        self.heard_at_ms.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn applied(&self) -> Lsn {
+        self.applied.lock().as_ref().map_or(Lsn::ZERO, |mark| mark.load())
+    }
+
+    pub(crate) fn error(&self) -> Option<String> {
+        self.error.lock().clone()
+    }
+}
+
+/// A running follower. Dropping it, or [`shutdown`](Self::shutdown), ends its threads.
+pub struct Follower {
+    following: Arc<Following>,
+    server: Arc<Server>,
+    address: Option<String>,
+    applied: Vec<Arc<Watermark>>,
+    wals: Vec<Wal>,
+    threads: Arc<Threads>,
+}
+
+impl Follower {
+    pub(crate) fn start(builder: NodeBuilder, leader: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
+        let transport = builder.make_transport();
+        let stop = builder.abort_signal().child();
+        let directory = match crate::data_dir::DataDir::open(&builder.directory)? {
+            Some(directory) => directory,
+            None => DataDir::create(&builder.directory, meet_leader(&builder, transport.as_ref(), leader)?)?,
+        };
+        builder.check_settings(&directory)?;
+        let directory = Arc::new(directory);
+        let OpenLogs { wals, writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        let following = Arc::new(Following {
+            options: builder.options.clone(),
+            stop: stop.clone(),
+            directory: Arc::clone(&directory),
+            transport: Arc::clone(&transport),
+            leader: leader.to_owned(),
+            failure: Mutex::default(),
+        });
+        let threads = Arc::new(Threads::default());
+        let mut applied_marks = Vec::new();
+        let mut states = Vec::new();
+        for wal in &wals {
+            let shard = wal.log().shard();
+            let kept = match target.durable_applied(shard)? {
+                Some(applied) => applied,
+                None => checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.applied),
+            };
+            check_applied(wal.log(), kept)?;
+            let applied = Arc::new(Watermark::new(kept));
+            let state = Arc::new(ShardState::default());
+            *state.applied.lock() = Some(Arc::clone(&applied));
+            applied_marks.push(applied);
+            states.push(state);
+        }
+        let shards = wals.iter().zip(&states).map(|(wal, state)| ServerShard {
+            log: Arc::clone(wal.log()),
+            commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
+            following: Some(Arc::clone(state)),
+        });
+        let server = Arc::new(Server::new(
+            Role::Follower,
+            Arc::clone(&directory),
+            shards.collect(),
+            builder.options.clone(),
+            stop.clone(),
+            Arc::clone(&threads),
+        ));
+        let mut follower = Follower { following, server, address: None, applied: applied_marks, wals, threads };
+        follower.start_threads(writers, &states, &target)?;
+        let checkpointer = Checkpointer {
+            path: directory.checkpoint_path(),
+            shards: follower
+                .wals
+                .iter()
+                .zip(&follower.applied)
+                .map(|(wal, applied)| CheckpointShard {
+                    log: Arc::clone(wal.log()),
+                    applied: Some((Arc::clone(applied), Arc::clone(&target))),
+                })
+                .collect(),
+            stop,
+        };
+        follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        if let Some(address) = &builder.listen {
+            let listener = transport.listen(address)?;
+            follower.address = Some(listener.local_address());
+            Server::listen(&follower.server, listener)?;
+        }
+        Ok(follower)
+    }
+
+    fn start_threads(
+        &self,
+        writers: Vec<crate::wal::LogWriter>,
+        states: &[Arc<ShardState>],
+        target: &Arc<dyn ReplicationTarget>,
+    ) -> Result<()> {
+        for ((writer, applied), state) in writers.into_iter().zip(&self.applied).zip(states) {
+            let shard = writer.log().shard();
+            let applier = Applier {
+                shard,
+                log: Arc::clone(writer.log()),
+                target: Arc::clone(target),
+                applied: Arc::clone(applied),
+                stop: self.following.stop.clone(),
+            };
+            let receiver = Receiver {
+                shard,
+                node: Arc::clone(&self.following),
+                writer,
+                applied: Arc::clone(applied),
+                state: Arc::clone(state),
+            };
+            let following = Arc::clone(&self.following);
+            self.threads.spawn(format!("tl-recv-s{shard}"), move || {
+                if let Err(error) = receiver.run() {
+                    following.fail(shard, error);
+                }
+            })?;
+            let following = Arc::clone(&self.following);
+            self.threads.spawn(format!("tl-apply-s{shard}"), move || {
+                if let Err(error) = applier.run() {
+                    following.fail(shard, error);
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Who it is and what its directory was made with.
+    #[must_use]
+    pub fn manifest(&self) -> Manifest {
+        self.following.manifest()
+    }
+
+    /// Where it listens, if it does.
+    #[must_use]
+    pub fn local_address(&self) -> Option<&str> {
+        self.address.as_deref()
+    }
+
+    /// The log of a shard.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
+        Ok(&self.server.shard(shard)?.log)
+    }
+
+    /// The newest LSN of a shard that the target has applied.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn applied(&self, shard: ShardId) -> Result<&Watermark> {
+        let mark = self.applied.get(usize::from(shard.0));
+        mark.map(AsRef::as_ref).ok_or_else(|| Error::invalid(format!("there is no shard {shard}")))
+    }
+
+    /// What the node says about itself now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.server.status()
+    }
+
+    /// Blocks until following has ended: after [`stop_signal`](Self::stop_signal) is given, or because of a failure
+    /// that trying again cannot mend.
+    ///
+    /// # Errors
+    ///
+    /// That failure.
+    pub fn wait(&self) -> Result<()> {
+        self.following.stop.wait();
+        self.following.failure.lock().take().map_or(Ok(()), Err)
+    }
+
+    /// The signal that ends this follower, for a handler of Ctrl-C, say.
+    #[must_use]
+    pub fn stop_signal(&self) -> ShutdownSignal {
+        self.following.stop.clone()
+    }
+
+    /// Stops: applies what has been received, saves how far it came, ends every thread.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`] if something in the log is not on stable storage; else what ended following for good.
+    pub fn shutdown(mut self) -> Result<()> {
+        self.stop()?;
+        self.following.failure.lock().take().map_or(Ok(()), Err)
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.following.stop.shutdown();
+        self.server.drain(|deadline| time_left(deadline));
+        self.threads.join_all();
+        let mut result = Ok(());
+        for wal in self.wals.drain(..) {
+            result = result.and(wal.close());
+        }
+        result
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            log::error!("the follower did not stop cleanly: {error}");
+        }
+    }
+}
+
+impl std::fmt::Debug for Follower {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Follower").field("manifest", &self.manifest()).finish_non_exhaustive()
+    }
+}
+
+/// A target that is ahead of its log, or further back than the log reaches, cannot be continued from it.
+fn check_applied(log: &Log, applied: Lsn) -> Result<()> {
+    if applied > log.head() || applied.next() < log.tail() {
+        return Err(Error::invalid(format!(
+            "the target of shard {} has applied LSN {applied}, but the log holds LSN {} to {}; \
+             directory and target do not belong together",
+            log.shard(),
+            log.tail(),
+            log.head()
+        )));
+    }
+    Ok(())
+}
+
+/// Asks the leader what a new follower's directory must be made with; tries until it can be reached.
+fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) -> Result<Manifest> {
+    let node = builder.node_id_or_random();
+    let options = &builder.options;
+    let mut backoff = Backoff::new(options.backoff_base, options.backoff_cap, node.0);
+    loop {
+        let error = match ask_topology(transport, address, options) {
+            Ok((peer, info)) => return manifest_for(&peer, &info, node),
+            Err(error) => error,
+        };
+        // A name that does not resolve is a mistake; an address where nobody listens yet is not.
+        if error.is_permanent() {
+            return Err(error);
+        }
+        let wait = backoff.next();
+        log::warn!("{error}; trying again in {:.1} s", wait.as_secs_f32());
+        let _ = builder.abort_signal().wait_timeout(wait);
+        if builder.abort_signal().is_shutdown() {
+            return Err(Error::ShutDown);
+        }
+    }
+}
+
+/// What a node says it was made with.
+pub(crate) fn ask_topology(
+    transport: &dyn Transport,
+    address: &str,
+    options: &NodeOptions,
+) -> Result<(String, ShardInfo)> {
+    let Connection { peer, mut sender, mut receiver, closer: _ } =
+        transport.connect(address, options.handshake_timeout)?;
+    let request = SyncRequest {
+        versions: PROTOCOL_VERSIONS,
+        purpose: Purpose::Topology,
+        cluster: ClusterId::UNKNOWN,
+        node: crate::types::NodeId(0),
+        region: RegionId(0),
+        shard: ShardId(0),
+        shard_count: 0,
+        segment_size: 0,
+        epoch: Epoch::ZERO,
+        received: Lsn::ZERO,
+        durable: Lsn::ZERO,
+        applied: Lsn::ZERO,
+        chain: Chain::default(),
+        from: Lsn::ZERO,
+    };
+    let info = exchange(&peer, sender.as_mut(), receiver.as_mut(), request, options.handshake_timeout)?;
+    Ok((peer, info))
+}
+
+/// A follower's manifest by what its leader said, which is checked: it decides how much is allocated here.
+fn manifest_for(peer: &str, info: &ShardInfo, node: crate::types::NodeId) -> Result<Manifest> {
+    check_shard_count(info.shard_count).map_err(|error| Error::protocol(peer, error.to_string()))?;
+    if !segment::is_valid_size(info.segment_size) || info.cluster == ClusterId::UNKNOWN || info.epoch == Epoch::ZERO {
+        return Err(Error::protocol(
+            peer,
+            format!(
+                "it offers segments of {} bytes in cluster {}, epoch {}",
+                info.segment_size, info.cluster, info.epoch
+            ),
+        ));
+    }
+    const { assert!(MAX_SHARDS > 0) };
+    Ok(Manifest {
+        cluster: info.cluster,
+        node,
+        region: info.region,
+        shard_count: info.shard_count,
+        segment_size: info.segment_size,
+        epoch: info.epoch,
+    })
+}

@@ -1,0 +1,208 @@
+//! The leading role: the logs' writers, the listener, and a shipper for each follower and shard.
+//!
+//! # Threads
+//!
+//! | thread | how many | blocks in |
+//! |---|---|---|
+//! | `tl-accept` | one | accepting |
+//! | `tl-peer-…` | one a connection | reading: first the request, then acknowledgements |
+//! | `tl-ship-…` | one a follower and shard | waiting for `written`, or writing to its socket |
+//! | `tl-ckpt` | one | waiting for marks |
+//! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
+//!
+//! The caller's threads append and wait; no thread of the node stands between them and the log.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+use crate::commit::{Commit, Commits, Outcome};
+use crate::data_dir::{DataDir, Manifest};
+use crate::error::{Error, Result};
+use crate::node::{
+    CheckpointShard, Checkpointer, NodeBuilder, OpenLogs, Threads, check_shard_count, open_logs, time_left,
+};
+use crate::server::{Server, ServerShard};
+use crate::shutdown::ShutdownSignal;
+use crate::status::{Role, Status};
+use crate::types::{Lsn, NodeId, ShardId};
+use crate::wal::{Log, LogWriter, Wal};
+
+/// A running leader. Dropping it, or [`shutdown`](Self::shutdown), ends its threads.
+///
+/// ```
+/// use std::time::{Duration, Instant};
+/// use towline::{Node, ShardId};
+///
+/// let directory = tempfile::tempdir()?;
+/// let leader = Node::builder(directory.path()).shards(2).segment_size(1 << 20).lead("127.0.0.1:0")?;
+/// let mut writer = leader.writer(ShardId(1))?;
+/// let lsn = writer.append(b"hello")?;
+/// let deadline = Instant::now() + Duration::from_secs(10);
+/// assert!(leader.wait(ShardId(1), lsn, "synced".parse()?, Some(deadline))?.is_committed());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Leader {
+    server: Arc<Server>,
+    address: String,
+    writers: Mutex<Vec<Option<LogWriter>>>,
+    wals: Vec<Wal>,
+    directory: Arc<DataDir>,
+    threads: Arc<Threads>,
+}
+
+impl Leader {
+    pub(crate) fn start(builder: NodeBuilder, address: &str) -> Result<Leader> {
+        let directory = Arc::new(builder.open_as_leader()?);
+        let manifest = directory.manifest();
+        check_shard_count(manifest.shard_count)?;
+        let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        for writer in &mut writers {
+            writer.set_epoch(manifest.epoch)?;
+        }
+        let shards: Vec<_> = wals
+            .iter()
+            .map(|wal| ServerShard {
+                log: Arc::clone(wal.log()),
+                commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
+                following: None,
+            })
+            .collect();
+        let stop = ShutdownSignal::new();
+        let checkpointer = Checkpointer {
+            path: directory.checkpoint_path(),
+            shards: wals.iter().map(|wal| CheckpointShard { log: Arc::clone(wal.log()), applied: None }).collect(),
+            stop: stop.clone(),
+        };
+        let listener = builder.make_transport().listen(address)?;
+        let address = listener.local_address();
+        let threads = Arc::new(Threads::default());
+        let server = Arc::new(Server::new(
+            Role::Leader,
+            Arc::clone(&directory),
+            shards,
+            builder.options,
+            stop,
+            Arc::clone(&threads),
+        ));
+        let leader = Leader {
+            server: Arc::clone(&server),
+            address,
+            writers: Mutex::new(writers.into_iter().map(Some).collect()),
+            wals,
+            directory,
+            threads,
+        };
+        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        Server::listen(&server, listener)?;
+        Ok(leader)
+    }
+
+    /// Where it listens; with the port that was chosen if 0 was asked for.
+    #[must_use]
+    pub fn local_address(&self) -> &str {
+        &self.address
+    }
+
+    /// Who it is and what its directory was made with.
+    #[must_use]
+    pub fn manifest(&self) -> Manifest {
+        self.directory.manifest()
+    }
+
+    /// This node's id.
+    #[must_use]
+    pub fn node_id(&self) -> NodeId {
+        self.manifest().node
+    }
+
+    /// How many shards it has.
+    #[must_use]
+    pub fn shard_count(&self) -> u16 {
+        self.manifest().shard_count
+    }
+
+    /// The one writer of a shard. It is handed out once; whoever wants several threads to append to one shard puts it
+    /// behind a lock.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard, or its writer was handed out before.
+    pub fn writer(&self, shard: ShardId) -> Result<LogWriter> {
+        self.server.shard(shard)?;
+        let taken = || Error::invalid(format!("the writer of shard {shard} has been handed out before"));
+        self.writers.lock().get_mut(usize::from(shard.0)).and_then(Option::take).ok_or_else(taken)
+    }
+
+    /// The log of a shard: marks, readers, retention.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
+        Ok(&self.server.shard(shard)?.log)
+    }
+
+    /// What the followers of a shard have acknowledged. Keep it at hand to wait without looking the shard up.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn commits(&self, shard: ShardId) -> Result<&Arc<Commits>> {
+        Ok(&self.server.shard(shard)?.commits)
+    }
+
+    /// Waits until a record is committed as `commit` says. `k` followers are `k` different nodes that have
+    /// acknowledged it; where fewer exist, this waits for them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard. How the waiting ended is the [`Outcome`].
+    pub fn wait(&self, shard: ShardId, lsn: Lsn, commit: Commit, deadline: Option<Instant>) -> Result<Outcome> {
+        Ok(self.commits(shard)?.wait(lsn, commit, deadline))
+    }
+
+    /// What the node says about itself now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.server.status()
+    }
+
+    /// Stops: sends followers what is pending (for no longer than the drain time-out), syncs, ends every thread.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`] if something written is not on stable storage.
+    pub fn shutdown(mut self) -> Result<()> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.server.drain(|deadline| time_left(deadline));
+        self.threads.join_all();
+        self.writers.lock().clear();
+        let mut result = Ok(());
+        for wal in self.wals.drain(..) {
+            result = result.and(wal.close());
+        }
+        result
+    }
+}
+
+impl Drop for Leader {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            log::error!("the leader did not stop cleanly: {error}");
+        }
+    }
+}
+
+impl std::fmt::Debug for Leader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Leader")
+            .field("address", &self.address)
+            .field("manifest", &self.manifest())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,457 @@
+//! A node: a data directory, its shards' logs, and a role.
+//!
+//! [`Node::builder`] takes the settings; [`NodeBuilder::lead`] and [`NodeBuilder::follow`] open the directory and
+//! start the role's threads. What both roles share stands here.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::commit::Commit;
+use crate::data_dir::{DataDir, Manifest};
+use crate::error::{Error, Result};
+use crate::follower::Follower;
+use crate::leader::Leader;
+use crate::limits::{DEFAULT_SEGMENT_SIZE, MAX_CONNECTIONS, MAX_SHARDS};
+use crate::replication::{Checkpoint, CheckpointEntry};
+use crate::shutdown::ShutdownSignal;
+use crate::target::ReplicationTarget;
+use crate::transport::{TcpOptions, TcpTransport, Transport};
+use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
+use crate::wal::{Log, LogIdentity, LogWriter, Wal, WalOptions, unix_ms};
+use crate::watermark::{Until, Watermark, wait_any};
+
+/// Where everything begins.
+#[derive(Debug)]
+pub struct Node;
+
+impl Node {
+    /// Settings for a node whose data is, or will be, in `directory`.
+    pub fn builder(directory: impl AsRef<Path>) -> NodeBuilder {
+        NodeBuilder {
+            directory: directory.as_ref().to_owned(),
+            node: None,
+            region: RegionId(0),
+            shards: None,
+            segment_size: None,
+            epoch: None,
+            options: NodeOptions::default(),
+            transport: None,
+            allow_plaintext: false,
+            listen: None,
+            stop: ShutdownSignal::new(),
+        }
+    }
+}
+
+/// Settings that both roles use while they run.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeOptions {
+    pub(crate) wal: WalOptions,
+    pub(crate) commit: Commit,
+    pub(crate) heartbeat: Duration,
+    pub(crate) peer_timeout: Duration,
+    pub(crate) handshake_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) backoff_base: Duration,
+    pub(crate) backoff_cap: Duration,
+    pub(crate) max_connections: usize,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        NodeOptions {
+            wal: WalOptions::default(),
+            commit: Commit::SYNCED,
+            heartbeat: Duration::from_secs(1),
+            peer_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(5),
+            drain_timeout: Duration::from_secs(5),
+            backoff_base: Duration::from_secs(1),
+            backoff_cap: Duration::from_secs(30),
+            max_connections: MAX_CONNECTIONS,
+        }
+    }
+}
+
+/// Settings of a node, each with a default that suits a first try.
+#[derive(Clone)]
+pub struct NodeBuilder {
+    pub(crate) directory: PathBuf,
+    node: Option<NodeId>,
+    region: RegionId,
+    shards: Option<u16>,
+    segment_size: Option<u64>,
+    epoch: Option<Epoch>,
+    pub(crate) options: NodeOptions,
+    transport: Option<Arc<dyn Transport>>,
+    allow_plaintext: bool,
+    pub(crate) listen: Option<String>,
+    stop: ShutdownSignal,
+}
+
+impl NodeBuilder {
+    /// Who this node is. Default: what the directory says, else a random number.
+    #[must_use]
+    pub fn node_id(mut self, node: NodeId) -> Self {
+        self.node = Some(node);
+        self
+    }
+
+    /// Where the log originates, for a new leader. Default: region 0.
+    #[must_use]
+    pub fn region(mut self, region: RegionId) -> Self {
+        self.region = region;
+        self
+    }
+
+    /// How many shards the log has. Fixed when the directory is made: opening it with another number is refused.
+    /// Default: what the directory says, else 1. A follower takes its leader's number.
+    #[must_use]
+    pub fn shards(mut self, shards: u16) -> Self {
+        self.shards = Some(shards);
+        self
+    }
+
+    /// Bytes of a segment, whole pages of 4096 bytes; a record must fit in one. Fixed when the directory is made.
+    /// Default: what the directory says, else 64 MiB. A follower takes its leader's.
+    #[must_use]
+    pub fn segment_size(mut self, bytes: u64) -> Self {
+        self.segment_size = Some(bytes);
+        self
+    }
+
+    /// The leadership term. Default: the highest that the directory has accepted, else 1. An older one is refused.
+    #[must_use]
+    pub fn epoch(mut self, epoch: Epoch) -> Self {
+        self.epoch = Some(epoch);
+        self
+    }
+
+    /// What committed means on this node, and what followers are asked to hurry with. Default: [`Commit::SYNCED`].
+    #[must_use]
+    pub fn commit(mut self, commit: Commit) -> Self {
+        self.options.commit = commit;
+        self
+    }
+
+    /// Settings of each shard's log.
+    #[must_use]
+    pub fn wal(mut self, options: WalOptions) -> Self {
+        self.options.wal = options;
+        self
+    }
+
+    /// A sign of life goes out when nothing was sent for this long. Default: 1 s.
+    #[must_use]
+    pub fn heartbeat(mut self, every: Duration) -> Self {
+        self.options.heartbeat = every;
+        self
+    }
+
+    /// A peer from which no byte came for this long is gone. Default: 10 s.
+    #[must_use]
+    pub fn peer_timeout(mut self, timeout: Duration) -> Self {
+        self.options.peer_timeout = timeout;
+        self
+    }
+
+    /// How long a new connection may take to say who it is. Default: 5 s.
+    #[must_use]
+    pub fn handshake_timeout(mut self, timeout: Duration) -> Self {
+        self.options.handshake_timeout = timeout;
+        self
+    }
+
+    /// How long a leader that stops goes on sending what is pending. Default: 5 s.
+    #[must_use]
+    pub fn drain_timeout(mut self, timeout: Duration) -> Self {
+        self.options.drain_timeout = timeout;
+        self
+    }
+
+    /// How long a follower waits before it tries again: first `base`, then twice as long each time, at most `cap`.
+    /// Default: 1 s and 30 s.
+    #[must_use]
+    pub fn reconnect(mut self, base: Duration, cap: Duration) -> Self {
+        self.options.backoff_base = base;
+        self.options.backoff_cap = cap;
+        self
+    }
+
+    /// Connections open at a time; more are refused. Default: 4096.
+    #[must_use]
+    pub fn max_connections(mut self, connections: usize) -> Self {
+        self.options.max_connections = connections;
+        self
+    }
+
+    /// How streams are made. Default: TCP.
+    #[must_use]
+    pub fn transport(mut self, transport: Arc<dyn Transport>) -> Self {
+        self.transport = Some(transport);
+        self
+    }
+
+    /// Lets the TCP transport listen on addresses that other machines reach, although nothing is encrypted.
+    #[must_use]
+    pub fn allow_plaintext(mut self, allow: bool) -> Self {
+        self.allow_plaintext = allow;
+        self
+    }
+
+    /// Makes a follower answer `status` and `tail` requests at this address. Default: it does not listen.
+    #[must_use]
+    pub fn listen(mut self, address: impl Into<String>) -> Self {
+        self.listen = Some(address.into());
+        self
+    }
+
+    /// Gives a signal that stops the node, also while it still waits for a leader to come up.
+    #[must_use]
+    pub fn stop_signal(mut self, stop: ShutdownSignal) -> Self {
+        self.stop = stop;
+        self
+    }
+
+    pub(crate) fn abort_signal(&self) -> &ShutdownSignal {
+        &self.stop
+    }
+
+    /// Opens the directory as the leader of its log and listens for followers at `address`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`], [`Error::Mismatch`], [`Error::Corrupt`], [`Error::StaleEpoch`], [`Error::Network`] for the
+    /// address, [`Error::Io`].
+    pub fn lead(self, address: &str) -> Result<Leader> {
+        Leader::start(self, address)
+    }
+
+    /// Opens the directory as a follower of the leader at `address` and applies what arrives to `target`. Waits until
+    /// the leader has been reached once if the directory is new, for it is the leader who knows the shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`lead`](Self::lead); [`Error::Refused`] if the leader will not have it.
+    pub fn follow(self, address: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
+        Follower::start(self, address, target)
+    }
+
+    pub(crate) fn make_transport(&self) -> Arc<dyn Transport> {
+        self.transport.clone().unwrap_or_else(|| {
+            Arc::new(TcpTransport::new(TcpOptions { allow_plaintext: self.allow_plaintext, ..TcpOptions::default() }))
+        })
+    }
+
+    /// Opens the directory, or makes it as a new leader's.
+    pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
+        let directory = match DataDir::open(&self.directory)? {
+            Some(directory) => directory,
+            None => DataDir::create(
+                &self.directory,
+                Manifest {
+                    cluster: ClusterId(u128::from(random()) << 64 | u128::from(random())),
+                    node: self.node.unwrap_or(NodeId(random())),
+                    region: self.region,
+                    shard_count: self.shards.unwrap_or(1),
+                    segment_size: self.segment_size.unwrap_or(DEFAULT_SEGMENT_SIZE),
+                    epoch: self.epoch.unwrap_or(Epoch::FIRST),
+                },
+            )?,
+        };
+        self.check_settings(&directory)?;
+        directory.accept_epoch(self.epoch.unwrap_or(directory.manifest().epoch))?;
+        Ok(directory)
+    }
+
+    /// What is asked for must be what the directory was made with.
+    pub(crate) fn check_settings(&self, directory: &DataDir) -> Result<()> {
+        let manifest = directory.manifest();
+        let differs = |what: &str, asked: String, found: String| Error::Mismatch {
+            path: directory.path().to_owned(),
+            reason: format!(
+                "it was made with {what} {found}, not {asked}; leave the setting out or use another directory"
+            )
+            .into(),
+        };
+        match (self.shards, self.segment_size, self.node) {
+            (Some(asked), _, _) if asked != manifest.shard_count => {
+                Err(differs("shard count", asked.to_string(), manifest.shard_count.to_string()))
+            }
+            (_, Some(asked), _) if asked != manifest.segment_size => {
+                Err(differs("segment size", asked.to_string(), manifest.segment_size.to_string()))
+            }
+            (_, _, Some(asked)) if asked != manifest.node => {
+                Err(differs("node id", asked.to_string(), manifest.node.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn node_id_or_random(&self) -> NodeId {
+        self.node.unwrap_or(NodeId(random()))
+    }
+}
+
+/// Refuses a number of shards that no node can have.
+pub(crate) fn check_shard_count(shards: u16) -> Result<()> {
+    if (1..=MAX_SHARDS).contains(&shards) {
+        Ok(())
+    } else {
+        Err(Error::invalid(format!("{shards} shards: a node has at least 1 and at most {MAX_SHARDS}")))
+    }
+}
+
+/// Random bits from the standard library's per-process hash keys, time and a counter: for identities, not for secrets.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = std::hash::RandomState::new().build_hasher();
+    hasher.write_u64(unix_ms());
+    hasher.write_u32(std::process::id());
+    hasher.finish() | 1
+}
+
+/// The logs of a node, open, with what its checkpoint says.
+pub(crate) struct OpenLogs {
+    pub(crate) wals: Vec<Wal>,
+    pub(crate) writers: Vec<LogWriter>,
+    pub(crate) checkpoint: Checkpoint,
+}
+
+/// Opens every shard's log.
+pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<OpenLogs> {
+    let manifest = directory.manifest();
+    let checkpoint = Checkpoint::load(&directory.checkpoint_path())?.unwrap_or_default();
+    let mut wals = Vec::new();
+    let mut writers = Vec::new();
+    for shard in (0..manifest.shard_count).map(ShardId) {
+        let identity = LogIdentity {
+            cluster: manifest.cluster,
+            region: manifest.region,
+            shard,
+            segment_size: manifest.segment_size,
+        };
+        let known_synced = checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.synced);
+        let wal = WalOptions { known_synced, ..options.wal };
+        let (wal, writer) = Wal::open(&directory.shard_path(shard), identity, wal)?;
+        if known_synced > wal.log().head() {
+            return Err(Error::corrupt(
+                directory.shard_path(shard),
+                0,
+                Some(wal.log().head().next()),
+                format!("the checkpoint says that LSN {known_synced} was synced, but the log ends before it"),
+            ));
+        }
+        wals.push(wal);
+        writers.push(writer);
+    }
+    Ok(OpenLogs { wals, writers, checkpoint })
+}
+
+/// Writes `replication.ckpt` when marks have moved, at most once a second, on a thread of its own.
+pub(crate) struct Checkpointer {
+    pub(crate) path: PathBuf,
+    pub(crate) shards: Vec<CheckpointShard>,
+    pub(crate) stop: ShutdownSignal,
+}
+
+/// What the checkpoint says of one shard comes from here.
+pub(crate) struct CheckpointShard {
+    pub(crate) log: Arc<Log>,
+    /// Up to where the target has applied, and the target; none on a node without one.
+    pub(crate) applied: Option<(Arc<Watermark>, Arc<dyn ReplicationTarget>)>,
+}
+
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
+
+impl Checkpointer {
+    pub(crate) fn run(&self, mut saved: Checkpoint) {
+        while !self.stop.is_shutdown() {
+            self.wait_for_movement(&saved);
+            let _ = self.stop.wait_timeout(CHECKPOINT_INTERVAL);
+            if let Err(error) = self.save(&mut saved) {
+                log::error!("the checkpoint was not written: {error}");
+            }
+        }
+    }
+
+    fn wait_for_movement(&self, saved: &Checkpoint) {
+        let mut conditions = vec![self.stop.until()];
+        for shard in &self.shards {
+            let entry = saved.entries.get(&shard.log.shard()).copied().unwrap_or_default();
+            conditions.push(Until { mark: shard.log.synced(), at_least: entry.synced.next() });
+            let Some((applied, _)) = &shard.applied else { continue };
+            if applied.load().min(shard.log.synced().load()) > entry.applied {
+                return;
+            }
+            // What is applied but not synced counts once it is synced.
+            if applied.load() == entry.applied {
+                conditions.push(Until { mark: applied, at_least: entry.applied.next() });
+            }
+        }
+        wait_any(&conditions, crate::watermark::WaitStrategy::Park, None);
+    }
+
+    /// Makes what is applied durable in the target first, so that the checkpoint never says more than the target has.
+    fn save(&self, saved: &mut Checkpoint) -> Result<()> {
+        let mut checkpoint = Checkpoint::default();
+        for shard in &self.shards {
+            let id = shard.log.shard();
+            let synced = shard.log.synced().load();
+            let mut applied = Lsn::ZERO;
+            if let Some((mark, target)) = &shard.applied {
+                applied = mark.load();
+                if saved.entries.get(&id).is_none_or(|entry| entry.applied != applied) {
+                    target.sync(id)?;
+                }
+                // A record that is applied here but not yet synced in the log would be ahead of it after a crash.
+                applied = applied.min(synced);
+            }
+            checkpoint.entries.insert(id, CheckpointEntry { applied, synced });
+        }
+        if checkpoint != *saved {
+            checkpoint.save(&self.path)?;
+            *saved = checkpoint;
+        }
+        Ok(())
+    }
+}
+
+/// The threads of a node, joined at its end.
+#[derive(Default)]
+pub(crate) struct Threads(Mutex<Vec<JoinHandle<()>>>);
+
+impl Threads {
+    /// Starts a thread. Its name is for those who look at the process.
+    pub(crate) fn spawn(&self, name: String, run: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new().name(name.clone()).stack_size(NODE_THREAD_STACK).spawn(run);
+        let mut threads = self.0.lock();
+        // Those that have ended need no joining; a leader with many short connections must not gather them.
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread.map_err(Error::io("start thread", name))?);
+        Ok(())
+    }
+
+    /// Waits for every thread to end.
+    pub(crate) fn join_all(&self) {
+        loop {
+            // Not under the lock: a thread that ends may be starting another one.
+            let Some(thread) = self.0.lock().pop() else { return };
+            if thread.join().is_err() {
+                log::error!("a thread of the node panicked");
+            }
+        }
+    }
+}
+
+/// Room for what a target does in the applier.
+const NODE_THREAD_STACK: usize = 1 << 20;
+
+/// Time left until a deadline.
+pub(crate) fn time_left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}

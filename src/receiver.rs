@@ -1,0 +1,416 @@
+//! Stream to log: one receiver for each shard of a follower, on a thread of its own.
+//!
+//! The receiver reads from the socket straight into the mapped segment, at the offset where the leader has the same
+//! bytes, checks every batch against the chain, publishes it, and acknowledges. It comes back by itself when the
+//! stream fails, at the LSN where the log then ends, after a wait that grows from 1 s to 30 s.
+//!
+//! # Acknowledgements
+//!
+//! Three marks go back in one frame: received, durable, applied. The receiver sends one when nothing more has arrived,
+//! or after a stretch of log while more keeps arriving. A second thread, the acknowledger, sends what moves without
+//! it: the durable mark after a sync in the background, the applied mark behind the applier, and a sign of life when
+//! nothing moves. Both use the one sender behind a lock, held for one small frame.
+//!
+//! While somebody at the leader waits for durability, the receiver syncs by itself before it acknowledges, if nothing
+//! more has arrived: the acknowledgement then crosses no other thread. Otherwise the log's sync thread does it beside
+//! the receiving.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::backoff::Backoff;
+use crate::error::{Error, Result};
+use crate::follower::{Following, ShardState};
+use crate::shutdown::ShutdownSignal;
+use crate::transport::{Connection, FrameReceiver, FrameSender};
+use crate::types::{Chain, Epoch, Lsn, ShardId};
+use crate::wal::{Log, LogWriter};
+use crate::watermark::{Until, Waited, Watermark, wait_any};
+use crate::wire::{
+    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
+    ShardInfo, SyncRequest, WalDataHeader,
+};
+
+/// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.
+const TAKE_IN: u64 = 256 * 1024;
+/// Log bytes after which the receiver acknowledges although more has arrived.
+const ACK_EVERY: u64 = 256 * 1024;
+/// How long the acknowledger gathers what moved when nobody waits for it.
+const ACK_LINGER: Duration = Duration::from_millis(20);
+/// A stream that lasted this long made stable progress: the next failure is the first again.
+const STABLE: Duration = Duration::from_secs(10);
+
+/// One shard of a follower.
+pub(crate) struct Receiver {
+    pub(crate) shard: ShardId,
+    pub(crate) node: Arc<Following>,
+    pub(crate) writer: LogWriter,
+    /// Moved by the applier only.
+    pub(crate) applied: Arc<Watermark>,
+    pub(crate) state: Arc<ShardState>,
+}
+
+impl Receiver {
+    /// Follows the leader until the node stops, or until the leader refuses for good.
+    ///
+    /// # Errors
+    ///
+    /// A failure that trying again cannot mend.
+    pub(crate) fn run(mut self) -> Result<()> {
+        let seed = self.node.manifest().node.0 ^ u64::from(self.shard.0) << 48 ^ u64::from(std::process::id());
+        let mut backoff = Backoff::new(self.node.options.backoff_base, self.node.options.backoff_cap, seed);
+        let stop = self.node.stop.clone();
+        while !stop.is_shutdown() {
+            let began = Instant::now();
+            let head = self.writer.end().head;
+            let result = self.follow_once();
+            self.writer.discard_partial();
+            self.state.set_connected(false);
+            if stop.is_shutdown() {
+                break;
+            }
+            let moved = self.writer.end().head > head;
+            if began.elapsed() >= STABLE && moved {
+                backoff.succeeded();
+            }
+            let Err(error) = result else { continue };
+            self.state.set_error(&error);
+            if error.is_permanent() {
+                return Err(error);
+            }
+            let wait = backoff.next();
+            log::warn!("shard {}: {error}; trying again in {:.1} s", self.shard, wait.as_secs_f32());
+            let _ = stop.wait_timeout(wait);
+        }
+        Ok(())
+    }
+
+    /// One stream, from connecting to its end.
+    fn follow_once(&mut self) -> Result<()> {
+        let Connection { peer, mut sender, mut receiver, closer } = self.node.connect()?;
+        let over = self.node.stop.child();
+        let _close_at_stop = over.on_shutdown(move || closer.close());
+        let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
+        self.state.set_connected(true);
+        log::info!(
+            "shard {}: following {peer} from LSN {} (leader has {} to {}, epoch {})",
+            self.shard,
+            info.start,
+            info.tail,
+            info.head,
+            info.epoch
+        );
+        receiver.set_timeout(Some(self.node.options.peer_timeout))?;
+        let lane = AckLane::new(self, sender, info.epoch, info.session);
+        let shard = self.shard;
+        std::thread::scope(|scope| {
+            let acknowledger = std::thread::Builder::new()
+                .name(format!("tl-ack-s{shard}"))
+                .stack_size(crate::wal::THREAD_STACK)
+                .spawn_scoped(scope, || lane.run_acknowledger(&over))
+                .map_err(Error::io("start a thread for", format!("shard {shard}")));
+            let result = acknowledger.and_then(|_| self.receive(&peer, receiver.as_mut(), &lane));
+            lane.stop(&over);
+            // What the acknowledger met first is the cause: it closes the stream under the receiver.
+            lane.failure.lock().take().map_or(result, Err)
+        })
+    }
+
+    /// Says where this log ends, and checks that what the leader will send continues it.
+    fn shake_hands(
+        &mut self,
+        peer: &str,
+        sender: &mut dyn FrameSender,
+        receiver: &mut dyn FrameReceiver,
+    ) -> Result<ShardInfo> {
+        let manifest = self.node.manifest();
+        let end = self.writer.end();
+        let request = SyncRequest {
+            versions: PROTOCOL_VERSIONS,
+            purpose: Purpose::Follow,
+            cluster: manifest.cluster,
+            node: manifest.node,
+            region: manifest.region,
+            shard: self.shard,
+            shard_count: manifest.shard_count,
+            segment_size: manifest.segment_size,
+            epoch: manifest.epoch,
+            received: end.head,
+            durable: self.writer.log().synced().load(),
+            applied: self.applied.load(),
+            chain: end.chain,
+            from: Lsn::ZERO,
+        };
+        let info = exchange(peer, sender, receiver, request, self.node.options.handshake_timeout)?;
+        self.node.check_topology(peer, &info)?;
+        // Persisted before anything is done under it.
+        self.node.accept_epoch(info.epoch)?;
+        let due = self.writer.ingest_position();
+        let again = (due.0, 0);
+        let offered = (info.start_segment, info.start_offset);
+        if offered != due && offered != again || info.start != end.head.next() {
+            return Err(Error::protocol(
+                peer,
+                format!(
+                    "it would send from offset {} of segment {}, but {} of {} is due",
+                    offered.1, offered.0, due.1, due.0
+                ),
+            ));
+        }
+        Ok(info)
+    }
+
+    /// Takes in frames until the stream ends.
+    fn receive(&mut self, peer: &str, receiver: &mut dyn FrameReceiver, lane: &AckLane) -> Result<()> {
+        let mut unacknowledged = 0;
+        loop {
+            let header = receiver.receive_header()?;
+            self.state.heard_from_leader();
+            match header.kind {
+                FrameKind::WalData => {
+                    lane.set_haste(header.flags);
+                    let bytes = self.take_in(peer, receiver, lane, header)?;
+                    unacknowledged += bytes;
+                    let drained = !receiver.has_buffered();
+                    if drained && bytes <= TAKE_IN && header.flags & FLAG_ACK_DURABLE != 0 {
+                        self.writer.log().wait_synced(self.writer.end().head, None)?;
+                    }
+                    if drained || unacknowledged >= ACK_EVERY {
+                        lane.send_if_moved()?;
+                        unacknowledged = 0;
+                    }
+                }
+                FrameKind::Sync => {
+                    let message = expect_sync(peer, receiver.receive_message()?)?;
+                    lane.set_haste(header.flags);
+                    if header.flags & FLAG_ACK_DURABLE != 0 {
+                        let log = self.writer.log();
+                        log.wait_synced(message.min(log.head()), None)?;
+                    }
+                    lane.send_if_moved()?;
+                }
+                FrameKind::Heartbeat => {
+                    if let Message::Heartbeat(beat) = receiver.receive_message()? {
+                        self.state.set_leader_head(beat.head);
+                    }
+                }
+                FrameKind::CaughtUp => {
+                    if let Message::CaughtUp(caught_up) = receiver.receive_message()? {
+                        self.state.set_leader_head(caught_up.head);
+                        log::info!("shard {}: caught up with {peer} at LSN {}", self.shard, caught_up.head);
+                    }
+                }
+                FrameKind::Error => return Err(refusal(peer, receiver.receive_message()?)),
+                other => return Err(Error::protocol(peer, format!("{other:?} is not for a follower"))),
+            }
+        }
+    }
+
+    /// One `WalData` frame: its bytes go to where the leader has them. Returns how many there were.
+    fn take_in(
+        &mut self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        lane: &AckLane,
+        header: FrameHeader,
+    ) -> Result<u64> {
+        let mut fields = [0; WalDataHeader::LEN];
+        receiver.receive_exact(&mut fields)?;
+        let WalDataHeader { segment, mut offset } =
+            WalDataHeader::decode(&fields).map_err(|error| error.from_peer(peer))?;
+        let total = u64::from(receiver.remaining());
+        while receiver.remaining() > 0 {
+            let len = u64::from(receiver.remaining()).min(TAKE_IN);
+            let window = self.writer.ingest_window(segment, offset, len).map_err(blame(peer))?;
+            receiver.receive_exact(window)?;
+            let len = window.len() as u64;
+            offset += len;
+            let head = self.writer.ingest_filled(len).map_err(blame(peer))?;
+            lane.set_received(head, self.writer.end().chain);
+            if header.flags & FLAG_ACK_DURABLE != 0 && receiver.remaining() > 0 {
+                self.writer.log().want_synced(head);
+            }
+        }
+        Ok(total)
+    }
+}
+
+/// What the log finds wrong with bytes from a peer is the peer's fault.
+fn blame(peer: &str) -> impl Fn(Error) -> Error + '_ {
+    move |error| match error {
+        Error::Invalid { reason } => Error::Protocol { peer: peer.to_owned(), reason },
+        other => other,
+    }
+}
+
+/// Sends a request and takes the answer: `ShardInfo`, or a refusal.
+pub(crate) fn exchange(
+    peer: &str,
+    sender: &mut dyn FrameSender,
+    receiver: &mut dyn FrameReceiver,
+    request: SyncRequest,
+    timeout: Duration,
+) -> Result<ShardInfo> {
+    receiver.set_timeout(Some(timeout))?;
+    sender.send_message(&Message::SyncRequest(request))?;
+    receiver.receive_header()?;
+    match receiver.receive_message()? {
+        Message::ShardInfo(info) => Ok(info),
+        other => Err(refusal(peer, other)),
+    }
+}
+
+/// The error for a message that is a refusal, or should not be here at all.
+pub(crate) fn refusal(peer: &str, message: Message) -> Error {
+    match message {
+        Message::Error(error) => Error::Refused { peer: peer.to_owned(), code: error.code, reason: error.text },
+        other => Error::protocol(peer, format!("{:?} came where it has no meaning", other.kind())),
+    }
+}
+
+fn expect_sync(peer: &str, message: Message) -> Result<Lsn> {
+    match message {
+        Message::Sync(sync) => Ok(sync.lsn),
+        other => Err(refusal(peer, other)),
+    }
+}
+
+/// The way back: acknowledgements of one stream, sent by the receiver and by the acknowledger.
+struct AckLane {
+    log: Arc<Log>,
+    applied: Arc<Watermark>,
+    epoch: Epoch,
+    session: SessionId,
+    heartbeat: Duration,
+    state: Mutex<LaneState>,
+    /// Somebody at the leader waits for the durable or the applied mark: both are acknowledged as soon as they move.
+    /// Set by the receiver.
+    in_haste: AtomicBool,
+    /// What ended the acknowledger.
+    failure: Mutex<Option<Error>>,
+}
+
+struct LaneState {
+    sender: Box<dyn FrameSender>,
+    /// Head and chain, set by the receiver.
+    received: Lsn,
+    chain: Chain,
+    sent: Ack,
+    sent_at: Instant,
+}
+
+impl AckLane {
+    fn new(receiver: &Receiver, sender: Box<dyn FrameSender>, epoch: Epoch, session: SessionId) -> AckLane {
+        let end = receiver.writer.end();
+        let nothing =
+            Ack { received: Lsn::ZERO, durable: Lsn::ZERO, applied: Lsn::ZERO, chain: end.chain, epoch, session };
+        AckLane {
+            log: Arc::clone(receiver.writer.log()),
+            applied: Arc::clone(&receiver.applied),
+            epoch,
+            session,
+            heartbeat: receiver.node.options.heartbeat,
+            state: Mutex::new(LaneState {
+                sender,
+                received: end.head,
+                chain: end.chain,
+                sent: nothing,
+                sent_at: Instant::now(),
+            }),
+            in_haste: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        }
+    }
+
+    fn set_received(&self, received: Lsn, chain: Chain) {
+        let mut state = self.state.lock();
+        state.received = received;
+        state.chain = chain;
+    }
+
+    fn set_haste(&self, flags: u8) {
+        self.in_haste.store(flags & (FLAG_ACK_DURABLE | FLAG_ACK_APPLIED) != 0, Ordering::Relaxed);
+    }
+
+    fn send_if_moved(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        let ack = self.current(&state);
+        if ack == state.sent { Ok(()) } else { state.send(ack) }
+    }
+
+    /// What there is to acknowledge. The log may be ahead of what the receiver has said: then so may the other marks,
+    /// and they wait for the next acknowledgement.
+    fn current(&self, state: &LaneState) -> Ack {
+        Ack {
+            received: state.received,
+            durable: self.log.synced().load().min(state.received),
+            applied: self.applied.load().min(state.received),
+            chain: state.chain,
+            epoch: self.epoch,
+            session: self.session,
+        }
+    }
+
+    /// Acknowledges what moves without the receiver, and shows that this node lives.
+    fn run_acknowledger(&self, over: &ShutdownSignal) {
+        if let Err(error) = self.acknowledge_until(over) {
+            *self.failure.lock() = Some(error);
+            over.shutdown();
+        }
+    }
+
+    fn acknowledge_until(&self, over: &ShutdownSignal) -> Result<()> {
+        self.send_if_moved()?;
+        loop {
+            let (sent, sent_at) = {
+                let state = self.state.lock();
+                (state.sent, state.sent_at)
+            };
+            let conditions = [
+                over.until(),
+                Until { mark: self.log.synced(), at_least: sent.durable.next() },
+                Until { mark: &self.applied, at_least: sent.applied.next() },
+            ];
+            match wait_any(&conditions, self.log.options().wait, sent_at.checked_add(self.heartbeat)) {
+                Waited::Reached(0) => return Ok(()),
+                Waited::Reached(_) => {
+                    if !self.in_haste.load(Ordering::Relaxed) && over.wait_timeout(ACK_LINGER) {
+                        return Ok(());
+                    }
+                    self.send_if_moved()?;
+                }
+                Waited::TimedOut => self.beat()?,
+            }
+        }
+    }
+
+    /// An acknowledgement although nothing moved, unless the receiver sent one meanwhile.
+    fn beat(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        if state.sent_at.elapsed() < self.heartbeat {
+            return Ok(());
+        }
+        let ack = self.current(&state);
+        state.send(ack)
+    }
+
+    /// Sends the last acknowledgement, if the stream still stands, and ends the acknowledger.
+    fn stop(&self, over: &ShutdownSignal) {
+        if !over.is_shutdown() {
+            let _ = self.send_if_moved();
+        }
+        over.shutdown();
+    }
+}
+
+impl LaneState {
+    fn send(&mut self, ack: Ack) -> Result<()> {
+        self.sender.send_message(&Message::Ack(ack))?;
+        self.sent = ack;
+        self.sent_at = Instant::now();
+        Ok(())
+    }
+}

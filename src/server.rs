@@ -1,0 +1,566 @@
+//! What a node answers to those who connect: followers, readers of the log, and who asks how it is.
+//!
+//! Each connection has a thread. It reads the request, within the handshake time-out, and decides; a follower's
+//! thread then starts the shipper and goes on reading acknowledgements. Nothing that a peer sends makes a node do
+//! more than its limits allow: frames have a maximum length by type, connections a maximum number.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::commit::{Commits, FollowerMarks};
+use crate::data_dir::DataDir;
+use crate::error::{Error, RefusalCode, Result};
+use crate::follower::ShardState;
+use crate::limits::MAX_STATUS_LEN;
+use crate::node::{NodeOptions, Threads};
+use crate::shipper::Shipper;
+use crate::shutdown::ShutdownSignal;
+use crate::status::{Role, Status};
+use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener};
+use crate::types::{Lsn, NodeId, ShardId};
+use crate::wal::{Log, LogPosition, LogReader, unix_ms};
+use crate::wire::{
+    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
+};
+
+/// One shard as the server sees it.
+pub(crate) struct ServerShard {
+    pub(crate) log: Arc<Log>,
+    pub(crate) commits: Arc<Commits>,
+    /// On a follower: how following goes.
+    pub(crate) following: Option<Arc<ShardState>>,
+}
+
+/// The listening side of a node.
+pub(crate) struct Server {
+    role: Role,
+    directory: Arc<DataDir>,
+    shards: Vec<ServerShard>,
+    options: NodeOptions,
+    started: Instant,
+    /// The node stops; what is pending is still shipped.
+    draining: ShutdownSignal,
+    /// Everything stops; sockets are closed.
+    stop: ShutdownSignal,
+    threads: Arc<Threads>,
+    connections: AtomicUsize,
+    sessions: AtomicU64,
+    /// The stream that serves each (follower, shard) now; a newer one takes over.
+    streams: Mutex<Vec<(NodeId, ShardId, SessionId, ShutdownSignal)>>,
+}
+
+/// A request that is refused: what the peer is told.
+struct Refusal(RefusalCode, String);
+
+impl Server {
+    pub(crate) fn new(
+        role: Role,
+        directory: Arc<DataDir>,
+        shards: Vec<ServerShard>,
+        options: NodeOptions,
+        stop: ShutdownSignal,
+        threads: Arc<Threads>,
+    ) -> Server {
+        Server {
+            role,
+            directory,
+            shards,
+            options,
+            started: Instant::now(),
+            draining: ShutdownSignal::new(),
+            stop,
+            threads,
+            connections: AtomicUsize::new(0),
+            // Sessions of an earlier run are not taken for those of this one.
+            sessions: AtomicU64::new(unix_ms() << 16),
+            streams: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn shard(&self, shard: ShardId) -> Result<&ServerShard> {
+        let count = self.shards.len();
+        self.shards
+            .get(usize::from(shard.0))
+            .ok_or_else(|| Error::invalid(format!("there is no shard {shard}: the node has {count}, numbered from 0")))
+    }
+
+    /// Starts accepting.
+    pub(crate) fn listen(server: &Arc<Server>, listener: Box<dyn Listener>) -> Result<()> {
+        let listener: Arc<dyn Listener> = Arc::from(listener);
+        let this = Arc::clone(server);
+        server.threads.spawn("tl-accept".to_owned(), move || {
+            let closing = Arc::clone(&listener);
+            let _close_at_stop = this.draining.on_shutdown(move || closing.close());
+            Server::accept(&this, listener.as_ref());
+        })
+    }
+
+    fn accept(server: &Arc<Server>, listener: &dyn Listener) {
+        while !server.draining.is_shutdown() {
+            match listener.accept() {
+                Ok(connection) => Server::serve_on_thread(server, connection),
+                Err(error) if error.is_shutdown() => return,
+                Err(error) => {
+                    log::warn!("a connection was not accepted: {error}");
+                    // As when file descriptors run out: accepting again at once would only spin.
+                    let _ = server.draining.wait_timeout(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn serve_on_thread(server: &Arc<Server>, mut connection: Connection) {
+        let open = server.connections.fetch_add(1, Ordering::Relaxed);
+        let this = Arc::clone(server);
+        let leave = Leave(Arc::clone(server));
+        if open >= server.options.max_connections {
+            let refusal =
+                Refusal(RefusalCode::TooManyConnections, format!("{open} connections are open, as many as allowed"));
+            refuse(connection.sender.as_mut(), refusal);
+            return;
+        }
+        let spawned = server.threads.spawn(format!("tl-peer-{open}"), move || {
+            let _leave = leave;
+            let peer = connection.peer.clone();
+            match Server::serve(&this, connection) {
+                Ok(()) => log::debug!("{peer} left"),
+                Err(error) if this.stop.is_shutdown() => log::debug!("{peer}: {error}"),
+                Err(error) => log::warn!("{peer}: {error}"),
+            }
+        });
+        if let Err(error) = spawned {
+            log::warn!("a connection was dropped: {error}");
+        }
+    }
+
+    /// One connection, from its request to its end.
+    fn serve(server: &Arc<Server>, connection: Connection) -> Result<()> {
+        let Connection { peer, mut sender, mut receiver, closer } = connection;
+        let over = server.stop.child();
+        let _close_at_stop = over.on_shutdown(move || closer.close());
+        receiver.set_timeout(Some(server.options.handshake_timeout))?;
+        let header = receiver.receive_header()?;
+        if header.kind == FrameKind::StatusRequest {
+            receiver.receive_message()?;
+            return server.answer_status(sender.as_mut());
+        }
+        let request = match receiver.receive_message() {
+            Ok(Message::SyncRequest(request)) => request,
+            Ok(other) => {
+                let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
+                refuse(sender.as_mut(), Refusal(RefusalCode::ProtocolViolation, text.clone()));
+                return Err(Error::protocol(peer, text));
+            }
+            Err(error) => {
+                refuse(sender.as_mut(), Refusal(RefusalCode::ProtocolViolation, error.to_string()));
+                return Err(error);
+            }
+        };
+        let answer = server.check(&request).and_then(|version| match request.purpose {
+            Purpose::Topology => server.describe(&request, version).map(|info| (info, None)),
+            Purpose::Follow => server.start_following(&request, version),
+            Purpose::Tail => server.start_tail(&request, version),
+            other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
+        });
+        let (info, reader) = match answer {
+            Ok(answer) => answer,
+            Err(refusal) => {
+                log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
+                refuse(sender.as_mut(), refusal);
+                return Ok(());
+            }
+        };
+        sender.send_message(&Message::ShardInfo(info))?;
+        let Some(reader) = reader else { return Ok(()) };
+        let stream = Stream { server, peer: &peer, request, info, over };
+        match request.purpose {
+            Purpose::Follow => stream.serve_follower(reader, sender, receiver.as_mut()),
+            _ => stream.serve_tail(reader, sender, receiver.as_mut()),
+        }
+    }
+
+    /// What every request must have right. Gives the protocol version to speak.
+    fn check(&self, request: &SyncRequest) -> Result<u16, Refusal> {
+        let manifest = self.directory.manifest();
+        let Some(version) = PROTOCOL_VERSIONS.negotiate(request.versions) else {
+            return Err(Refusal(
+                RefusalCode::UnsupportedVersion,
+                format!(
+                    "this node speaks protocol versions {} to {}, you speak {} to {}; update the older side",
+                    PROTOCOL_VERSIONS.min, PROTOCOL_VERSIONS.max, request.versions.min, request.versions.max
+                ),
+            ));
+        };
+        let anonymous = matches!(request.purpose, Purpose::Topology | Purpose::Tail);
+        if request.cluster != manifest.cluster && !(anonymous && request.cluster.0 == 0) {
+            return Err(Refusal(
+                RefusalCode::WrongCluster,
+                format!(
+                    "this node belongs to cluster {}, you to {}; check the address, or start with an empty directory",
+                    manifest.cluster, request.cluster
+                ),
+            ));
+        }
+        if usize::from(request.shard.0) >= self.shards.len() {
+            return Err(Refusal(
+                RefusalCode::UnknownShard,
+                format!("there is no shard {}: this node has {}, numbered from 0", request.shard, manifest.shard_count),
+            ));
+        }
+        if self.draining.is_shutdown() {
+            return Err(Refusal(RefusalCode::ShuttingDown, "this node is shutting down".to_owned()));
+        }
+        Ok(version)
+    }
+
+    /// What the node tells about a shard.
+    fn describe(&self, request: &SyncRequest, version: u16) -> Result<ShardInfo, Refusal> {
+        let manifest = self.directory.manifest();
+        let shard = self.shard(request.shard).map_err(internal)?;
+        Ok(ShardInfo {
+            version,
+            cluster: manifest.cluster,
+            node: manifest.node,
+            region: manifest.region,
+            shard: request.shard,
+            shard_count: manifest.shard_count,
+            segment_size: manifest.segment_size,
+            epoch: manifest.epoch,
+            tail: shard.log.tail(),
+            head: shard.log.head(),
+            session: SessionId(0),
+            session_kind: SessionKind::None,
+            start: Lsn::ZERO,
+            target: Lsn::ZERO,
+            start_segment: Lsn::ZERO,
+            start_offset: 0,
+            heartbeat_ms: millis(self.options.heartbeat),
+            timeout_ms: millis(self.options.peer_timeout),
+            key_len: 0,
+            value_len: 0,
+            prefix_bits: 0,
+        })
+    }
+
+    /// Decides where a follower goes on, or why it cannot.
+    fn start_following(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Option<LogReader>), Refusal> {
+        if self.role != Role::Leader {
+            return Err(Refusal(
+                RefusalCode::WrongRole,
+                "this node is a follower itself; follow its leader".to_owned(),
+            ));
+        }
+        let manifest = self.directory.manifest();
+        if request.epoch > manifest.epoch {
+            for shard in &self.shards {
+                shard.log.depose(manifest.epoch, request.epoch);
+            }
+            return Err(Refusal(
+                RefusalCode::StaleEpoch,
+                format!(
+                    "epoch {} has been seen, and this node leads under {}: it is deposed",
+                    request.epoch, manifest.epoch
+                ),
+            ));
+        }
+        let asked = (request.shard_count, request.segment_size, request.region);
+        let own = (manifest.shard_count, manifest.segment_size, manifest.region);
+        if asked != own {
+            return Err(Refusal(
+                RefusalCode::WrongTopology,
+                format!(
+                    "this node has {} shards, segments of {} bytes, region {}; you have {}, {} and {}; \
+                     start with an empty directory",
+                    own.0, own.1, own.2, asked.0, asked.1, asked.2
+                ),
+            ));
+        }
+        if request.node == manifest.node || request.node.0 == 0 {
+            return Err(Refusal(
+                RefusalCode::WrongTopology,
+                format!(
+                    "node id {} is this node's own or not assigned; give the follower one of its own",
+                    request.node
+                ),
+            ));
+        }
+        let log = &self.shard(request.shard).map_err(internal)?.log;
+        let place = place_for(log, request)?;
+        let info = self.describe(request, version)?;
+        let caught_up = request.received == info.head && request.received > Lsn::ZERO;
+        let info = ShardInfo {
+            session: SessionId(self.sessions.fetch_add(1, Ordering::Relaxed)),
+            session_kind: if caught_up { SessionKind::KeepUp } else { SessionKind::CatchUp },
+            start: request.received.next(),
+            target: info.head,
+            start_segment: place.segment,
+            start_offset: place.offset,
+            ..info
+        };
+        Ok((info, Some(log.reader_at(place))))
+    }
+
+    fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Option<LogReader>), Refusal> {
+        let log = &self.shard(request.shard).map_err(internal)?.log;
+        let from = if request.from == Lsn::ZERO { log.tail() } else { request.from };
+        let place = log.position_before(from).map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
+        let info = self.describe(request, version)?;
+        let info = ShardInfo {
+            start: place.lsn.next(),
+            target: info.head,
+            start_segment: place.segment,
+            start_offset: place.offset,
+            ..info
+        };
+        Ok((info, Some(log.reader_at(place))))
+    }
+
+    fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {
+        let bytes = self.status().encode();
+        if bytes.len() as u64 > u64::from(MAX_STATUS_LEN) {
+            refuse(sender, Refusal(RefusalCode::Internal, "the status does not fit in a frame".to_owned()));
+            return Ok(());
+        }
+        sender.send(FrameKind::Status, 0, &[], Body::Bytes(&bytes))
+    }
+
+    /// What the node says about itself now.
+    pub(crate) fn status(&self) -> Status {
+        Status::collect(self.role, self.directory.manifest(), self.started.elapsed(), &self.shards)
+    }
+
+    /// Stops in two steps: shippers send what is pending and their followers acknowledge it, for no longer than the
+    /// drain time-out; then every socket is closed.
+    pub(crate) fn drain(&self, time_left: impl Fn(Instant) -> Duration) {
+        let deadline = Instant::now() + self.options.drain_timeout;
+        self.draining.shutdown();
+        let streams: Vec<_> = self.streams.lock().iter().map(|stream| stream.3.clone()).collect();
+        for over in streams {
+            let _ = over.wait_timeout(time_left(deadline));
+        }
+        self.stop.shutdown();
+    }
+
+    /// Makes this stream the one of its follower and shard; the one before it ends.
+    fn take_over(&self, node: NodeId, shard: ShardId, session: SessionId, over: &ShutdownSignal) {
+        let mut streams = self.streams.lock();
+        let before: Vec<_> = streams.extract_if(.., |stream| (stream.0, stream.1) == (node, shard)).collect();
+        streams.push((node, shard, session, over.clone()));
+        drop(streams);
+        for stream in before {
+            log::info!("node {node}, shard {shard}: a newer stream takes over");
+            stream.3.shutdown();
+        }
+    }
+
+    fn stream_ended(&self, session: SessionId) {
+        self.streams.lock().retain(|stream| stream.2 != session);
+    }
+}
+
+/// Finds where the follower's log goes on, if its history is a beginning of this log's.
+fn place_for(log: &Arc<Log>, request: &SyncRequest) -> Result<LogPosition, Refusal> {
+    let (tail, head) = (log.tail(), log.head());
+    let next = request.received.next();
+    if request.received > head {
+        return Err(Refusal(
+            RefusalCode::LeaderBehind,
+            format!(
+                "you have shard {} up to LSN {}, but this leader only up to {head} under the same epoch: \
+                 it has lost data, and nothing is overwritten; make a node with the longer log the leader",
+                request.shard, request.received
+            ),
+        ));
+    }
+    if next < tail {
+        return Err(Refusal(
+            RefusalCode::NotRetained,
+            format!(
+                "LSN {next} of shard {} is no longer retained (LSN {tail} to {head} are); start with a copy of a newer state",
+                request.shard
+            ),
+        ));
+    }
+    match log.position_after(request.received, request.chain) {
+        Ok(Some(place)) => Ok(place),
+        Ok(None) => Err(Refusal(
+            RefusalCode::Diverged,
+            format!(
+                "at LSN {} of shard {} your history (chain {:08x}) is not this leader's; nothing is overwritten",
+                request.received, request.shard, request.chain.0
+            ),
+        )),
+        Err(error) => Err(internal(error)),
+    }
+}
+
+/// A stream that has been agreed on.
+struct Stream<'a> {
+    server: &'a Arc<Server>,
+    peer: &'a str,
+    request: SyncRequest,
+    info: ShardInfo,
+    over: ShutdownSignal,
+}
+
+impl Stream<'_> {
+    /// Starts the shipper and reads acknowledgements until the stream ends.
+    fn serve_follower(
+        &self,
+        reader: LogReader,
+        sender: Box<dyn FrameSender>,
+        receiver: &mut dyn FrameReceiver,
+    ) -> Result<()> {
+        let SyncRequest { node, shard, received, durable, applied, .. } = self.request;
+        let commits = &self.server.shard(shard)?.commits;
+        let follower = commits.follower(node)?;
+        self.server.take_over(node, shard, self.info.session, &self.over);
+        log::info!(
+            "node {node}, shard {shard}: following from LSN {} of {} ({})",
+            self.info.start,
+            self.info.head,
+            self.peer
+        );
+        commits.acknowledge(&follower, received, durable.min(received), applied.min(received), unix_ms());
+        follower.stream_began();
+        let shipper = self.shipper(reader, sender, Some(Arc::clone(&follower)));
+        let over = self.over.clone();
+        let name = format!("tl-ship-s{shard}");
+        let result = self
+            .server
+            .threads
+            .spawn(name, move || {
+                if let Err(error) = shipper.run()
+                    && !over.is_shutdown()
+                {
+                    log::warn!("node {node}, shard {shard}: shipping ended: {error}");
+                    over.shutdown();
+                }
+            })
+            .and_then(|()| self.read_acknowledgements(commits, &follower, receiver));
+        self.over.shutdown();
+        self.server.stream_ended(self.info.session);
+        follower.stream_ended();
+        result
+    }
+
+    fn shipper(
+        &self,
+        reader: LogReader,
+        sender: Box<dyn FrameSender>,
+        follower: Option<Arc<FollowerMarks>>,
+    ) -> Shipper {
+        let shard = &self.server.shards[usize::from(self.request.shard.0)];
+        Shipper {
+            reader,
+            sender,
+            commits: Arc::clone(&shard.commits),
+            follower,
+            epoch: self.info.epoch,
+            heartbeat: self.server.options.heartbeat,
+            stream_over: self.over.clone(),
+            draining: self.server.draining.clone(),
+            target: self.info.target,
+        }
+    }
+
+    fn read_acknowledgements(
+        &self,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        receiver: &mut dyn FrameReceiver,
+    ) -> Result<()> {
+        receiver.set_timeout(Some(self.server.options.peer_timeout))?;
+        loop {
+            let header = match receiver.receive_header() {
+                Ok(header) => header,
+                // The stream was ended from this side, or the follower left between two frames.
+                Err(_) if self.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            match header.kind {
+                FrameKind::Ack => match receiver.receive_message()? {
+                    Message::Ack(ack) => self.take_acknowledgement(commits, follower, ack)?,
+                    other => return Err(crate::receiver::refusal(self.peer, other)),
+                },
+                FrameKind::Heartbeat => {
+                    receiver.receive_message()?;
+                }
+                FrameKind::Error => return Err(crate::receiver::refusal(self.peer, receiver.receive_message()?)),
+                other => return Err(Error::protocol(self.peer, format!("{other:?} is not for a leader"))),
+            }
+        }
+    }
+
+    fn take_acknowledgement(&self, commits: &Commits, follower: &FollowerMarks, ack: Ack) -> Result<()> {
+        if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
+            return Err(Error::protocol(
+                self.peer,
+                format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
+            ));
+        }
+        let head = self.server.shard(self.request.shard)?.log.head();
+        if ack.received > head || ack.durable > ack.received || ack.applied > ack.received {
+            return Err(Error::protocol(
+                self.peer,
+                format!(
+                    "it acknowledges received {}, durable {}, applied {} of a log that ends at {head}",
+                    ack.received, ack.durable, ack.applied
+                ),
+            ));
+        }
+        commits.acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
+        Ok(())
+    }
+
+    /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
+    fn serve_tail(
+        &self,
+        reader: LogReader,
+        sender: Box<dyn FrameSender>,
+        receiver: &mut dyn FrameReceiver,
+    ) -> Result<()> {
+        let shipper = self.shipper(reader, sender, None);
+        let over = self.over.clone();
+        let shard = self.request.shard;
+        self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
+            if let Err(error) = shipper.run() {
+                log::debug!("shard {shard}: a reader's stream ended: {error}");
+            }
+            over.shutdown();
+        })?;
+        receiver.set_timeout(None)?;
+        let result = receiver.receive_header();
+        self.over.shutdown();
+        match result {
+            Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Counts a connection out when its thread ends.
+struct Leave(Arc<Server>);
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn internal(error: Error) -> Refusal {
+    Refusal(RefusalCode::Internal, error.to_string())
+}
+
+/// Tells the peer why, as well as may be: it may be gone.
+fn refuse(sender: &mut dyn FrameSender, Refusal(code, text): Refusal) {
+    let _ = sender.send_message(&Message::Error(ErrorMessage { code, text }));
+    let _ = sender.finish();
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,521 @@
+//! What a node says about itself: a snapshot of marks, cheap to take, for people, programs and the wire.
+//!
+//! # Format, version 1
+//!
+//! The body of a `Status` frame. All numbers are little-endian; a text is its length in bytes (4 bytes) and UTF-8.
+//!
+//! | field | size |
+//! |---|---:|
+//! | version, 1 | 2 |
+//! | role: 1 leader, 2 follower | 1 |
+//! | cluster, node, region, epoch | 16, 8, 2, 8 |
+//! | uptime in milliseconds | 8 |
+//! | number of shards | 2 |
+//! | for each shard: shard, tail, head, synced, committed, retained bytes | 2, 8, 8, 8, 8, 8 |
+//! | poison: text, empty if sound | |
+//! | following: 0 or 1; if 1: connected (1 byte), leader head, applied, heard at (milliseconds since 1970), error: text | 1, 1, 8, 8, 8 |
+//! | number of followers | 2 |
+//! | for each follower: node, connected (1 byte), shipped, received, durable, applied, acknowledged at, lag in bytes | 8, 1, 8, 8, 8, 8, 8, 8 |
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use crate::commit::AckLevel;
+use crate::data_dir::Manifest;
+use crate::server::ServerShard;
+use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
+use crate::wal::unix_ms;
+
+const VERSION: u16 = 1;
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It appends and ships.
+    Leader,
+    /// It receives and applies.
+    Follower,
+}
+
+impl Role {
+    /// The word for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Role::Leader => "leader",
+            Role::Follower => "follower",
+        }
+    }
+}
+
+/// A node, as it was when it was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// What it does.
+    pub role: Role,
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Who it is.
+    pub node: NodeId,
+    /// Where its log originates.
+    pub region: RegionId,
+    /// The highest epoch it has accepted.
+    pub epoch: Epoch,
+    /// How long it has been running.
+    pub uptime: Duration,
+    /// Its shards, by number.
+    pub shards: Vec<ShardStatus>,
+}
+
+/// One shard of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardStatus {
+    /// Which.
+    pub shard: ShardId,
+    /// Oldest LSN retained.
+    pub tail: Lsn,
+    /// Newest LSN written.
+    pub head: Lsn,
+    /// Newest LSN on stable storage.
+    pub synced: Lsn,
+    /// Newest LSN committed by the node's policy.
+    pub committed: Lsn,
+    /// Bytes of its segments.
+    pub retained_bytes: u64,
+    /// The failure that made it read-only, if any.
+    pub poison: Option<String>,
+    /// On a follower: how following goes.
+    pub following: Option<FollowingStatus>,
+    /// On a leader: its followers, in the order in which they were first seen.
+    pub followers: Vec<FollowerStatus>,
+}
+
+/// How a follower's shard follows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FollowingStatus {
+    /// Whether a stream from the leader stands.
+    pub connected: bool,
+    /// The leader's head as last heard; at least this node's own.
+    pub leader_head: Lsn,
+    /// Newest LSN applied.
+    pub applied: Lsn,
+    /// When the leader was last heard, in milliseconds since 1970; 0 for never.
+    pub heard_at_ms: u64,
+    /// What went wrong last, while not connected.
+    pub error: Option<String>,
+}
+
+/// One follower of a leader's shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FollowerStatus {
+    /// Who.
+    pub node: NodeId,
+    /// Whether a stream to it stands.
+    pub connected: bool,
+    /// Newest LSN handed to its stream.
+    pub shipped: Lsn,
+    /// Newest LSN in its log.
+    pub received: Lsn,
+    /// Newest LSN on its stable storage.
+    pub durable: Lsn,
+    /// Newest LSN applied by its target.
+    pub applied: Lsn,
+    /// When it last acknowledged, in milliseconds since 1970; 0 for never.
+    pub acked_at_ms: u64,
+    /// Log bytes that it has not received yet; of which segments it needs, whole ones are counted whole.
+    pub lag_bytes: u64,
+}
+
+impl FollowerStatus {
+    /// Where it stands, in a word.
+    #[must_use]
+    pub fn state(&self, head: Lsn) -> &'static str {
+        match (self.connected, self.received >= head) {
+            (false, _) => "disconnected",
+            (true, true) => "keep_up",
+            (true, false) => "catch_up",
+        }
+    }
+}
+
+impl Status {
+    pub(crate) fn collect(role: Role, manifest: Manifest, uptime: Duration, shards: &[ServerShard]) -> Status {
+        Status {
+            role,
+            cluster: manifest.cluster,
+            node: manifest.node,
+            region: manifest.region,
+            epoch: manifest.epoch,
+            uptime,
+            shards: shards.iter().map(ShardStatus::collect).collect(),
+        }
+    }
+
+    /// As JSON, one object.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let mut json = String::new();
+        let now_ms = unix_ms();
+        let _ = write!(
+            json,
+            "{{\"role\":\"{}\",\"cluster\":\"{}\",\"node\":{},\"region\":{},\"epoch\":{},\"uptime_ms\":{},\"shards\":[",
+            self.role.as_str(),
+            self.cluster,
+            self.node,
+            self.region,
+            self.epoch,
+            self.uptime.as_millis()
+        );
+        for (index, shard) in self.shards.iter().enumerate() {
+            json.push_str(if index == 0 { "" } else { "," });
+            shard.write_json(&mut json, now_ms);
+        }
+        json.push_str("]}");
+        json
+    }
+
+    /// The body of a `Status` frame.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.push(match self.role {
+            Role::Leader => 1,
+            Role::Follower => 2,
+        });
+        out.extend_from_slice(&self.cluster.0.to_le_bytes());
+        out.extend_from_slice(&self.node.0.to_le_bytes());
+        out.extend_from_slice(&self.region.0.to_le_bytes());
+        out.extend_from_slice(&self.epoch.0.to_le_bytes());
+        out.extend_from_slice(&u64::try_from(self.uptime.as_millis()).unwrap_or(u64::MAX).to_le_bytes());
+        put_count(&mut out, self.shards.len());
+        for shard in &self.shards {
+            shard.encode(&mut out);
+        }
+        out
+    }
+
+    /// Reads the body of a `Status` frame.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it, as half a sentence.
+    pub fn decode(bytes: &[u8]) -> Result<Status, String> {
+        let mut from = Fields(bytes);
+        let version = from.u16()?;
+        if version != VERSION {
+            return Err(format!("status version {version} is not {VERSION}"));
+        }
+        let role = match from.u8()? {
+            1 => Role::Leader,
+            2 => Role::Follower,
+            other => return Err(format!("role {other} is not known")),
+        };
+        let mut status = Status {
+            role,
+            cluster: ClusterId(u128::from(from.u64()?) | u128::from(from.u64()?) << 64),
+            node: NodeId(from.u64()?),
+            region: RegionId(from.u16()?),
+            epoch: Epoch(from.u64()?),
+            uptime: Duration::from_millis(from.u64()?),
+            shards: Vec::new(),
+        };
+        for _ in 0..from.u16()? {
+            status.shards.push(ShardStatus::decode(&mut from)?);
+        }
+        if from.0.is_empty() { Ok(status) } else { Err(format!("{} bytes too many", from.0.len())) }
+    }
+}
+
+impl ShardStatus {
+    fn collect(shard: &ServerShard) -> ShardStatus {
+        let log = &shard.log;
+        let head = log.head();
+        let followers = shard.commits.followers();
+        ShardStatus {
+            shard: log.shard(),
+            tail: log.tail(),
+            head,
+            synced: log.synced().load(),
+            committed: shard.commits.committed().min(head),
+            retained_bytes: log.retained_bytes(),
+            poison: log.poison().map(str::to_owned),
+            following: shard.following.as_ref().map(|state| FollowingStatus {
+                connected: state.is_connected(),
+                leader_head: state.leader_head().max(head),
+                applied: state.applied(),
+                heard_at_ms: state.heard_at_ms(),
+                error: state.error(),
+            }),
+            followers: followers
+                .iter()
+                .map(|marks| {
+                    let received = marks.at(AckLevel::Received);
+                    FollowerStatus {
+                        node: marks.node(),
+                        connected: marks.is_connected(),
+                        shipped: marks.shipped(),
+                        received,
+                        durable: marks.at(AckLevel::Durable),
+                        applied: marks.at(AckLevel::Applied),
+                        acked_at_ms: marks.acked_at_ms(),
+                        lag_bytes: log.bytes_after(received),
+                    }
+                })
+                .collect(),
+        }
+    }
+
+    fn write_json(&self, json: &mut String, now_ms: u64) {
+        let _ = write!(
+            json,
+            "{{\"shard\":{},\"tail\":{},\"head\":{},\"synced\":{},\"committed\":{},\"retained_bytes\":{},\"poison\":{}",
+            self.shard,
+            self.tail,
+            self.head,
+            self.synced,
+            self.committed,
+            self.retained_bytes,
+            json_option(self.poison.as_deref())
+        );
+        if let Some(following) = &self.following {
+            let _ = write!(
+                json,
+                ",\"following\":{{\"connected\":{},\"leader_head\":{},\"applied\":{},\"lag_records\":{},\"heard_ms_ago\":{},\"error\":{}}}",
+                following.connected,
+                following.leader_head,
+                following.applied,
+                following.leader_head.records_since(self.head),
+                json_ago(following.heard_at_ms, now_ms),
+                json_option(following.error.as_deref())
+            );
+        }
+        json.push_str(",\"followers\":[");
+        for (index, follower) in self.followers.iter().enumerate() {
+            let _ = write!(
+                json,
+                "{}{{\"node\":{},\"state\":\"{}\",\"shipped\":{},\"received\":{},\"durable\":{},\"applied\":{},\
+                 \"lag_records\":{},\"lag_bytes\":{},\"acked_ms_ago\":{}}}",
+                if index == 0 { "" } else { "," },
+                follower.node,
+                follower.state(self.head),
+                follower.shipped,
+                follower.received,
+                follower.durable,
+                follower.applied,
+                self.head.records_since(follower.received),
+                follower.lag_bytes,
+                json_ago(follower.acked_at_ms, now_ms)
+            );
+        }
+        json.push_str("]}");
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.shard.0.to_le_bytes());
+        for number in [self.tail.0, self.head.0, self.synced.0, self.committed.0, self.retained_bytes] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        put_text(out, self.poison.as_deref().unwrap_or_default());
+        out.push(u8::from(self.following.is_some()));
+        if let Some(following) = &self.following {
+            out.push(u8::from(following.connected));
+            for number in [following.leader_head.0, following.applied.0, following.heard_at_ms] {
+                out.extend_from_slice(&number.to_le_bytes());
+            }
+            put_text(out, following.error.as_deref().unwrap_or_default());
+        }
+        put_count(out, self.followers.len());
+        for follower in &self.followers {
+            out.extend_from_slice(&follower.node.0.to_le_bytes());
+            out.push(u8::from(follower.connected));
+            let marks = [follower.shipped, follower.received, follower.durable, follower.applied];
+            for number in marks.map(Lsn::get).into_iter().chain([follower.acked_at_ms, follower.lag_bytes]) {
+                out.extend_from_slice(&number.to_le_bytes());
+            }
+        }
+    }
+
+    fn decode(from: &mut Fields<'_>) -> Result<ShardStatus, String> {
+        let mut status = ShardStatus {
+            shard: ShardId(from.u16()?),
+            tail: Lsn(from.u64()?),
+            head: Lsn(from.u64()?),
+            synced: Lsn(from.u64()?),
+            committed: Lsn(from.u64()?),
+            retained_bytes: from.u64()?,
+            poison: from.text()?,
+            following: None,
+            followers: Vec::new(),
+        };
+        if from.bool()? {
+            status.following = Some(FollowingStatus {
+                connected: from.bool()?,
+                leader_head: Lsn(from.u64()?),
+                applied: Lsn(from.u64()?),
+                heard_at_ms: from.u64()?,
+                error: from.text()?,
+            });
+        }
+        for _ in 0..from.u16()? {
+            status.followers.push(FollowerStatus {
+                node: NodeId(from.u64()?),
+                connected: from.bool()?,
+                shipped: Lsn(from.u64()?),
+                received: Lsn(from.u64()?),
+                durable: Lsn(from.u64()?),
+                applied: Lsn(from.u64()?),
+                acked_at_ms: from.u64()?,
+                lag_bytes: from.u64()?,
+            });
+        }
+        Ok(status)
+    }
+}
+
+/// Reads fields off the front of bytes.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        let (field, rest) = self.0.split_first_chunk().ok_or_else(|| "it ends too early".to_owned())?;
+        self.0 = rest;
+        Ok(*field)
+    }
+
+    fn u8(&mut self) -> Result<u8, String> {
+        self.take().map(u8::from_le_bytes)
+    }
+
+    fn u16(&mut self) -> Result<u16, String> {
+        self.take().map(u16::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, String> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    fn bool(&mut self) -> Result<bool, String> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(format!("{other} is neither 0 nor 1")),
+        }
+    }
+
+    fn text(&mut self) -> Result<Option<String>, String> {
+        let len = self.take().map(u32::from_le_bytes)? as usize;
+        let (text, rest) = self.0.split_at_checked(len).ok_or_else(|| "a text ends too early".to_owned())?;
+        self.0 = rest;
+        Ok((!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned()))
+    }
+}
+
+fn put_count(out: &mut Vec<u8>, count: usize) {
+    out.extend_from_slice(&u16::try_from(count).unwrap_or(u16::MAX).to_le_bytes());
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(&u32::try_from(text.len()).unwrap_or(u32::MAX).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn json_ago(at_ms: u64, now_ms: u64) -> String {
+    if at_ms == 0 { "null".to_owned() } else { now_ms.saturating_sub(at_ms).to_string() }
+}
+
+/// A JSON string, or `null`.
+fn json_option(text: Option<&str>) -> String {
+    text.map_or_else(|| "null".to_owned(), json_text)
+}
+
+/// A text as a JSON string, quotes included.
+///
+/// ```
+/// assert_eq!(towline::status::json_text("a \"b\"\n"), r#""a \"b\"\u000a""#);
+/// ```
+#[must_use]
+pub fn json_text(text: &str) -> String {
+    let mut json = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => {
+                json.push('\\');
+                json.push(character);
+            }
+            control if control < ' ' => {
+                let _ = write!(json, "\\u{:04x}", u32::from(control));
+            }
+            other => json.push(other),
+        }
+    }
+    json.push('"');
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sample() -> Status {
+        Status {
+            role: Role::Leader,
+            cluster: ClusterId(7),
+            node: NodeId(1),
+            region: RegionId(0),
+            epoch: Epoch(2),
+            uptime: Duration::from_millis(1500),
+            shards: vec![ShardStatus {
+                shard: ShardId(0),
+                tail: Lsn(1),
+                head: Lsn(10),
+                synced: Lsn(9),
+                committed: Lsn(8),
+                retained_bytes: 65536,
+                poison: Some("disk \"a\" failed\n".to_owned()),
+                following: Some(FollowingStatus {
+                    connected: true,
+                    leader_head: Lsn(12),
+                    applied: Lsn(7),
+                    heard_at_ms: 5,
+                    error: None,
+                }),
+                followers: vec![FollowerStatus {
+                    node: NodeId(2),
+                    connected: true,
+                    shipped: Lsn(10),
+                    received: Lsn(8),
+                    durable: Lsn(7),
+                    applied: Lsn(6),
+                    acked_at_ms: 0,
+                    lag_bytes: 128,
+                }],
+            }],
+        }
+    }
+
+    #[test]
+    fn a_status_survives_the_wire() {
+        assert_eq!(Status::decode(&sample().encode()), Ok(sample()));
+    }
+
+    #[test]
+    fn json_names_states_and_escapes_texts() {
+        let json = sample().to_json();
+        assert!(json.contains(r#""state":"catch_up""#), "{json}");
+        assert!(json.contains(r#""poison":"disk \"a\" failed\u000a""#), "{json}");
+        assert!(json.contains(r#""lag_records":2"#) && json.contains(r#""acked_ms_ago":null"#), "{json}");
+    }
+
+    proptest! {
+        #[test]
+        fn every_cut_and_any_bytes_are_refused_without_panic(cut in any::<prop::sample::Index>(),
+                                                             bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let encoded = sample().encode();
+            prop_assert!(Status::decode(&encoded[..cut.index(encoded.len())]).is_err());
+            let _ = Status::decode(&bytes);
+        }
+    }
+}

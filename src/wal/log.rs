@@ -1,0 +1,453 @@
+//! What the threads of a shard share: its segments, its marks, and who may put them on stable storage.
+//!
+//! # The ladder of marks
+//!
+//! `synced <= written`. Each only moves forward.
+//!
+//! | mark | its only writer | says |
+//! |---|---|---|
+//! | `written` | the [`LogWriter`](super::LogWriter), after the segment published the bytes | readers may read it |
+//! | `synced` | whoever holds `sync`, after the device has the bytes | it survives a power cut |
+//! | `sync_wanted` | anyone | somebody will want it synced without waiting here |
+//! | `sync_turns` | whoever held `sync`, after letting go | counts syncs, so that one of those not covered takes over |
+//! | `ended` | the first of close and poison | 1: waiting is over |
+//!
+//! # Who syncs
+//!
+//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far; the others wait for
+//! that one. A commit by one thread therefore crosses no other thread. The shard's sync thread does what nobody
+//! waits for: see [`SyncPolicy`].
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::error::{Error, Result};
+use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
+use crate::types::{Epoch, Lsn, ShardId};
+use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
+use crate::wal::reader::{LogPosition, LogReader};
+use crate::wal::segment::{SegmentHeader, sync_directory};
+use crate::wal::spares::{Prepared, Spares};
+use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
+use crate::watermark::{Until, Waited, Watermark, wait_any};
+
+/// The log of one shard, as its readers and waiters see it. Shared by reference count; the one
+/// [`LogWriter`](super::LogWriter) and any number of readers hold it.
+pub struct Log {
+    identity: LogIdentity,
+    directory: PathBuf,
+    options: WalOptions,
+    /// Oldest first. Written by the log writer (a new segment) and by retention (an old one goes); readers hold the
+    /// lock for a look-up only.
+    segments: RwLock<Vec<Arc<Segment>>>,
+    written: Watermark,
+    synced: Watermark,
+    sync_wanted: Watermark,
+    sync_turns: Watermark,
+    ended: Watermark,
+    sync: Mutex<SyncPosition>,
+    end_reason: OnceLock<EndReason>,
+    spares: Spares,
+}
+
+/// Why nothing more is appended.
+#[derive(Debug)]
+enum EndReason {
+    /// A sync failed.
+    Poisoned(String),
+    /// A newer epoch was seen than the one it was written under.
+    Deposed { offered: Epoch, accepted: Epoch },
+    /// It was closed.
+    Closed,
+}
+
+/// Up to where the log is on stable storage. Only whoever syncs has it.
+#[derive(Debug)]
+struct SyncPosition {
+    /// First LSN of the segment in which the next sync begins.
+    segment: Lsn,
+    /// Bytes of that segment that are synced; 0 if its name is not durable yet.
+    offset: u64,
+}
+
+impl Log {
+    pub(super) fn new(
+        directory: &Path,
+        identity: LogIdentity,
+        options: WalOptions,
+        segments: Vec<Arc<Segment>>,
+        head: Lsn,
+        spares: Spares,
+    ) -> Log {
+        let next_sync = segments.first().map_or(head.next(), |segment| segment.id().first_lsn);
+        Log {
+            identity,
+            directory: directory.to_owned(),
+            options,
+            segments: RwLock::new(segments),
+            written: Watermark::new(head),
+            synced: Watermark::new(Lsn::ZERO),
+            sync_wanted: Watermark::new(Lsn::ZERO),
+            sync_turns: Watermark::new(Lsn::ZERO),
+            ended: Watermark::new(Lsn::ZERO),
+            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0 }),
+            end_reason: OnceLock::new(),
+            spares,
+        }
+    }
+
+    /// What makes this log this log.
+    #[must_use]
+    pub fn identity(&self) -> &LogIdentity {
+        &self.identity
+    }
+
+    /// The shard.
+    #[must_use]
+    pub fn shard(&self) -> ShardId {
+        self.identity.shard
+    }
+
+    /// Its settings.
+    #[must_use]
+    pub fn options(&self) -> &WalOptions {
+        &self.options
+    }
+
+    /// The newest LSN in the mapped log.
+    #[must_use]
+    pub fn written(&self) -> &Watermark {
+        &self.written
+    }
+
+    /// The newest LSN on stable storage.
+    #[must_use]
+    pub fn synced(&self) -> &Watermark {
+        &self.synced
+    }
+
+    /// The newest LSN; [`Lsn::ZERO`] if the log is empty.
+    #[must_use]
+    pub fn head(&self) -> Lsn {
+        self.written.load()
+    }
+
+    /// The oldest LSN that is still retained; the one after the head if none is.
+    #[must_use]
+    pub fn tail(&self) -> Lsn {
+        self.segments.read().first().map_or(self.head().next(), |segment| segment.id().first_lsn)
+    }
+
+    /// Bytes of the files of the log's segments, without spares.
+    #[must_use]
+    pub fn retained_bytes(&self) -> u64 {
+        self.segments.read().len() as u64 * self.identity.segment_size
+    }
+
+    /// Bytes of log that a reader at `lsn` has not read yet, or somewhat more: of the segment that holds `lsn`, all
+    /// of it counts, unless `lsn` is the head.
+    #[must_use]
+    pub fn bytes_after(&self, lsn: Lsn) -> u64 {
+        if lsn >= self.head() {
+            return 0;
+        }
+        let segments = self.segments.read();
+        let first = segments.partition_point(|segment| segment.id().first_lsn <= lsn.next()).saturating_sub(1);
+        segments.iter().skip(first).map(|segment| segment.published()).sum()
+    }
+
+    /// The largest record that fits.
+    #[must_use]
+    pub fn max_record_len(&self) -> u64 {
+        max_record_len(self.identity.segment_size)
+    }
+
+    /// The segments, oldest first.
+    #[must_use]
+    pub fn segments(&self) -> Vec<Arc<Segment>> {
+        self.segments.read().clone()
+    }
+
+    /// The sealed segments that hold anything after `lsn`, oldest first.
+    #[must_use]
+    pub fn sealed_segments_since(&self, lsn: Lsn) -> Vec<Arc<Segment>> {
+        let segments = self.segments.read();
+        segments.iter().filter(|segment| segment.sealed_last_lsn().is_some_and(|last| last > lsn)).cloned().collect()
+    }
+
+    /// The segment that holds `lsn`, or would hold it as its next record.
+    pub(super) fn segment_holding(&self, lsn: Lsn) -> Option<Arc<Segment>> {
+        let segments = self.segments.read();
+        let after = segments.partition_point(|segment| segment.id().first_lsn <= lsn);
+        segments.get(after.checked_sub(1)?).cloned()
+    }
+
+    /// The segment that begins with `lsn`.
+    pub(super) fn segment_beginning(&self, lsn: Lsn) -> Option<Arc<Segment>> {
+        self.segment_holding(lsn).filter(|segment| segment.id().first_lsn == lsn)
+    }
+
+    /// A reader whose first record will be `lsn`: the next bytes it gives begin with the batch that holds it, or with
+    /// its segment's header page where it is the first of a segment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if `lsn` is before the tail or more than one past the head.
+    pub fn reader_from(self: &Arc<Self>, lsn: Lsn) -> Result<LogReader> {
+        let position = self.position_before(lsn.max(Lsn::FIRST))?;
+        Ok(LogReader::new(Arc::clone(self), position))
+    }
+
+    /// A reader that begins at a position of this log.
+    #[must_use]
+    pub fn reader_at(self: &Arc<Self>, position: LogPosition) -> LogReader {
+        LogReader::new(Arc::clone(self), position)
+    }
+
+    pub(super) fn not_retained(&self, lsn: Lsn) -> Error {
+        Error::NotRetained { shard: self.shard(), lsn, tail: self.tail(), head: self.head() }
+    }
+
+    /// The whole retained log from `lsn` on as ranges of sealed and open segments, as it is now.
+    ///
+    /// # Errors
+    ///
+    /// As [`reader_from`](Self::reader_from).
+    pub fn ranges_from(self: &Arc<Self>, lsn: Lsn) -> Result<Vec<LogRange>> {
+        let mut reader = self.reader_from(lsn)?;
+        let mut ranges = Vec::new();
+        while let Some(range) = reader.next(u64::MAX)? {
+            ranges.push(range);
+        }
+        Ok(ranges)
+    }
+
+    pub(super) fn sync_policy(&self) -> SyncPolicy {
+        self.options.sync
+    }
+
+    pub(super) fn spares(&self) -> &Spares {
+        &self.spares
+    }
+
+    #[inline]
+    pub(super) fn publish_written(&self, lsn: Lsn) {
+        self.written.publish(lsn);
+    }
+
+    /// Refuses once the log is closed or poisoned.
+    #[inline]
+    pub(super) fn check_writable(&self) -> Result<()> {
+        if self.ended.load() == Lsn::ZERO { Ok(()) } else { Err(self.end_reason()) }
+    }
+
+    /// Condition that holds once waiting on this log is over.
+    #[must_use]
+    pub fn until_ended(&self) -> Until<'_> {
+        Until { mark: &self.ended, at_least: Lsn(1) }
+    }
+
+    /// Why waiting is over: [`Error::Poisoned`], [`Error::StaleEpoch`] for a deposed leader, or [`Error::ShutDown`].
+    #[must_use]
+    pub fn end_reason(&self) -> Error {
+        match self.end_reason.get() {
+            Some(EndReason::Poisoned(reason)) => Error::Poisoned { shard: self.shard(), reason: reason.clone() },
+            Some(&EndReason::Deposed { offered, accepted }) => Error::StaleEpoch { offered, accepted },
+            Some(EndReason::Closed) | None => Error::ShutDown,
+        }
+    }
+
+    /// The failure that made the shard read-only, if there was one.
+    #[must_use]
+    pub fn poison(&self) -> Option<&str> {
+        match self.end_reason.get() {
+            Some(EndReason::Poisoned(reason)) => Some(reason),
+            _ => None,
+        }
+    }
+
+    fn end_for(&self, reason: EndReason) {
+        let _ = self.end_reason.set(reason);
+        self.ended.advance(Lsn(1));
+    }
+
+    fn set_poison(&self, error: &Error) {
+        log::error!("shard {}: {error}; the shard is read-only from now on", self.shard());
+        self.end_for(EndReason::Poisoned(error.to_string()));
+    }
+
+    /// Stops appends and waits because another node leads under a newer epoch.
+    pub(crate) fn depose(&self, epoch: Epoch, newer: Epoch) {
+        self.end_for(EndReason::Deposed { offered: epoch, accepted: newer });
+    }
+
+    /// Stops appends and waits because the log is being closed.
+    pub(super) fn end(&self) {
+        self.end_for(EndReason::Closed);
+        self.spares.stop();
+    }
+
+    /// Takes a prepared file into use: it gets its name, its header page and its place in the list. The name is made
+    /// durable by the first sync of the segment.
+    pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
+        let path = self.directory.join(header.id.to_string());
+        std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
+        let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
+        writer.unpublished(0..SEGMENT_HEADER_LEN).copy_from_slice(&header.encode());
+        writer.publish(SEGMENT_HEADER_LEN);
+        log::debug!("shard {}: opened {}", self.shard(), header.id);
+        self.segments.write().push(segment);
+        Ok(writer)
+    }
+
+    /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's.
+    pub(super) fn discard_empty(&self, open: SegmentWriter) {
+        self.segments.write().pop_if(|last| Arc::ptr_eq(last, open.segment()));
+    }
+
+    /// Has pages ahead of the writer made ready; returns the published end at which to ask again.
+    #[cold]
+    pub(super) fn populate_behind(&self, segment: &Arc<Segment>, end: u64) -> u64 {
+        if self.options.populate_ahead == 0 {
+            return u64::MAX;
+        }
+        self.spares.populate(segment, end, self.options.populate_ahead)
+    }
+
+    /// Says that `lsn` should be synced soon although nobody here waits for it.
+    pub(crate) fn want_synced(&self, lsn: Lsn) {
+        self.sync_wanted.advance(lsn);
+    }
+
+    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TimedOut`] at the deadline, [`Error::Poisoned`] if this or an earlier sync failed,
+    /// [`Error::ShutDown`] if the log is closed first, [`Error::NotRetained`] for an LSN that is not written.
+    pub fn wait_synced(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
+        if lsn > self.written.load() {
+            return Err(self.not_retained(lsn));
+        }
+        while self.synced.load() < lsn {
+            self.check_writable()?;
+            // Read before trying the lock: whoever holds it then counts a turn after letting go.
+            let turn = self.sync_turns.load();
+            if let Some(position) = self.sync.try_lock() {
+                self.sync_locked(position)?;
+                continue;
+            }
+            let conditions = [
+                Until { mark: &self.synced, at_least: lsn },
+                Until { mark: &self.sync_turns, at_least: turn.next() },
+                self.until_ended(),
+            ];
+            if wait_any(&conditions, self.options.wait, deadline) == Waited::TimedOut {
+                return Err(Error::TimedOut {
+                    what: format!("LSN {lsn} of shard {} to be synced", self.shard()).into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts everything written on stable storage.
+    pub(crate) fn sync_all(&self) -> Result<()> {
+        self.wait_synced(self.written.load(), None)
+    }
+
+    /// One sync of everything written so far, then a turn for those it did not cover.
+    fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) -> Result<()> {
+        let written = self.written.load();
+        let result = self.sync_segments(&mut position);
+        match &result {
+            Ok(()) => {
+                self.synced.advance(written);
+            }
+            Err(error) => self.set_poison(error),
+        }
+        drop(position);
+        self.sync_turns.advance(self.sync_turns.load().next());
+        result
+    }
+
+    fn sync_segments(&self, position: &mut SyncPosition) -> Result<()> {
+        loop {
+            let Some(segment) = self.segment_beginning(position.segment) else { return Ok(()) };
+            let sealed = segment.sealed_last_lsn();
+            let published = segment.published();
+            if published > position.offset {
+                // Only the pages written: those made ready ahead of the writer stay out of it.
+                let start = position.offset - position.offset % PAGE_LEN;
+                segment.sync_range(start..published)?;
+                if position.offset == 0 {
+                    sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+                }
+                position.offset = published;
+            }
+            let Some(last_lsn) = sealed else { return Ok(()) };
+            *position = SyncPosition { segment: last_lsn.next(), offset: 0 };
+        }
+    }
+
+    /// The shard's sync thread: syncs what nobody waits for here, by the policy. Parks while there is nothing to do.
+    pub(super) fn run_syncer(&self) {
+        let Some(delay) = self.options.sync.background_delay() else { return };
+        while self.check_writable().is_ok() {
+            let dirty = Until { mark: &self.written, at_least: self.synced.load().next() };
+            wait_any(&[dirty, self.until_ended()], self.options.wait, None);
+            let wanted = Until { mark: &self.sync_wanted, at_least: self.synced.load().next() };
+            wait_any(&[wanted, self.until_ended()], self.options.wait, Instant::now().checked_add(delay));
+            if self.check_writable().is_ok()
+                && let Err(error) = self.sync_all()
+            {
+                log::debug!("shard {}: background sync ended: {error}", self.shard());
+            }
+        }
+    }
+
+    /// Gives up the segments whose records are all at or below `lsn`, sealed and synced, and says why in the log
+    /// output. The segment that is written to always stays. Files that nobody reads any more become spares.
+    /// Returns how many segments went.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a file cannot be removed; what was not removed stays in the log.
+    pub fn release_through(&self, lsn: Lsn, reason: &str) -> Result<usize> {
+        let synced = self.synced.load();
+        let released: Vec<_> = {
+            let mut segments = self.segments.write();
+            let count = segments
+                .iter()
+                .take_while(|segment| segment.sealed_last_lsn().is_some_and(|last| last <= lsn && last <= synced))
+                .count();
+            segments.drain(..count).collect()
+        };
+        let count = released.len();
+        for segment in released {
+            let id = segment.id();
+            // Readers that still hold it keep its mapping, never its name.
+            match Arc::try_unwrap(segment) {
+                Ok(segment) => self.spares.recycle(segment)?,
+                Err(held) => {
+                    std::fs::remove_file(held.path()).map_err(Error::io("remove", held.path()))?;
+                }
+            }
+            log::info!("shard {}: released {id}: {reason}", self.shard());
+        }
+        Ok(count)
+    }
+}
+
+impl std::fmt::Debug for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Log")
+            .field("identity", &self.identity)
+            .field("written", &self.written.load())
+            .field("synced", &self.synced.load())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,181 @@
+//! Reading a log while it is written: ranges of published bytes, segment after segment.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::limits::SEGMENT_HEADER_LEN;
+use crate::types::{Chain, Epoch, Lsn};
+use crate::wal::batch::{BatchHeader, BatchIter};
+use crate::wal::log::Log;
+use crate::wal::mapping::{LogRange, Segment};
+
+/// Reads one log from a position on, including what is appended later. Holds its segment mapped, never a lock.
+///
+/// Waiting is the reader's own business: [`next`](Self::next) gives nothing when it has given everything published;
+/// then wait for the log's [`written`](Log::written) mark.
+#[derive(Debug)]
+pub struct LogReader {
+    log: Arc<Log>,
+    /// The segment being read; none until the log has the one that begins with `next_segment`.
+    segment: Option<Arc<Segment>>,
+    offset: u64,
+    next_segment: Lsn,
+}
+
+/// A place between two batches of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPosition {
+    /// The last LSN before it.
+    pub lsn: Lsn,
+    /// The chain there.
+    pub chain: Chain,
+    /// The epoch of the segment.
+    pub epoch: Epoch,
+    /// The first LSN of the segment in which the next byte stands.
+    pub segment: Lsn,
+    /// Where in that segment.
+    pub offset: u64,
+}
+
+impl LogReader {
+    pub(super) fn new(log: Arc<Log>, position: LogPosition) -> LogReader {
+        let segment = log.segment_beginning(position.segment);
+        LogReader { log, segment, offset: position.offset, next_segment: position.segment }
+    }
+
+    /// The log read.
+    #[must_use]
+    pub fn log(&self) -> &Arc<Log> {
+        &self.log
+    }
+
+    /// The segment (by its first LSN) and the offset in it of the next byte.
+    #[must_use]
+    pub fn position(&self) -> (Lsn, u64) {
+        (self.next_segment, self.offset)
+    }
+
+    /// The next published bytes, at most `max` of them, all of one segment; `None` if there are none now.
+    ///
+    /// A range that `max` cuts short may end inside a batch; the next one goes on there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if the next segment has been given up meanwhile.
+    pub fn next(&mut self, max: u64) -> Result<Option<LogRange>> {
+        loop {
+            let Some(segment) = &self.segment else {
+                match self.log.segment_beginning(self.next_segment) {
+                    Some(segment) => {
+                        self.segment = Some(segment);
+                        continue;
+                    }
+                    None if self.next_segment < self.log.tail() => {
+                        return Err(self.log.not_retained(self.next_segment));
+                    }
+                    None => return Ok(None),
+                }
+            };
+            // Sealed first: if it is, what is published is final.
+            let sealed = segment.sealed_last_lsn();
+            let published = segment.published();
+            if self.offset < published {
+                let end = published.min(self.offset.saturating_add(max));
+                let range = LogRange::new(Arc::clone(segment), self.offset..end)?;
+                self.offset = end;
+                return Ok(Some(range));
+            }
+            let Some(last_lsn) = sealed else { return Ok(None) };
+            self.segment = None;
+            self.offset = 0;
+            self.next_segment = last_lsn.next();
+        }
+    }
+}
+
+impl Log {
+    /// The place before the batch that holds `lsn`, where a stream that must deliver `lsn` begins. For the LSN after
+    /// the head that is the end of the log.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if `lsn` is before the tail or more than one past the head.
+    pub fn position_before(&self, lsn: Lsn) -> Result<LogPosition> {
+        let head = self.head();
+        if lsn > head.next() || lsn < self.tail() {
+            return Err(self.not_retained(lsn));
+        }
+        let Some(segment) = self.segment_holding(lsn) else {
+            // Nothing has been written yet.
+            let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
+            return Ok(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
+        };
+        let start = start_of(&segment);
+        if lsn == start.segment {
+            return Ok(start);
+        }
+        let published = segment.published();
+        let mut place = LogPosition { offset: SEGMENT_HEADER_LEN, ..start };
+        for batch in BatchIter::new(segment.bytes(SEGMENT_HEADER_LEN..published)?) {
+            if batch.header.last_lsn() >= lsn {
+                return Ok(place);
+            }
+            place = after(place, &batch.header);
+            if batch.header.is_sealing() {
+                // `lsn` is the one after the head, and its segment does not exist yet.
+                return Ok(LogPosition { segment: lsn, offset: 0, ..place });
+            }
+        }
+        if place.lsn.next() == lsn { Ok(place) } else { Err(self.not_retained(lsn)) }
+    }
+
+    /// The place at which a log with the same history goes on whose head is `lsn` with `chain`; `None` if no log with
+    /// this history can end there.
+    ///
+    /// The head's LSN alone does not tell: a log may end before or after the batch that seals a segment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if the record after `lsn` is not retained, or `lsn` is past the head.
+    pub fn position_after(&self, lsn: Lsn, chain: Chain) -> Result<Option<LogPosition>> {
+        let place = self.position_before(lsn.next())?;
+        if place.lsn == lsn && place.chain == chain {
+            return Ok(Some(place));
+        }
+        if place.lsn != lsn || place.offset != 0 {
+            return Ok(None);
+        }
+        let Some(sealed) = self.segment_holding(lsn) else { return Ok(None) };
+        Ok(place_before_seal(&sealed)?.filter(|place| place.lsn == lsn && place.chain == chain))
+    }
+}
+
+/// The place before the sealing batch of a segment; `None` while it is open.
+fn place_before_seal(segment: &Segment) -> Result<Option<LogPosition>> {
+    let mut place = start_of(segment);
+    place.offset = SEGMENT_HEADER_LEN;
+    for batch in BatchIter::new(segment.bytes(SEGMENT_HEADER_LEN..segment.published())?) {
+        if batch.header.is_sealing() {
+            return Ok(Some(place));
+        }
+        place = after(place, &batch.header);
+    }
+    Ok(None)
+}
+
+/// The place before a segment.
+fn start_of(segment: &Segment) -> LogPosition {
+    let header = segment.header();
+    LogPosition {
+        lsn: header.id.first_lsn.previous(),
+        chain: header.chain_before,
+        epoch: header.epoch,
+        segment: header.id.first_lsn,
+        offset: 0,
+    }
+}
+
+/// The place after a batch that begins at `place`.
+fn after(place: LogPosition, header: &BatchHeader) -> LogPosition {
+    LogPosition { lsn: header.last_lsn(), chain: header.crc, offset: place.offset + header.total_len(), ..place }
+}

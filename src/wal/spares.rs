@@ -1,0 +1,251 @@
+//! Segments prepared ahead of need, on a thread of their own.
+//!
+//! A spare is a file of the right size full of real zeros, synced and mapped: taking one into use is a rename. The
+//! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
+//! copying a record into it. It parks on a condition variable while there is nothing to do.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, Result};
+use crate::types::{Lsn, ShardId};
+use crate::wal::mapping::{Mapping, Segment};
+use crate::wal::segment::zero_in_pages;
+
+/// Bytes zeroed between two looks at what the writer needs.
+const ZERO_STEP: u64 = 1 << 20;
+
+/// A file that can become a segment: allocated, zero, synced, mapped.
+pub(super) struct Prepared {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    pub(super) mapping: Mapping,
+}
+
+/// The spares of one log. The log writer takes (and may wait, for want of a spare); retention gives back; the shard's
+/// preparing thread makes.
+pub(super) struct Spares {
+    directory: PathBuf,
+    shard: ShardId,
+    segment_size: u64,
+    keep: usize,
+    state: Mutex<State>,
+    /// Something for the preparing thread to do.
+    wanted: Condvar,
+    /// A spare, an error or the end.
+    made: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ready: VecDeque<Prepared>,
+    /// Files that held segments or spares before.
+    used: Vec<PathBuf>,
+    /// The writer waits for a spare, so an earlier failure is to be tried again.
+    waiting: bool,
+    /// Why the last attempt failed; the next [`Spares::take`] reports it.
+    failure: Option<Error>,
+    failed: bool,
+    populate: Option<(Arc<Segment>, std::ops::Range<u64>)>,
+    /// Up to where which segment (by its first LSN) has been asked to be made ready.
+    populated: (Lsn, u64),
+    next_name: u64,
+    stopped: bool,
+}
+
+enum Work {
+    Prepare(PathBuf),
+    Populate(Arc<Segment>, std::ops::Range<u64>),
+    Stop,
+}
+
+impl Spares {
+    /// Spares in `directory`; `used` are left-over files there that may be filled again.
+    pub(super) fn new(
+        directory: &Path,
+        shard: ShardId,
+        segment_size: u64,
+        keep: usize,
+        used: Vec<PathBuf>,
+    ) -> Result<Spares> {
+        let mut state = State::default();
+        for path in used {
+            let name = spare_path(directory, state.next_name);
+            state.next_name += 1;
+            // Under a name that cannot be taken for a segment, whatever it was before.
+            let aside = name.with_extension("old");
+            std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
+            state.used.push(aside);
+        }
+        Ok(Spares {
+            directory: directory.to_owned(),
+            shard,
+            segment_size,
+            keep: keep.max(1),
+            state: Mutex::new(state),
+            wanted: Condvar::new(),
+            made: Condvar::new(),
+        })
+    }
+
+    /// Takes a spare, waiting for one if need be.
+    ///
+    /// # Errors
+    ///
+    /// Why none can be made (a full disk, say), or [`Error::ShutDown`].
+    pub(super) fn take(&self) -> Result<Prepared> {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(prepared) = state.ready.pop_front() {
+                state.waiting = false;
+                self.wanted.notify_one();
+                return Ok(prepared);
+            }
+            if state.stopped {
+                return Err(Error::ShutDown);
+            }
+            if let Some(failure) = state.failure.take() {
+                state.waiting = false;
+                return Err(failure);
+            }
+            state.waiting = true;
+            self.wanted.notify_one();
+            self.made.wait(&mut state);
+        }
+    }
+
+    /// Blocks until as many spares are ready as are kept, or one cannot be made.
+    pub(super) fn wait_ready(&self) {
+        let mut state = self.state.lock();
+        while state.ready.len() < self.keep && !state.stopped && !state.failed {
+            self.made.wait(&mut state);
+        }
+    }
+
+    /// Has up to `ahead` bytes behind `end` made ready; returns the end at which to ask again.
+    pub(super) fn populate(&self, segment: &Arc<Segment>, end: u64, ahead: u64) -> u64 {
+        let to = end.saturating_add(ahead).min(self.segment_size);
+        let first_lsn = segment.id().first_lsn;
+        let mut state = self.state.lock();
+        // What an earlier request covered need not be made ready again.
+        let from = if state.populated.0 == first_lsn { state.populated.1.max(end) } else { end };
+        if from < to {
+            state.populated = (first_lsn, to);
+            state.populate = Some((Arc::clone(segment), from..to));
+            self.wanted.notify_one();
+        }
+        end.saturating_add(ahead / 2)
+    }
+
+    /// Takes back the file of a segment that nobody reads any more; surplus files are removed.
+    pub(super) fn recycle(&self, segment: Segment) -> Result<()> {
+        let (path, file) = segment.into_file();
+        drop(file);
+        let mut state = self.state.lock();
+        if state.ready.len() + state.used.len() >= self.keep {
+            drop(state);
+            return std::fs::remove_file(&path).map_err(Error::io("remove", &path));
+        }
+        let aside = spare_path(&self.directory, state.next_name).with_extension("old");
+        state.next_name += 1;
+        std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
+        state.used.push(aside);
+        self.wanted.notify_one();
+        Ok(())
+    }
+
+    /// Ends the thread and every wait.
+    pub(super) fn stop(&self) {
+        let mut state = self.state.lock();
+        state.stopped = true;
+        state.populate = None;
+        self.wanted.notify_all();
+        self.made.notify_all();
+    }
+
+    /// The preparing thread.
+    pub(super) fn run(&self) {
+        loop {
+            match self.next_work() {
+                Work::Stop => return,
+                Work::Populate(segment, range) => segment.populate(range),
+                Work::Prepare(path) => {
+                    let result = self.prepare(&path);
+                    let mut state = self.state.lock();
+                    match result {
+                        Ok(prepared) => {
+                            state.ready.push_back(prepared);
+                            state.failed = false;
+                        }
+                        Err(error) => {
+                            if !state.stopped {
+                                log::warn!("shard {}: cannot prepare a segment: {error}", self.shard);
+                            }
+                            // A half-filled file would only hold on to room.
+                            let _ = std::fs::remove_file(&path);
+                            state.failure = Some(error);
+                            state.failed = true;
+                        }
+                    }
+                    drop(state);
+                    self.made.notify_all();
+                }
+            }
+        }
+    }
+
+    fn next_work(&self) -> Work {
+        let mut state = self.state.lock();
+        loop {
+            if state.stopped {
+                return Work::Stop;
+            }
+            if let Some((segment, range)) = state.populate.take() {
+                return Work::Populate(segment, range);
+            }
+            // After a failure nothing is tried until the writer asks again.
+            if state.ready.len() < self.keep && (!state.failed || (state.waiting && state.failure.is_none())) {
+                let path = state.used.pop().unwrap_or_else(|| {
+                    state.next_name += 1;
+                    spare_path(&self.directory, state.next_name)
+                });
+                return Work::Prepare(path);
+            }
+            self.wanted.wait(&mut state);
+        }
+    }
+
+    /// Fills a file with zeros, new or not, makes that durable, and maps it.
+    fn prepare(&self, path: &Path) -> Result<Prepared> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(Error::io("create", path))?;
+        if file.metadata().map_err(Error::io("look at", path))?.len() > self.segment_size {
+            file.set_len(self.segment_size).map_err(Error::io("shorten", path))?;
+        }
+        let mut at = 0;
+        while at < self.segment_size {
+            let to = (at + ZERO_STEP).min(self.segment_size);
+            zero_in_pages(&file, at..to).map_err(Error::io("fill", path))?;
+            at = to;
+            // The writer's needs come first: it runs into these pages now, and into this segment later.
+            let populate = self.state.lock().populate.take();
+            if let Some((segment, range)) = populate {
+                segment.populate(range);
+            }
+            if self.state.lock().stopped {
+                return Err(Error::ShutDown);
+            }
+        }
+        file.sync_all().map_err(Error::io("sync", path))?;
+        let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
+        Ok(Prepared { path: path.to_owned(), file, mapping })
+    }
+}
+
+fn spare_path(directory: &Path, number: u64) -> PathBuf {
+    directory.join(format!("spare-{number}.wal.tmp"))
+}

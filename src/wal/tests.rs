@@ -1,0 +1,292 @@
+//! The log as a whole, on real files.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::*;
+use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
+use crate::watermark::{Until, wait_any};
+
+const SEGMENT: u64 = 64 * 1024;
+
+fn identity() -> LogIdentity {
+    LogIdentity { cluster: ClusterId(9), region: RegionId(0), shard: ShardId(3), segment_size: SEGMENT }
+}
+
+fn open(directory: &Path) -> (Wal, LogWriter) {
+    let (wal, mut writer) = Wal::open(directory, identity(), WalOptions::default()).unwrap();
+    writer.set_epoch(Epoch(1).max(writer.end().epoch)).unwrap();
+    (wal, writer)
+}
+
+/// Record `lsn` of a test log: its length and bytes follow from its number.
+fn record(lsn: u64) -> Vec<u8> {
+    let len = (lsn * 7919 % 900) as usize;
+    (0..len).map(|at| (lsn as usize * 31 + at) as u8).collect()
+}
+
+fn append(writer: &mut LogWriter, lsns: std::ops::RangeInclusive<u64>) {
+    for lsn in lsns {
+        assert_eq!(writer.append(&record(lsn)).unwrap(), Lsn(lsn));
+    }
+}
+
+fn records(log: &Arc<Log>, from: u64) -> Vec<(Lsn, Vec<u8>)> {
+    let ranges = log.ranges_from(Lsn(from)).unwrap();
+    let batches = ranges.iter().flat_map(LogRange::batches);
+    batches.flat_map(|batch| batch.records()).map(|record| (record.lsn, record.bytes.to_vec())).collect()
+}
+
+fn assert_holds(log: &Arc<Log>, lsns: std::ops::RangeInclusive<u64>) {
+    let found = records(log, *lsns.start());
+    let due: Vec<_> = lsns.map(|lsn| (Lsn(lsn), record(lsn))).collect();
+    assert_eq!(found.len(), due.len());
+    for (found, due) in found.iter().zip(&due) {
+        assert_eq!(found, due);
+    }
+}
+
+#[test]
+fn records_are_read_back_over_many_segments_and_after_reopening() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=1000);
+    assert!(wal.log().segments().len() > 5);
+    assert_holds(wal.log(), 1..=1000);
+    let end = writer.end();
+    drop(writer);
+    wal.close().unwrap();
+
+    let (wal, mut writer) = open(directory.path());
+    assert_eq!((writer.end(), wal.log().synced().load()), (end, Lsn(1000)));
+    assert!(writer.torn_tail().is_none());
+    append(&mut writer, 1001..=1500);
+    assert_holds(wal.log(), 1..=1500);
+}
+
+#[test]
+fn a_batch_is_read_back_as_its_records() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let batch: Vec<_> = (1..=100).map(record).collect();
+    assert_eq!(writer.append_batch(&batch).unwrap(), Lsn(100));
+    assert_eq!(writer.append(&record(101)).unwrap(), Lsn(101));
+    assert_holds(wal.log(), 1..=101);
+    assert!(matches!(writer.append_batch::<Vec<u8>>(&[]), Err(Error::Invalid { .. })));
+}
+
+#[test]
+fn the_largest_record_fits_and_one_byte_more_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let max = usize::try_from(wal.log().max_record_len()).unwrap();
+    writer.append(b"small").unwrap();
+    assert_eq!(writer.append(&vec![7; max]).unwrap(), Lsn(2));
+    let refused = writer.append(&vec![7; max + 1]);
+    assert!(matches!(refused, Err(Error::RecordTooLarge { len, .. }) if len == max as u64 + 1));
+    assert_eq!(writer.append(b"after").unwrap(), Lsn(3));
+    assert_eq!(records(wal.log(), 2)[0].1.len(), max);
+}
+
+#[test]
+fn a_reader_tails_what_is_appended_meanwhile() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let log = Arc::clone(wal.log());
+    let tail = std::thread::spawn(move || {
+        let mut reader = log.reader_from(Lsn(1)).unwrap();
+        let mut next = 1;
+        while next <= 2000 {
+            wait_any(&[Until { mark: log.written(), at_least: Lsn(next) }], log.options().wait, None);
+            while let Some(range) = reader.next(u64::MAX).unwrap() {
+                for found in range.batches().flat_map(|batch| batch.records().collect::<Vec<_>>()) {
+                    assert_eq!((found.lsn, found.bytes), (Lsn(next), record(next).as_slice()));
+                    next += 1;
+                }
+            }
+        }
+    });
+    append(&mut writer, 1..=2000);
+    tail.join().unwrap();
+}
+
+/// Feeds everything `from` has, from where `to` is, in pieces of `piece` bytes.
+fn feed(from: &Arc<Log>, to: &mut LogWriter, piece: u64) {
+    let end = to.end();
+    let place = from.position_after(end.head, end.chain).unwrap().unwrap();
+    let mut reader = from.reader_at(place);
+    while let Some(range) = reader.next(piece).unwrap() {
+        let mut offset = range.start();
+        let mut bytes = range.bytes();
+        while !bytes.is_empty() {
+            let window = to.ingest_window(range.segment().id().first_lsn, offset, bytes.len() as u64).unwrap();
+            let (now, later) = bytes.split_at(window.len());
+            window.copy_from_slice(now);
+            to.ingest_filled(now.len() as u64).unwrap();
+            offset += now.len() as u64;
+            bytes = later;
+        }
+    }
+}
+
+fn assert_identical(a: &Log, b: &Log) {
+    let (a, b) = (a.segments(), b.segments());
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(&b) {
+        assert_eq!((a.id(), a.published()), (b.id(), b.published()));
+        assert!(std::fs::read(a.path()).unwrap() == std::fs::read(b.path()).unwrap(), "{} differs", a.id());
+    }
+}
+
+#[test]
+fn a_log_fed_in_any_pieces_is_byte_for_byte_the_same() {
+    for piece in [1, 7, 56, 4096, 5000, u64::MAX] {
+        let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (leader, mut source) = open(leader_dir.path());
+        let (follower, mut sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
+        for round in 0..3 {
+            append(&mut source, round * 200 + 1..=(round + 1) * 200);
+            feed(leader.log(), &mut sink, piece);
+        }
+        source.set_epoch(Epoch(2)).unwrap();
+        append(&mut source, 601..=700);
+        feed(leader.log(), &mut sink, piece);
+        assert_eq!(source.end(), sink.end());
+        assert_identical(leader.log(), follower.log());
+        drop((source, sink));
+        leader.close().unwrap();
+        follower.close().unwrap();
+    }
+}
+
+#[test]
+fn a_follower_resumes_wherever_its_log_was_cut() {
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (leader, mut source) = open(leader_dir.path());
+    append(&mut source, 1..=500);
+    let whole = leader.log().ranges_from(Lsn(1)).unwrap();
+    let total: u64 = whole.iter().map(LogRange::len).sum();
+    // A stream that ends after each of many different numbers of bytes, the follower's process included.
+    let mut taken = 0;
+    while taken < total {
+        let (follower, mut sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
+        let end = sink.end();
+        let place = leader.log().position_after(end.head, end.chain).unwrap().unwrap();
+        let mut reader = leader.log().reader_at(place);
+        let range = reader.next(3001).unwrap();
+        let Some(range) = range else { break };
+        taken += 900;
+        let window = sink.ingest_window(range.segment().id().first_lsn, range.start(), range.len()).unwrap();
+        let len = window.len();
+        window.copy_from_slice(&range.bytes()[..len]);
+        sink.ingest_filled(len as u64).unwrap();
+        drop(sink);
+        follower.close().unwrap();
+        let (follower, mut sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
+        assert!(sink.torn_tail().is_none());
+        feed(leader.log(), &mut sink, 100_000);
+        assert_identical(leader.log(), follower.log());
+    }
+}
+
+#[test]
+fn bytes_that_do_not_continue_the_log_leave_it_as_it_was() {
+    let (leader_dir, other_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (leader, mut source) = open(leader_dir.path());
+    append(&mut source, 1..=50);
+    let (follower, mut sink) = Wal::open(other_dir.path(), identity(), WalOptions::default()).unwrap();
+    feed(leader.log(), &mut sink, u64::MAX);
+    let end = sink.end();
+    assert!(sink.ingest_window(end.segment, end.offset + 8, 100).is_err());
+    assert!(sink.ingest_window(end.segment.next(), 0, 100).is_err());
+    for garbage in [vec![0xab; 200], vec![0; 200]] {
+        let window = sink.ingest_window(end.segment, end.offset, 200).unwrap();
+        window.copy_from_slice(&garbage);
+        assert!(matches!(sink.ingest_filled(200), Err(Error::Invalid { .. })));
+        assert_eq!(sink.end(), end);
+    }
+    append(&mut source, 51..=60);
+    feed(leader.log(), &mut sink, u64::MAX);
+    assert_identical(leader.log(), follower.log());
+}
+
+#[test]
+fn positions_after_tell_histories_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let genesis = Chain::genesis(ClusterId(9), RegionId(0), ShardId(3));
+    assert_eq!(wal.log().position_after(Lsn(0), genesis).unwrap().unwrap().offset, 0);
+    writer.append_batch(&["a", "b", "c"]).unwrap();
+    let end = writer.end();
+    append(&mut writer, 4..=400);
+    let place = wal.log().position_after(Lsn(3), end.chain).unwrap().unwrap();
+    assert_eq!((place.segment, place.offset), (end.segment, end.offset));
+    assert_eq!(wal.log().position_after(Lsn(3), Chain(1)).unwrap(), None);
+    assert_eq!(wal.log().position_after(Lsn(2), end.chain).unwrap(), None);
+    assert!(matches!(wal.log().position_after(Lsn(401), end.chain), Err(Error::NotRetained { .. })));
+}
+
+#[test]
+fn segments_are_released_only_below_what_is_asked_and_are_used_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=800);
+    wal.log().wait_synced(Lsn(800), None).unwrap();
+    let second = wal.log().segments()[1].id().first_lsn;
+    assert_eq!(wal.log().release_through(second.previous().previous(), "test").unwrap(), 0);
+    let before = wal.log().segments().len();
+    let released = wal.log().release_through(Lsn(400), "test").unwrap();
+    assert!(released > 1 && wal.log().segments().len() == before - released);
+    assert!(wal.log().tail() <= Lsn(401) && wal.log().tail() >= second);
+    assert!(wal.log().reader_from(Lsn(1)).is_err());
+    append(&mut writer, 801..=1600);
+    let tail = wal.log().tail().0;
+    assert_holds(wal.log(), tail..=1600);
+    drop(writer);
+    wal.close().unwrap();
+    let (wal, _writer) = open(directory.path());
+    assert_eq!(wal.log().tail(), Lsn(tail));
+    assert_holds(wal.log(), tail..=1600);
+}
+
+#[test]
+fn many_threads_wait_for_syncs_of_one_writer() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, writer) = open(directory.path());
+    let writer = parking_lot::Mutex::new(writer);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    let lsn = writer.lock().append(b"record").unwrap();
+                    wal.log().wait_synced(lsn, None).unwrap();
+                    assert!(wal.log().synced().load() >= lsn);
+                }
+            });
+        }
+    });
+    assert_eq!(wal.log().synced().load(), Lsn(400));
+}
+
+#[test]
+fn a_closed_log_ends_appends_and_waits() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=10);
+    assert!(matches!(wal.log().wait_synced(Lsn(11), None), Err(Error::NotRetained { .. })));
+    drop(wal);
+    assert!(matches!(writer.append(b"late"), Err(Error::ShutDown)));
+}
+
+#[test]
+fn an_older_epoch_is_refused_and_a_newer_one_starts_a_segment() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=3);
+    writer.set_epoch(Epoch(5)).unwrap();
+    append(&mut writer, 4..=6);
+    assert!(matches!(writer.set_epoch(Epoch(4)), Err(Error::StaleEpoch { .. })));
+    let epochs: Vec<_> = wal.log().segments().iter().map(|segment| segment.header().epoch).collect();
+    assert_eq!(epochs, [Epoch(1), Epoch(5)]);
+    assert_holds(wal.log(), 1..=6);
+}

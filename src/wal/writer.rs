@@ -1,0 +1,451 @@
+//! The one writer of a log: on a leader it frames the caller's records, on a follower it takes in the leader's bytes.
+//!
+//! Both end the same way: bytes above the published end are filled and checked, the segment publishes them, and the
+//! `written` mark moves. Nothing on that path takes a lock, allocates or calls the system; rolling to the next
+//! segment, once in a segment's length, does.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::error::{Error, Result};
+use crate::limits::{BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
+use crate::wal::batch::{self, BATCH_VERSION, BatchError, BatchHeader, Expected, FLAG_SEALING};
+use crate::wal::log::Log;
+use crate::wal::mapping::SegmentWriter;
+use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
+use crate::wal::{SyncPolicy, TornTail};
+
+const HEADER: usize = BATCH_HEADER_LEN as usize;
+
+/// Puts records into one shard's log. There is one for each [`Log`], and it cannot be cloned; who wants several
+/// threads to append puts it behind a lock, or uses one shard for each.
+///
+/// ```
+/// use towline::wal::{LogIdentity, Wal, WalOptions};
+/// use towline::{ClusterId, Epoch, Lsn, RegionId, ShardId};
+///
+/// let directory = tempfile::tempdir()?;
+/// let identity =
+///     LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: ShardId(0), segment_size: 1 << 20 };
+/// let (wal, mut writer) = Wal::open(directory.path(), identity, WalOptions::default())?;
+/// writer.set_epoch(Epoch(1))?;
+/// assert_eq!(writer.append(b"first")?, Lsn(1));
+/// assert_eq!(writer.append_batch(&["second", "third"])?, Lsn(3));
+/// wal.log().wait_synced(Lsn(3), None)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct LogWriter {
+    log: Arc<Log>,
+    /// The segment that takes the next batch; none before the first batch and after a sealing one.
+    open: Option<SegmentWriter>,
+    next_lsn: Lsn,
+    chain: Chain,
+    /// Epoch of the batches to come. The open segment may still be of an older one: then the next batch rolls.
+    epoch: Epoch,
+    timestamp: HybridTimestamp,
+    /// Bytes behind the published end that hold the beginning of a batch still arriving (follower only).
+    arrived: u64,
+    /// A header page that is still arriving (follower only).
+    header_page: Vec<u8>,
+    /// Whether what is arriving is a header page: of the next segment, or once more of an open one without batches.
+    header_due: bool,
+    /// Published end of the open segment at which to ask for more pages to be made ready.
+    populate_at: u64,
+    torn_tail: Option<TornTail>,
+}
+
+/// Where a log ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogEnd {
+    /// The newest LSN.
+    pub head: Lsn,
+    /// The chain at it.
+    pub chain: Chain,
+    /// The epoch of the newest batch, or the one set for batches to come.
+    pub epoch: Epoch,
+    /// The first LSN of the segment that takes the next byte.
+    pub segment: Lsn,
+    /// Where in that segment the next byte goes.
+    pub offset: u64,
+}
+
+impl LogWriter {
+    pub(super) fn new(
+        log: Arc<Log>,
+        open: Option<SegmentWriter>,
+        end: LogEnd,
+        timestamp: HybridTimestamp,
+        torn_tail: Option<TornTail>,
+    ) -> LogWriter {
+        LogWriter {
+            log,
+            open,
+            next_lsn: end.head.next(),
+            chain: end.chain,
+            epoch: end.epoch,
+            timestamp,
+            arrived: 0,
+            header_page: Vec::new(),
+            header_due: false,
+            populate_at: 0,
+            torn_tail,
+        }
+    }
+
+    /// The log written to.
+    #[must_use]
+    pub fn log(&self) -> &Arc<Log> {
+        &self.log
+    }
+
+    /// What recovery had to cut off when the log was opened, if anything.
+    #[must_use]
+    pub fn torn_tail(&self) -> Option<&TornTail> {
+        self.torn_tail.as_ref()
+    }
+
+    /// Where the log ends.
+    #[must_use]
+    pub fn end(&self) -> LogEnd {
+        let (segment, offset) = match &self.open {
+            Some(open) => (open.segment().id().first_lsn, open.end()),
+            None => (self.next_lsn, 0),
+        };
+        LogEnd { head: self.next_lsn.previous(), chain: self.chain, epoch: self.epoch, segment, offset }
+    }
+
+    /// The epoch under which the next batches are written. A new one starts a new segment with the next batch, so the
+    /// list of segments is the history of epochs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StaleEpoch`] if the log has a newer one already.
+    pub fn set_epoch(&mut self, epoch: Epoch) -> Result<()> {
+        if epoch < self.epoch {
+            return Err(Error::StaleEpoch { offered: epoch, accepted: self.epoch });
+        }
+        self.epoch = epoch;
+        Ok(())
+    }
+
+    /// Appends one record and returns its LSN at once: it is in the mapped log, and readers see it. It is on stable
+    /// storage, or on followers, only once it has been [waited for](Log::wait_synced).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RecordTooLarge`]; [`Error::Poisoned`] after a failed sync; [`Error::Io`] if there is no next segment
+    /// because the disk is full (nothing was appended; try again once there is room); [`Error::ShutDown`].
+    #[inline]
+    pub fn append(&mut self, record: &[u8]) -> Result<Lsn> {
+        let body_len = RECORD_HEADER_LEN + record.len() as u64;
+        let len = self.check_len(body_len, record.len() as u64)?;
+        self.append_body(1, len, |body| put_record(body, record))
+    }
+
+    /// Appends several records as one batch, which is kept or lost as a whole, and returns the LSN of the last one.
+    ///
+    /// # Errors
+    ///
+    /// As [`append`](Self::append); [`Error::Invalid`] for a batch without records.
+    pub fn append_batch<R: AsRef<[u8]>>(&mut self, records: &[R]) -> Result<Lsn> {
+        let count = u32::try_from(records.len()).ok().filter(|&count| count > 0);
+        let count = count.ok_or_else(|| Error::invalid("a batch has at least one record and at most 4294967295"))?;
+        let body_len: u64 = records.iter().map(|record| RECORD_HEADER_LEN + record.as_ref().len() as u64).sum();
+        let len = self.check_len(body_len, body_len - RECORD_HEADER_LEN)?;
+        self.append_body(count, len, |mut body| {
+            for record in records {
+                let (this, rest) = body.split_at_mut(RECORD_HEADER_LEN as usize + record.as_ref().len());
+                put_record(this, record.as_ref());
+                body = rest;
+            }
+        })
+    }
+
+    /// Refuses a body that fits in no segment.
+    #[inline]
+    fn check_len(&self, body_len: u64, len: u64) -> Result<u32> {
+        let max = self.log.max_record_len();
+        match u32::try_from(body_len) {
+            Ok(checked) if len <= max => Ok(checked),
+            _ => Err(Error::RecordTooLarge { len, max }),
+        }
+    }
+
+    /// One copy, one checksum, two stores: the published end and the written mark.
+    #[inline]
+    fn append_body(&mut self, record_count: u32, body_len: u32, fill: impl FnOnce(&mut [u8])) -> Result<Lsn> {
+        let total = batch::total_len(u64::from(body_len));
+        // A sealing batch must always fit behind this one.
+        if self.open.as_ref().is_none_or(|open| open.room() < total + BATCH_HEADER_LEN)
+            || self.open.as_ref().is_some_and(|open| open.segment().header().epoch != self.epoch)
+        {
+            self.roll()?;
+        }
+        self.log.check_writable()?;
+        let header = self.next_header(record_count, body_len, 0);
+        let Some(open) = &mut self.open else { return Err(Error::ShutDown) };
+        let batch = open.unpublished(0..total);
+        let body_end = HEADER + body_len as usize;
+        fill(&mut batch[HEADER..body_end]);
+        batch[body_end..].fill(0);
+        self.chain = put_header(batch, header);
+        self.timestamp = header.timestamp;
+        open.publish(total);
+        let last = header.last_lsn();
+        self.next_lsn = last.next();
+        if open.end() >= self.populate_at {
+            self.populate_at = self.log.populate_behind(open.segment(), open.end());
+        }
+        self.log.publish_written(last);
+        if self.log.sync_policy() == SyncPolicy::EveryBatch {
+            self.log.wait_synced(last, None)?;
+        }
+        Ok(last)
+    }
+
+    #[inline]
+    fn next_header(&self, record_count: u32, body_len: u32, flags: u16) -> BatchHeader {
+        BatchHeader {
+            crc: Chain(0),
+            body_len,
+            first_lsn: self.next_lsn,
+            record_count,
+            prev_crc: self.chain,
+            epoch: self.epoch,
+            timestamp: self.timestamp.tick(unix_ms()),
+            synced_lsn: self.log.synced().load(),
+            version: BATCH_VERSION,
+            flags,
+        }
+    }
+
+    /// Seals the open segment, if there is one, and opens the next. A spare is taken first, so that a full disk
+    /// leaves everything as it was.
+    #[cold]
+    fn roll(&mut self) -> Result<()> {
+        self.log.check_writable()?;
+        let prepared = self.log.spares().take()?;
+        // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
+        let empty = self.open.take_if(|open| open.end() == SEGMENT_HEADER_LEN);
+        if let Some(open) = empty {
+            self.log.discard_empty(open);
+        }
+        if let Some(mut open) = self.open.take() {
+            let mut header = self.next_header(0, 0, FLAG_SEALING);
+            header.epoch = open.segment().header().epoch;
+            let batch = open.unpublished(0..BATCH_HEADER_LEN);
+            self.chain = put_header(batch, header);
+            self.timestamp = header.timestamp;
+            open.publish(BATCH_HEADER_LEN);
+            open.seal(self.next_lsn.previous());
+        }
+        let header = SegmentHeader {
+            id: WalSegmentId {
+                region: self.log.identity().region,
+                shard: self.log.identity().shard,
+                first_lsn: self.next_lsn,
+            },
+            cluster: self.log.identity().cluster,
+            epoch: self.epoch,
+            chain_before: self.chain,
+            segment_size: self.log.identity().segment_size,
+        };
+        self.open = Some(self.log.activate(prepared, header)?);
+        self.populate_at = 0;
+        Ok(())
+    }
+
+    /// Memory for the next bytes of the leader's log, as many as `len` or fewer (never none): they are bytes from
+    /// `offset` on of the segment that begins with LSN `segment`. Fill a beginning of it, then say how much with
+    /// [`ingest_filled`](Self::ingest_filled).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if these are not the bytes that come next; also what can go wrong with opening a segment.
+    pub fn ingest_window(&mut self, segment: Lsn, offset: u64, len: u64) -> Result<&mut [u8]> {
+        self.log.check_writable()?;
+        // A new stream may begin with the header page of a segment that the old one opened and left without batches.
+        let again = offset == 0 && self.ingest_position() == (segment, SEGMENT_HEADER_LEN);
+        self.header_due |= self.open.is_none() || again;
+        let due = self.ingest_position();
+        if (segment, offset) != due {
+            return Err(Error::invalid(format!(
+                "bytes from {offset} on of the segment that begins with LSN {segment} arrived, where {} of {} are due",
+                due.1, due.0
+            )));
+        }
+        let Some(open) = self.open.as_mut().filter(|_| !self.header_due) else {
+            // The header page arrives beside the segment: what it says must be checked before there is a segment.
+            self.header_page.resize(HEADER_PAGE, 0);
+            let rest = self.header_page.get_mut(usize::try_from(self.arrived).unwrap_or(usize::MAX)..);
+            let rest = rest.ok_or_else(|| Error::invalid("a header page is 4096 bytes"))?;
+            let len = rest.len().min(usize::try_from(len).unwrap_or(usize::MAX));
+            return Ok(&mut rest[..len]);
+        };
+        let to = open.room().min(self.arrived.saturating_add(len));
+        if to == self.arrived {
+            return Err(Error::invalid(format!("the segment that begins with LSN {segment} has no room for more")));
+        }
+        Ok(open.unpublished(self.arrived..to))
+    }
+
+    /// The segment (by its first LSN) and the offset in it of the next byte to come from the leader.
+    #[must_use]
+    pub fn ingest_position(&self) -> (Lsn, u64) {
+        match &self.open {
+            Some(open) if !self.header_due => (open.segment().id().first_lsn, open.end() + self.arrived),
+            _ => (self.next_lsn, self.arrived),
+        }
+    }
+
+    /// Takes in the first `len` bytes of the last [window](Self::ingest_window): every batch that is whole now is
+    /// checked against the chain and published. Returns the head after it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the bytes do not continue this log; nothing of them is kept, and the log stays what it
+    /// was. Also what can go wrong with opening a segment.
+    pub fn ingest_filled(&mut self, len: u64) -> Result<Lsn> {
+        self.arrived += len;
+        let result = if self.header_due { self.ingest_header() } else { self.ingest_batches() };
+        if result.is_err() {
+            self.discard_partial();
+        }
+        result.map(|()| self.next_lsn.previous())
+    }
+
+    /// Forgets the beginning of a batch that will not be completed by the stream it came from, and leaves zeros.
+    pub fn discard_partial(&mut self) {
+        let arrived = std::mem::take(&mut self.arrived);
+        self.header_page.clear();
+        if !std::mem::take(&mut self.header_due)
+            && let Some(open) = &mut self.open
+        {
+            open.unpublished(0..arrived).fill(0);
+        }
+    }
+
+    /// Opens the segment that a complete header page describes.
+    fn ingest_header(&mut self) -> Result<()> {
+        if self.arrived < SEGMENT_HEADER_LEN {
+            return Ok(());
+        }
+        let identity = *self.log.identity();
+        let page: &[u8; HEADER_PAGE] =
+            self.header_page.first_chunk().ok_or_else(|| Error::invalid("a header page is 4096 bytes"))?;
+        let header = SegmentHeader::decode(page)
+            .map_err(|reason| Error::invalid(format!("the header of a segment arrived damaged: {reason}")))?;
+        if let Some(open) = &self.open {
+            if header != *open.segment().header() {
+                return Err(Error::invalid("a segment arrived again with another header"));
+            }
+            self.arrived = 0;
+            self.header_due = false;
+            return Ok(());
+        }
+        let due = SegmentHeader {
+            id: WalSegmentId { region: identity.region, shard: identity.shard, first_lsn: self.next_lsn },
+            cluster: identity.cluster,
+            epoch: header.epoch.max(self.epoch),
+            chain_before: self.chain,
+            segment_size: identity.segment_size,
+        };
+        if header != due {
+            return Err(Error::invalid(format!(
+                "a segment arrived that does not continue the log: {header:?}, due {due:?}"
+            )));
+        }
+        let prepared = self.log.spares().take()?;
+        self.open = Some(self.log.activate(prepared, header)?);
+        self.epoch = header.epoch;
+        self.arrived = 0;
+        self.header_due = false;
+        self.populate_at = 0;
+        self.header_page.clear();
+        Ok(())
+    }
+
+    /// Checks and publishes every batch that has arrived as a whole.
+    fn ingest_batches(&mut self) -> Result<()> {
+        let Some(open) = &mut self.open else { return Ok(()) };
+        let room = open.room();
+        let arrived = open.unpublished(0..self.arrived);
+        let mut expected = Expected { first_lsn: self.next_lsn, chain: self.chain, epoch: self.epoch };
+        let mut whole = 0usize;
+        let mut sealed = false;
+        while !sealed && whole < arrived.len() {
+            match batch::verify(&arrived[whole..], room - whole as u64, expected) {
+                Ok(header) => {
+                    whole += usize::try_from(header.total_len()).unwrap_or(usize::MAX);
+                    expected.first_lsn = header.last_lsn().next();
+                    expected.chain = header.crc;
+                    self.timestamp = header.timestamp;
+                    sealed = header.is_sealing();
+                }
+                Err(BatchError::Incomplete { .. }) => break,
+                Err(error) => {
+                    return Err(Error::invalid(format!(
+                        "what arrived for LSN {} is not valid: {error}",
+                        expected.first_lsn
+                    )));
+                }
+            }
+        }
+        if sealed && whole < arrived.len() {
+            return Err(Error::invalid("bytes arrived behind the end of a sealed segment"));
+        }
+        if whole == 0 {
+            return Ok(());
+        }
+        open.publish(whole as u64);
+        self.arrived -= whole as u64;
+        self.chain = expected.chain;
+        let moved = expected.first_lsn != self.next_lsn;
+        self.next_lsn = expected.first_lsn;
+        if open.end() >= self.populate_at {
+            self.populate_at = self.log.populate_behind(open.segment(), open.end());
+        }
+        if sealed && let Some(open) = self.open.take() {
+            open.seal(self.next_lsn.previous());
+        }
+        if moved {
+            self.log.publish_written(self.next_lsn.previous());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LogWriter {
+    fn drop(&mut self) {
+        self.discard_partial();
+    }
+}
+
+/// Writes length and bytes of one record.
+#[inline]
+#[allow(clippy::cast_possible_truncation, reason = "`check_len` has seen that the whole body fits in 32 bits")]
+fn put_record(to: &mut [u8], record: &[u8]) {
+    let (len, bytes) = to.split_at_mut(RECORD_HEADER_LEN as usize);
+    len.copy_from_slice(&(record.len() as u32).to_le_bytes());
+    bytes.copy_from_slice(record);
+}
+
+/// Writes the header in front of a finished body, then the checksum over both, and returns the chain after it.
+#[inline]
+fn put_header(batch: &mut [u8], header: BatchHeader) -> Chain {
+    if let Some(first) = batch.first_chunk_mut::<HEADER>() {
+        header.encode(first);
+    }
+    let chain = batch::chain_after(header.prev_crc, &batch[4..]);
+    batch[..4].copy_from_slice(&chain.0.to_le_bytes());
+    chain
+}
+
+/// The wall clock; 0 before 1970.
+#[inline]
+#[allow(clippy::cast_possible_truncation, reason = "milliseconds fit in 64 bits for longer than there are years")]
+pub(crate) fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
