@@ -340,23 +340,25 @@ struct TcpSender {
     failed: bool,
 }
 
-impl TcpSender {
-    fn send_all(&self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-        // Empty parts at the beginning would be taken for a stream that takes no more bytes.
-        IoSlice::advance_slices(&mut slices, 0);
-        while !slices.is_empty() {
-            match write_vectored(&self.socket.stream, slices) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer took no byte in time"));
-                }
-                Err(error) => return Err(error),
+/// Calls `write` until it has taken all bytes, however few at a time.
+fn write_all(
+    mut slices: &mut [IoSlice<'_>],
+    mut write: impl FnMut(&[IoSlice<'_>]) -> io::Result<usize>,
+) -> io::Result<()> {
+    // Empty parts at the beginning would be taken for a stream that takes no more bytes.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match write(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer took no byte in time"));
             }
+            Err(error) => return Err(error),
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// One vectored write. On Linux without a signal when the peer is gone, whatever the host program does with signals.
@@ -385,7 +387,8 @@ impl FrameSender for TcpSender {
             let source = io::Error::new(io::ErrorKind::BrokenPipe, "an earlier frame was not sent to its end");
             return Err(Error::Network { action: "send to", peer: peer.clone(), source });
         }
-        match self.send_all(&mut [IoSlice::new(&header), IoSlice::new(prefix), IoSlice::new(body)]) {
+        let mut parts = [IoSlice::new(&header), IoSlice::new(prefix), IoSlice::new(body)];
+        match write_all(&mut parts, |parts| write_vectored(&self.socket.stream, parts)) {
             Ok(()) => Ok(()),
             Err(error) => {
                 self.failed = true;
@@ -655,6 +658,25 @@ mod tests {
                 assert!(thread.join().unwrap().is_shutdown());
             }
         });
+    }
+
+    #[test]
+    fn a_frame_is_sent_whole_however_little_is_taken_at_a_time() {
+        let (mut taken, mut calls) = (Vec::new(), 0);
+        let mut parts = [IoSlice::new(b""), IoSlice::new(b"header"), IoSlice::new(b""), IoSlice::new(b"body")];
+        write_all(&mut parts, |parts| {
+            calls += 1;
+            if calls % 2 == 0 {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).take(3).collect();
+            taken.extend_from_slice(&bytes);
+            Ok(bytes.len())
+        })
+        .unwrap();
+        assert_eq!(taken, b"headerbody");
+        let stuck = write_all(&mut [IoSlice::new(b"x")], |_| Ok(0)).unwrap_err();
+        assert_eq!(stuck.kind(), io::ErrorKind::WriteZero);
     }
 
     #[test]

@@ -320,7 +320,8 @@ fn pieces_that_do_not_fit_together_are_refused(transport: &dyn Transport) {
     let total_len = whole.total_len;
     let rest = SegmentPieceHeader { offset: 100, ..whole };
     // The header of a second piece behind the first 100 bytes, and its bytes.
-    let seconds: [(SegmentPieceHeader, &[u8]); 5] = [
+    let seconds: [(SegmentPieceHeader, &[u8]); 6] = [
+        (SegmentPieceHeader { offset: 99, ..rest }, &bytes[100..]),
         (SegmentPieceHeader { offset: 101, ..rest }, &bytes[101..]),
         (SegmentPieceHeader { total_len: total_len + 8, ..rest }, &bytes[100..]),
         (SegmentPieceHeader { event_count: 4, ..rest }, &bytes[100..]),

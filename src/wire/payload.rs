@@ -41,6 +41,25 @@ message! {
 
 /// One whole sealed segment: its name, its bytes from the header page to the end of the sealing batch, and how many
 /// records it holds. Made from a mapped segment it keeps that mapped and copies nothing.
+///
+/// ```
+/// use towline::wal::{Expected, SegmentHeader, batch};
+/// use towline::wire::WalSegmentPayload;
+/// use towline::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
+///
+/// # fn main() -> Result<(), towline::wire::WireError> {
+/// let id = WalSegmentId { region: RegionId(0), shard: ShardId(0), first_lsn: Lsn(1) };
+/// let (epoch, chain_before) = (Epoch(1), Chain(0));
+/// let header = SegmentHeader { id, cluster: ClusterId(7), epoch, chain_before, segment_size: 65536 };
+/// let sealing = Expected { first_lsn: Lsn(1), chain: chain_before, epoch };
+/// let mut archived = header.encode().to_vec();
+/// archived.extend(batch::build(sealing, HybridTimestamp::default(), Lsn::ZERO, &[]));
+///
+/// let payload = WalSegmentPayload::from_bytes(archived)?;
+/// assert_eq!((payload.id(), payload.event_count()), (id, 0));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct WalSegmentPayload {
     id: WalSegmentId,
