@@ -23,7 +23,7 @@ use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
 use crate::limits::MAX_SHARDS;
 use crate::node::{
-    CheckpointShard, Checkpointer, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs, time_left,
+    CheckpointShard, Checkpointer, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
 };
 use crate::receiver::{Receiver, exchange};
 use crate::server::{Server, ServerShard};
@@ -324,7 +324,7 @@ impl Follower {
 
     fn stop(&mut self) -> Result<()> {
         self.following.stop.shutdown();
-        self.server.drain(|deadline| time_left(deadline));
+        self.server.drain();
         self.threads.join_all();
         let mut result = Ok(());
         for wal in self.wals.drain(..) {

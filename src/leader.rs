@@ -20,9 +20,7 @@ use parking_lot::Mutex;
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
-use crate::node::{
-    CheckpointShard, Checkpointer, NodeBuilder, OpenLogs, Threads, check_shard_count, open_logs, time_left,
-};
+use crate::node::{CheckpointShard, Checkpointer, NodeBuilder, OpenLogs, Threads, check_shard_count, open_logs};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
@@ -179,7 +177,7 @@ impl Leader {
     }
 
     fn stop(&mut self) -> Result<()> {
-        self.server.drain(|deadline| time_left(deadline));
+        self.server.drain();
         self.threads.join_all();
         self.writers.lock().clear();
         let mut result = Ok(());

@@ -49,6 +49,13 @@ pub const MAX_CONNECTIONS: usize = 4096;
 /// Followers that can be waited for.
 pub const MAX_FOLLOWERS: usize = 64;
 
+/// A small bound as an index, for constants: fails to compile where it would not fit.
+#[allow(clippy::cast_possible_truncation, reason = "checked to fit in 32 bits, and no supported system has fewer")]
+pub(crate) const fn index(bound: u64) -> usize {
+    assert!(bound <= u32::MAX as u64);
+    bound as usize
+}
+
 /// The largest record that fits in a segment of `segment_size` bytes, beside the segment header, its batch header,
 /// its length and the sealing batch.
 #[must_use]

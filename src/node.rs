@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -450,8 +450,3 @@ impl Threads {
 
 /// Room for what a target does in the applier.
 const NODE_THREAD_STACK: usize = 1 << 20;
-
-/// Time left until a deadline.
-pub(crate) fn time_left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now())
-}

@@ -25,7 +25,7 @@ use crate::backoff::Backoff;
 use crate::error::{Error, Result};
 use crate::follower::{Following, ShardState};
 use crate::shutdown::ShutdownSignal;
-use crate::transport::{Connection, FrameReceiver, FrameSender};
+use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
 use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
 use crate::watermark::{Until, Waited, Watermark, wait_any};
@@ -82,7 +82,8 @@ impl Receiver {
                 return Err(error);
             }
             let wait = backoff.next();
-            log::warn!("shard {}: {error}; trying again in {:.1} s", self.shard, wait.as_secs_f32());
+            let level = if is_closed_by_peer(&error) { log::Level::Info } else { log::Level::Warn };
+            log::log!(level, "shard {}: {error}; trying again in {:.1} s", self.shard, wait.as_secs_f32());
             let _ = stop.wait_timeout(wait);
         }
         Ok(())

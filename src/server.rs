@@ -22,6 +22,7 @@ use crate::status::{Role, Status};
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogPosition, LogReader, unix_ms};
+use crate::watermark::{Waited, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
 };
@@ -334,12 +335,12 @@ impl Server {
 
     /// Stops in two steps: shippers send what is pending and their followers acknowledge it, for no longer than the
     /// drain time-out; then every socket is closed.
-    pub(crate) fn drain(&self, time_left: impl Fn(Instant) -> Duration) {
+    pub(crate) fn drain(&self) {
         let deadline = Instant::now() + self.options.drain_timeout;
         self.draining.shutdown();
         let streams: Vec<_> = self.streams.lock().iter().map(|stream| stream.3.clone()).collect();
         for over in streams {
-            let _ = over.wait_timeout(time_left(deadline));
+            let _ = over.wait_timeout(deadline.saturating_duration_since(Instant::now()));
         }
         self.stop.shutdown();
     }
@@ -502,13 +503,20 @@ impl Stream<'_> {
                 format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
             ));
         }
-        let head = self.server.shard(self.request.shard)?.log.head();
-        if ack.received > head || ack.durable > ack.received || ack.applied > ack.received {
+        let log = &self.server.shard(self.request.shard)?.log;
+        // Bytes are published just before the mark says so: an acknowledgement can be here first.
+        let written = [log.written().until(ack.received), self.over.until()];
+        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
+        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
+        if !is_written || ack.durable > ack.received || ack.applied > ack.received {
             return Err(Error::protocol(
                 self.peer,
                 format!(
-                    "it acknowledges received {}, durable {}, applied {} of a log that ends at {head}",
-                    ack.received, ack.durable, ack.applied
+                    "it acknowledges received {}, durable {}, applied {} of a log that ends at {}",
+                    ack.received,
+                    ack.durable,
+                    ack.applied,
+                    log.head()
                 ),
             ));
         }

@@ -174,7 +174,7 @@ impl Demo {
             Checking::fill(&mut record, shard, lsn.next());
             let began = Instant::now();
             lsn = writer.append(&record)?;
-            if lsn.get() % TIMED == 0 {
+            if lsn.get().is_multiple_of(TIMED) {
                 let _ = timed.try_send((lsn, began));
             }
             if lsn.records_since(commits.committed()) >= WINDOW {

@@ -645,8 +645,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn addresses_that_other_machines_reach_need_permission() {
+        let refused = TcpTransport::default().listen("0.0.0.0:0").err().unwrap();
+        assert!(refused.to_string().contains("--allow-plaintext"), "{refused}");
+    }
+
+    #[test]
     fn a_connection_of_its_own_wakes_each_accept() {
-        let listener = TcpTransport::default().listener("0.0.0.0:0").unwrap();
+        let transport = TcpTransport::new(TcpOptions { allow_plaintext: true, ..TcpOptions::default() });
+        let listener = transport.listener("0.0.0.0:0").unwrap();
         std::thread::scope(|scope| {
             let accepting: Vec<_> = (0..3).map(|_| scope.spawn(|| listener.accept().unwrap_err())).collect();
             while listener.waiting.load(Ordering::SeqCst) < accepting.len() {

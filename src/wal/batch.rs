@@ -36,7 +36,7 @@
 
 use std::borrow::Cow;
 
-use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, RECORD_HEADER_LEN};
+use crate::limits::{self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, RECORD_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn};
 
 /// Version of the batch format.
@@ -44,7 +44,7 @@ pub const BATCH_VERSION: u16 = 2;
 /// The batch that ends a segment.
 pub const FLAG_SEALING: u16 = 1;
 
-const HEADER: usize = BATCH_HEADER_LEN as usize;
+const HEADER: usize = limits::index(BATCH_HEADER_LEN);
 
 /// A decoded batch header. Field meanings stand in the [format](self).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,7 +285,7 @@ impl<'a> Iterator for RecordIter<'a> {
 
     #[inline]
     fn next(&mut self) -> Option<Record<'a>> {
-        let (len, rest) = self.rest.split_first_chunk::<{ RECORD_HEADER_LEN as usize }>()?;
+        let (len, rest) = self.rest.split_first_chunk::<{ limits::index(RECORD_HEADER_LEN) }>()?;
         let (bytes, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
         let record = Record { lsn: self.next, bytes };
         self.rest = rest;
@@ -387,7 +387,7 @@ pub fn build(at: Expected, timestamp: HybridTimestamp, synced_lsn: Lsn, records:
     };
     let mut bytes = vec![0; HEADER];
     bytes.extend_from_slice(&body);
-    bytes.resize(bytes.len().next_multiple_of(BATCH_ALIGNMENT as usize), 0);
+    bytes.resize(bytes.len().next_multiple_of(limits::index(BATCH_ALIGNMENT)), 0);
     if let Some(first) = bytes.first_chunk_mut() {
         header.encode(first);
     }

@@ -26,14 +26,14 @@
 use std::fs::File;
 use std::io;
 
-use crate::limits::{MAX_SEGMENT_SIZE, MIN_SEGMENT_SIZE, PAGE_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::{self, MAX_SEGMENT_SIZE, MIN_SEGMENT_SIZE, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId, WalSegmentId};
 
 const MAGIC: [u8; 8] = *b"TOWLINE\0";
 /// Version of the segment format.
 pub const SEGMENT_VERSION: u16 = 2;
 /// Bytes of the header page.
-pub const HEADER_PAGE: usize = SEGMENT_HEADER_LEN as usize;
+pub const HEADER_PAGE: usize = limits::index(SEGMENT_HEADER_LEN);
 
 /// What the header page of a segment says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,11 +120,11 @@ pub const fn is_valid_size(bytes: u64) -> bool {
 /// dirtiness for a mapping: after zeroing in large pieces, syncing one record of 1 KiB writes 1 MiB to the device;
 /// after zeroing in pages, about 5 KiB.
 pub(crate) fn zero_in_pages(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
-    const ZEROS: [u8; PAGE_LEN as usize] = [0; PAGE_LEN as usize];
+    const ZEROS: [u8; limits::index(PAGE_LEN)] = [0; limits::index(PAGE_LEN)];
     let mut at = range.start;
     while at < range.end {
         let len = (PAGE_LEN - at % PAGE_LEN).min(range.end - at);
-        write_all_at(file, &ZEROS[..len as usize], at)?;
+        write_all_at(file, &ZEROS[..limits::index(len)], at)?;
         at += len;
     }
     Ok(())

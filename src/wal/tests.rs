@@ -21,8 +21,7 @@ fn open(directory: &Path) -> (Wal, LogWriter) {
 
 /// Record `lsn` of a test log: its length and bytes follow from its number.
 fn record(lsn: u64) -> Vec<u8> {
-    let len = (lsn * 7919 % 900) as usize;
-    (0..len).map(|at| (lsn as usize * 31 + at) as u8).collect()
+    (0..lsn * 7919 % 900).map(|at| (lsn * 31 + at).to_le_bytes()[0]).collect()
 }
 
 fn append(writer: &mut LogWriter, lsns: std::ops::RangeInclusive<u64>) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::error::{Error, Result};
-use crate::limits::{BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::{self, BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, BatchError, BatchHeader, Expected, FLAG_SEALING};
 use crate::wal::log::Log;
@@ -16,7 +16,7 @@ use crate::wal::mapping::SegmentWriter;
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
 use crate::wal::{SyncPolicy, TornTail};
 
-const HEADER: usize = BATCH_HEADER_LEN as usize;
+const HEADER: usize = limits::index(BATCH_HEADER_LEN);
 
 /// Puts records into one shard's log. There is one for each [`Log`], and it cannot be cloned; who wants several
 /// threads to append puts it behind a lock, or uses one shard for each.
@@ -156,7 +156,7 @@ impl LogWriter {
         let len = self.check_len(body_len, body_len - RECORD_HEADER_LEN)?;
         self.append_body(count, len, |mut body| {
             for record in records {
-                let (this, rest) = body.split_at_mut(RECORD_HEADER_LEN as usize + record.as_ref().len());
+                let (this, rest) = body.split_at_mut(limits::index(RECORD_HEADER_LEN) + record.as_ref().len());
                 put_record(this, record.as_ref());
                 body = rest;
             }
@@ -427,7 +427,7 @@ impl Drop for LogWriter {
 #[inline]
 #[allow(clippy::cast_possible_truncation, reason = "`check_len` has seen that the whole body fits in 32 bits")]
 fn put_record(to: &mut [u8], record: &[u8]) {
-    let (len, bytes) = to.split_at_mut(RECORD_HEADER_LEN as usize);
+    let (len, bytes) = to.split_at_mut(limits::index(RECORD_HEADER_LEN));
     len.copy_from_slice(&(record.len() as u32).to_le_bytes());
     bytes.copy_from_slice(record);
 }
