@@ -1,6 +1,6 @@
 //! The log of one shard: mapped segments of batches, one writer, any number of readers.
 //!
-//! A [`Wal`] is a directory of [segment](segment) files, each a header page and [batches](batch). Opening one
+//! A [`Wal`] is a directory of [segment] files, each a header page and [batches](batch). Opening one
 //! recovers it and gives its one [`LogWriter`]; everything else goes through the shared [`Log`]:
 //! [`LogReader`]s that tail it, waiting for syncs, retention.
 //!

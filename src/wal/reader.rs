@@ -61,7 +61,7 @@ impl LogReader {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`] if the next segment has been given up meanwhile.
+    /// [`Error::NotRetained`](crate::Error::NotRetained) if the next segment has been given up meanwhile.
     pub fn next(&mut self, max: u64) -> Result<Option<LogRange>> {
         loop {
             let Some(segment) = &self.segment else {
@@ -99,7 +99,7 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`] if `lsn` is before the tail or more than one past the head.
+    /// [`Error::NotRetained`](crate::Error::NotRetained) if `lsn` is before the tail or more than one past the head.
     pub fn position_before(&self, lsn: Lsn) -> Result<LogPosition> {
         let head = self.head();
         if lsn > head.next() || lsn < self.tail() {
@@ -136,7 +136,7 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`] if the record after `lsn` is not retained, or `lsn` is past the head.
+    /// [`Error::NotRetained`](crate::Error::NotRetained) if the record after `lsn` is not retained, or `lsn` is past the head.
     pub fn position_after(&self, lsn: Lsn, chain: Chain) -> Result<Option<LogPosition>> {
         let place = self.position_before(lsn.next())?;
         if place.lsn == lsn && place.chain == chain {
