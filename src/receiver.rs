@@ -185,7 +185,7 @@ impl Receiver {
                     }
                 }
                 FrameKind::Sync => {
-                    let message = expect_sync(peer, receiver.receive_message()?)?;
+                    let message = expect_sync(peer, receiver.receive_message_body(header)?)?;
                     lane.set_haste(header.flags);
                     if header.flags & FLAG_ACK_DURABLE != 0 {
                         let log = self.writer.log();
@@ -194,17 +194,17 @@ impl Receiver {
                     lane.send_if_moved()?;
                 }
                 FrameKind::Heartbeat => {
-                    if let Message::Heartbeat(beat) = receiver.receive_message()? {
+                    if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
                         self.state.set_leader_head(beat.head);
                     }
                 }
                 FrameKind::CaughtUp => {
-                    if let Message::CaughtUp(caught_up) = receiver.receive_message()? {
+                    if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
                         self.state.set_leader_head(caught_up.head);
                         log::info!("shard {}: caught up with {peer} at LSN {}", self.shard, caught_up.head);
                     }
                 }
-                FrameKind::Error => return Err(refusal(peer, receiver.receive_message()?)),
+                FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
                 other => return Err(Error::protocol(peer, format!("{other:?} is not for a follower"))),
             }
         }
@@ -257,8 +257,8 @@ pub(crate) fn exchange(
 ) -> Result<ShardInfo> {
     receiver.set_timeout(Some(timeout))?;
     sender.send_message(&Message::SyncRequest(request))?;
-    receiver.receive_header()?;
-    match receiver.receive_message()? {
+    let header = receiver.receive_header()?;
+    match receiver.receive_message_body(header)? {
         Message::ShardInfo(info) => Ok(info),
         other => Err(refusal(peer, other)),
     }

@@ -145,10 +145,10 @@ impl Server {
         receiver.set_timeout(Some(server.options.handshake_timeout))?;
         let header = receiver.receive_header()?;
         if header.kind == FrameKind::StatusRequest {
-            receiver.receive_message()?;
+            receiver.receive_message_body(header)?;
             return server.answer_status(sender.as_mut());
         }
-        let request = match receiver.receive_message() {
+        let request = match receiver.receive_message_body(header) {
             Ok(Message::SyncRequest(request)) => request,
             Ok(other) => {
                 let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
@@ -483,14 +483,14 @@ impl Stream<'_> {
                 Err(error) => return Err(error),
             };
             match header.kind {
-                FrameKind::Ack => match receiver.receive_message()? {
+                FrameKind::Ack => match receiver.receive_message_body(header)? {
                     Message::Ack(ack) => self.take_acknowledgement(commits, follower, ack)?,
                     other => return Err(crate::receiver::refusal(self.peer, other)),
                 },
                 FrameKind::Heartbeat => {
-                    receiver.receive_message()?;
+                    receiver.receive_message_body(header)?;
                 }
-                FrameKind::Error => return Err(crate::receiver::refusal(self.peer, receiver.receive_message()?)),
+                FrameKind::Error => return Err(crate::receiver::refusal(self.peer, receiver.receive_message_body(header)?)),
                 other => return Err(Error::protocol(self.peer, format!("{other:?} is not for a leader"))),
             }
         }

@@ -126,7 +126,8 @@ impl Reading<'_> {
         let mut gathered =
             Gathered { bytes: Vec::new(), segment_size: info.segment_size, offset: info.start_offset, expected: None };
         while !self.reached_target() {
-            match receiver.receive_header()?.kind {
+            let header = receiver.receive_header()?;
+            match header.kind {
                 FrameKind::WalData => {
                     gathered.take(peer, receiver)?;
                     if self.hand_out(peer, &mut gathered, on_batch)?.is_break() {
@@ -135,9 +136,9 @@ impl Reading<'_> {
                     }
                 }
                 FrameKind::Heartbeat | FrameKind::CaughtUp | FrameKind::Sync => {
-                    receiver.receive_message()?;
+                    receiver.receive_message_body(header)?;
                 }
-                FrameKind::Error => return Err(refusal(peer, receiver.receive_message()?)),
+                FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
                 other => return Err(Error::protocol(peer, format!("{other:?} is not for a reader"))),
             }
         }
@@ -255,7 +256,7 @@ pub fn ask_status(transport: &dyn Transport, address: &str, timeout: Duration) -
     sender.send_message(&Message::StatusRequest)?;
     let header = receiver.receive_header()?;
     if header.kind != FrameKind::Status {
-        return Err(refusal(&peer, receiver.receive_message()?));
+        return Err(refusal(&peer, receiver.receive_message_body(header)?));
     }
     // Below the limit of its type, which the header was checked against.
     let mut body = vec![0; receiver.remaining() as usize];
