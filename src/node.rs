@@ -117,7 +117,7 @@ impl NodeBuilder {
     }
 
     /// Bytes of a segment, whole pages of 4096 bytes; a record must fit in one. Fixed when the directory is made.
-    /// Default: what the directory says, else 64 MiB. A follower takes its leader's.
+    /// Default: what the directory says, else 16 MiB. A follower takes its leader's.
     #[must_use]
     pub fn segment_size(mut self, bytes: u64) -> Self {
         self.segment_size = Some(bytes);

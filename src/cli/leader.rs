@@ -29,7 +29,7 @@ pub(super) struct Leader {
     /// Shards of a new directory [default: 1]; of an existing one it must be what it was made with
     #[arg(long)]
     shards: Option<u16>,
-    /// Bytes of a segment of a new directory [default: 67108864]
+    /// Bytes of a segment of a new directory [default: 16777216]
     #[arg(long)]
     segment_size: Option<u64>,
     /// This node's id [default: random, kept in the directory]

@@ -23,10 +23,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::MmapRaw;
 
 use crate::error::{Error, Result};
-use crate::limits::SEGMENT_HEADER_LEN;
+use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Lsn, WalSegmentId};
 use crate::wal::batch::BatchIter;
 use crate::wal::segment::SegmentHeader;
+
+/// Bytes from which on a range is unmapped before it is synced.
+#[cfg(target_os = "linux")]
+const UNMAP_FROM: u64 = 16 * PAGE_LEN;
 
 /// A whole file in memory.
 pub(crate) struct Mapping {
@@ -52,8 +56,25 @@ impl Mapping {
 
     /// Writes the pages of a range back and waits until the device has them, as `fdatasync` does for a file.
     pub(crate) fn sync_range(&self, range: Range<u64>) -> io::Result<()> {
+        self.unmap_pages(&range);
         let (start, len) = self.locate(&range);
         self.raw.flush_range(start, len)
+    }
+
+    /// Takes the pages of a long range out of the page table, all at once. To write a page back the kernel must make
+    /// it read-only where it is mapped, and tells the other processors so page by page: measured here, half of a
+    /// processor for 200 MB/s. Pages that are not mapped need none of that; who reads them again takes a cheap fault.
+    fn unmap_pages(&self, range: &Range<u64>) {
+        #[cfg(target_os = "linux")]
+        if range.end - range.start >= UNMAP_FROM {
+            let whole = range.start.next_multiple_of(PAGE_LEN)..range.end - range.end % PAGE_LEN;
+            let (start, len) = self.locate(&whole);
+            // SAFETY: a shared mapping of a file (it is made nowhere else than in `new`): its bytes stay in the page
+            // cache, dirty ones included, so nothing changes for any slice (invariants 1 and 2).
+            let _ = unsafe { self.raw.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
     }
 
     /// Takes the faults of a range now, so that the writer need not. Only advice: an error changes nothing.
