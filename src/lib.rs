@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod limits;
+pub mod protocol;
 pub mod types;
 pub mod wal;
 
