@@ -557,11 +557,12 @@ fn give_back(
 fn place_lost(ack: &SyncAck, before: &FollowerFacts) -> Option<FailureReason> {
     let (follower, leader) = (&ack.follower, &ack.leader);
     let end = follower.end();
+    let leader_lacks = end > leader.head || follower.committed > leader.head;
+    let differs =
+        follower.received > Lsn::ZERO && leader.chain_at_received.is_some_and(|chain| chain != follower.chain);
     if follower.tail_epoch > ack.epoch {
         Some(FailureReason::EpochMismatch)
-    } else if end > leader.head || follower.committed > leader.head {
-        Some(FailureReason::LocalWalCorrupt)
-    } else if leader.chain_at_received.is_some_and(|chain| chain != follower.chain && follower.received > Lsn::ZERO) {
+    } else if leader_lacks || differs {
         Some(FailureReason::LocalWalCorrupt)
     } else if end.next() < leader.tail {
         Some(FailureReason::PinLost)
