@@ -242,6 +242,7 @@ fn ack(epoch: Epoch, replica: NodeId, arguments: &Arguments<'_>) -> Result<SyncA
             committed: arguments.or("committed", Lsn::ZERO)?,
             chain,
             tail_epoch: arguments.or("tail_epoch", tail_epoch)?,
+            base_incomplete: arguments.or("base_incomplete", false)?,
         },
         leader: LeaderFacts {
             tail,

@@ -7,17 +7,16 @@
 //! |---:|---|---|
 //! | 1 | the follower's newest epoch is newer than the leader's | refuse: `newer_epoch` |
 //! | 2 | the follower knows more to be committed than the leader has | refuse: `leader_behind` |
-//! | 3 | end = 0 = head | keep-up |
+//! | 3 | end = 0 = head, the follower's base is whole | keep-up |
 //! | 4 | the leader's log is empty | refuse: `leader_behind` |
-//! | 5 | end past the head, same epoch | refuse: `leader_behind` |
-//! | 6 | end past the head, older epoch | *diverged*, below |
-//! | 7 | histories differ at `received`, same epoch | refuse: `leader_behind` |
-//! | 8 | histories differ at `received`, older epoch | *diverged*, below |
-//! | 9 | position = head | keep-up |
-//! | 10 | position + 1 >= tail | catch-up from position |
-//! | 11 | | rebuild |
+//! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
+//! | 6 | the follower's base is incomplete | rebuild |
+//! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
+//! | 8 | position = head | keep-up |
+//! | 9 | position + 1 >= tail | catch-up from position |
+//! | 10 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 11 is the only
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 10 is the only
 //! one left. A fresh follower (end = 0) has no history to differ.
 //!
 //! Diverged, with *common* = the newest LSN proven to be the same in both logs:
@@ -87,18 +86,19 @@ pub fn decide(ack: &SyncAck) -> Decision {
     if follower.committed > leader.head {
         return Decision::Refuse(Refusal::LeaderBehind);
     }
-    if end == Lsn::ZERO && leader.head == Lsn::ZERO {
-        return Decision::KeepUp;
-    }
     if leader.head == Lsn::ZERO {
+        let nothing_to_do = end == Lsn::ZERO && !follower.base_incomplete;
+        return if nothing_to_do { Decision::KeepUp } else { Decision::Refuse(Refusal::LeaderBehind) };
+    }
+    let not_a_prefix = end > leader.head || histories_differ(ack);
+    if not_a_prefix && follower.tail_epoch == ack.epoch {
         return Decision::Refuse(Refusal::LeaderBehind);
     }
-    if end > leader.head || histories_differ(ack) {
-        return if follower.tail_epoch == ack.epoch {
-            Decision::Refuse(Refusal::LeaderBehind)
-        } else {
-            decide_diverged(ack)
-        };
+    if follower.base_incomplete {
+        return Decision::Rebuild;
+    }
+    if not_a_prefix {
+        return decide_diverged(ack);
     }
     if position == leader.head {
         Decision::KeepUp
@@ -256,6 +256,19 @@ mod tests {
     }
 
     #[test]
+    fn half_a_base_needs_another_rebuild_whatever_the_marks_say() {
+        let half = |mut ack: SyncAck| {
+            ack.follower.base_incomplete = true;
+            decide(&ack)
+        };
+        assert_eq!(half(ack(9, 1, 9)), Decision::Rebuild);
+        assert_eq!(half(ack(8, 1, 9)), Decision::Rebuild);
+        assert_eq!(half(older(ack(12, 1, 10), None, false)), Decision::Rebuild, "what diverged was given up before");
+        assert_eq!(half(ack(0, 1, 0)), BEHIND, "the leader had a base, and has nothing now");
+        assert_eq!(half(ack(12, 1, 9)), BEHIND);
+    }
+
+    #[test]
     fn a_newer_epoch_deposes_the_leader() {
         let mut facts = ack(9, 1, 10);
         facts.follower.tail_epoch = Epoch(4);
@@ -264,10 +277,10 @@ mod tests {
 
     /// Small numbers, so that they often meet.
     fn any_facts() -> impl Strategy<Value = SyncAck> {
-        let marks = (0u64..6, 0u64..6, 0u64..6, 0u64..6, 0u32..2, 0u64..5);
+        let marks = (0u64..6, 0u64..6, 0u64..6, 0u64..6, 0u32..2, (0u64..5, proptest::bool::weighted(0.2)));
         let log = (0u64..7, 0u64..6, proptest::option::of(0u32..2), proptest::option::of(0u64..6), any::<bool>());
         (marks, log).prop_map(|(marks, log)| {
-            let (received, durable, applied, committed, chain, tail_epoch) = marks;
+            let (received, durable, applied, committed, chain, (tail_epoch, base_incomplete)) = marks;
             let (tail, head, chain_at_received, common, cut_possible) = log;
             let follower = FollowerFacts {
                 received: Lsn(received),
@@ -276,6 +289,7 @@ mod tests {
                 committed: Lsn(committed),
                 chain: Chain(chain),
                 tail_epoch: Epoch(tail_epoch),
+                base_incomplete,
             };
             let leader = LeaderFacts {
                 tail: Lsn(tail.min(head + 1)),
@@ -297,10 +311,12 @@ mod tests {
             prop_assert!(ack.is_consistent());
             match decide(&ack) {
                 Decision::KeepUp => {
+                    prop_assert!(!follower.base_incomplete);
                     prop_assert_eq!(follower.position(), leader.head);
                     prop_assert_eq!(follower.end(), leader.head);
                 }
                 Decision::CatchUp { start, cut } => {
+                    prop_assert!(!follower.base_incomplete);
                     prop_assert!(start <= leader.head && start.next() >= leader.tail);
                     prop_assert!(cut.is_some() || follower.end() <= leader.head);
                     prop_assert!(cut.is_none_or(|cut| cut >= follower.committed && leader.cut_possible));
@@ -311,7 +327,7 @@ mod tests {
                     prop_assert!(!(same_epoch && follower.end() > leader.head));
                 }
                 Decision::Refuse(_) => prop_assert!(follower.end() > Lsn::ZERO
-                    || follower.committed > Lsn::ZERO
+                    || follower.committed > Lsn::ZERO || follower.base_incomplete
                     || follower.tail_epoch > ack.epoch),
             }
         }

@@ -325,7 +325,8 @@ impl Engine {
         finished.enter(Phase::Completed)?;
         finished.advance(now, Progress { achieved, base_blocks: 0 });
         let durable = durable.min(achieved);
-        member.facts = FollowerFacts { received: achieved, durable, applied: achieved, ..member.facts };
+        member.facts =
+            FollowerFacts { received: achieved, durable, applied: achieved, base_incomplete: false, ..member.facts };
         self.state.head = self.state.head.max(head);
         self.dirty = true;
         let plan =
@@ -564,6 +565,8 @@ fn place_lost(ack: &SyncAck, before: &FollowerFacts) -> Option<FailureReason> {
         Some(FailureReason::EpochMismatch)
     } else if leader_lacks || differs {
         Some(FailureReason::LocalWalCorrupt)
+    } else if follower.base_incomplete {
+        Some(FailureReason::LocalBaseCorrupt)
     } else if end.next() < leader.tail {
         Some(FailureReason::PinLost)
     } else if follower.received < before.received {
@@ -584,7 +587,7 @@ fn watch_keep_up(session: &mut Session, now: Millis, ack: &SyncAck, before: &Fol
     }
     let moved = after.received > before.received || after.durable > before.durable || after.applied > before.applied;
     if moved || !session.awaiting {
-        session.last_progress = now;
+        session.touch(now);
     }
     session.awaiting = true;
 }

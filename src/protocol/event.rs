@@ -145,6 +145,8 @@ pub struct FollowerFacts {
     pub chain: Chain,
     /// The epoch of its newest record; 0 when its log is empty.
     pub tail_epoch: Epoch,
+    /// A rebuild was interrupted: its target holds part of a base, and only another rebuild makes it whole.
+    pub base_incomplete: bool,
 }
 
 impl SyncAck {

@@ -126,4 +126,6 @@ pub use state::Violation;
 pub use words::{FailureReason, Mode, Phase, Reason, Refusal, Role, SessionKind, UnknownWord};
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;

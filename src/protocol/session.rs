@@ -211,13 +211,18 @@ impl Session {
         }
     }
 
+    /// Starts the stall budget anew; a clock that moves back does not shorten it.
+    pub(super) fn touch(&mut self, now: Millis) {
+        self.last_progress = self.last_progress.max(now);
+    }
+
     /// Takes in a report of progress; numbers that would move back stay.
     pub(super) fn advance(&mut self, now: Millis, to: Progress) {
         let further = to.achieved > self.progress.achieved || to.base_blocks > self.progress.base_blocks;
         if further {
             self.progress.achieved = self.progress.achieved.max(to.achieved);
             self.progress.base_blocks = self.progress.base_blocks.max(to.base_blocks);
-            self.last_progress = now;
+            self.touch(now);
         }
     }
 }
