@@ -20,6 +20,9 @@
 //! The number in front is the time in milliseconds. With `UPDATE_TRANSCRIPTS=1` in the environment, what the engine
 //! gives is written into the scripts instead of being compared; review the difference before committing it.
 
+// A test may panic, also in the functions that it is made of.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};

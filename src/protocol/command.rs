@@ -12,7 +12,8 @@
 //! | [`DrainRecoveryTask`](Command::DrainRecoveryTask) | stops what executes the session, then releases the pin |
 //! | [`PublishProjection`](Command::PublishProjection) | shows the projection to whoever looks |
 //!
-//! Commands are carried out in the order given, at least for one follower. Each `StartRecoveryTask` is followed by
+//! Commands are carried out in the order given. Those of different followers may overlap; nothing overtakes an
+//! `ApplyRole`, so that the epoch is persisted before anything is done under it. Each `StartRecoveryTask` is followed by
 //! exactly one `DrainRecoveryTask` of the same session, sooner or later; together they bracket the life of the
 //! executor and of its pin.
 //!

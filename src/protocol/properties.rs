@@ -179,7 +179,7 @@ fn transcript(history: &[(Millis, Event)]) -> (String, Engine) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn promises_hold_in_every_history(history in any_history()) {

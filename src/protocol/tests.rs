@@ -219,6 +219,26 @@ fn the_kth_follower_decides_what_is_durable() {
 }
 
 #[test]
+fn a_follower_counts_for_commit_only_when_its_rebuild_is_done() {
+    let rebuild = SessionId(1);
+    let mut engine = after(1, &[assign(1, Role::Leader, &[2]), ack(10, 12, 20), progress(rebuild), ack(20, 12, 20)]);
+    assert_eq!(engine.durable(), Lsn::ZERO);
+    let short = Event::SessionCompleted {
+        epoch: EPOCH,
+        replica: FOLLOWER,
+        session: rebuild,
+        achieved: Lsn(19),
+        durable: Lsn(19),
+        head: Lsn(30),
+    };
+    let outcome = engine.apply(Millis(0), &short, &mut Vec::new());
+    let refused = Ignored::TargetNotReached { achieved: Lsn(19), target: Lsn(20) };
+    assert_eq!((outcome.verdict, outcome.durable), (Verdict::Ignored(refused), Lsn::ZERO));
+    let outcome = engine.apply(Millis(0), &completed(rebuild), &mut Vec::new());
+    assert_eq!((outcome.verdict, outcome.durable), (Verdict::Applied, Lsn(20)));
+}
+
+#[test]
 fn the_pin_is_taken_before_the_session_goes_out() {
     for facts in [ack(10, 1, 12), ack(10, 12, 20)] {
         let mut engine = after(1, &[assign(1, Role::Leader, &[2])]);
@@ -241,6 +261,12 @@ fn the_next_deadline_is_when_something_fails() {
     let _ = engine.tick(due, &mut commands);
     assert_eq!((letter(&engine), commands.len()), ('f', 3));
     assert_eq!(engine.next_deadline(), None);
+}
+
+#[test]
+fn an_engine_can_move_to_the_thread_that_hosts_it() {
+    fn assert_send<T: Send>(_: &T) {}
+    assert_send(&engine(1));
 }
 
 #[test]
