@@ -10,14 +10,15 @@
 //! | 3 | end = 0 = head, the follower's base is whole | keep-up |
 //! | 4 | the leader's log is empty | refuse: `leader_behind` |
 //! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
-//! | 6 | the follower's base is incomplete | rebuild |
+//! | 6 | the follower's base is incomplete, or its log is empty although it has state | rebuild |
 //! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
-//! | 8 | position = head | keep-up |
-//! | 9 | position + 1 >= tail | catch-up from position |
-//! | 10 | | rebuild |
+//! | 8 | `received` + 1 < tail: its log ends before the leader's begins | rebuild |
+//! | 9 | position = head | keep-up |
+//! | 10 | position + 1 >= tail | catch-up from position |
+//! | 11 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 10 is the only
-//! one left. A fresh follower (end = 0) has no history to differ.
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies.
+//! A fresh follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
 //!
 //! Diverged, with *common* = the newest LSN proven to be the same in both logs:
 //!
@@ -94,13 +95,16 @@ pub fn decide(ack: &SyncAck) -> Decision {
     if not_a_prefix && follower.tail_epoch == ack.epoch {
         return Decision::Refuse(Refusal::LeaderBehind);
     }
-    if follower.base_incomplete {
+    let state_without_log = follower.received == Lsn::ZERO && end > Lsn::ZERO;
+    if follower.base_incomplete || state_without_log {
         return Decision::Rebuild;
     }
     if not_a_prefix {
         return decide_diverged(ack);
     }
-    if position == leader.head {
+    if follower.received.next() < leader.tail {
+        Decision::Rebuild
+    } else if position == leader.head {
         Decision::KeepUp
     } else if position.next() >= leader.tail {
         Decision::CatchUp { start: position, cut: None }
@@ -269,6 +273,16 @@ mod tests {
     }
 
     #[test]
+    fn state_without_a_log_proves_nothing() {
+        for position in [8, 9] {
+            let mut facts = ack(position, 1, 9);
+            facts.follower.received = Lsn::ZERO;
+            facts.follower.tail_epoch = Epoch::ZERO;
+            assert_eq!(decide(&facts), Decision::Rebuild);
+        }
+    }
+
+    #[test]
     fn a_newer_epoch_deposes_the_leader() {
         let mut facts = ack(9, 1, 10);
         facts.follower.tail_epoch = Epoch(4);
@@ -317,6 +331,8 @@ mod tests {
                 }
                 Decision::CatchUp { start, cut } => {
                     prop_assert!(!follower.base_incomplete);
+                    prop_assert!(follower.received > Lsn::ZERO || follower.end() == Lsn::ZERO);
+                    prop_assert!(cut.is_some() || follower.received.next() >= leader.tail);
                     prop_assert!(start <= leader.head && start.next() >= leader.tail);
                     prop_assert!(cut.is_some() || follower.end() <= leader.head);
                     prop_assert!(cut.is_none_or(|cut| cut >= follower.committed && leader.cut_possible));
