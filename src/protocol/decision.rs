@@ -10,7 +10,7 @@
 //! | 3 | end = 0 = head, the follower's base is whole | keep-up |
 //! | 4 | the leader's log is empty | refuse: `leader_behind` |
 //! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
-//! | 6 | the follower's base is incomplete, or its log is empty although it has state | rebuild |
+//! | 6 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
 //! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
 //! | 8 | `received` + 1 < tail: its log ends before the leader's begins | rebuild |
 //! | 9 | position = head | keep-up |
@@ -95,7 +95,7 @@ pub fn decide(ack: &SyncAck) -> Decision {
     if not_a_prefix && follower.tail_epoch == ack.epoch {
         return Decision::Refuse(Refusal::LeaderBehind);
     }
-    let state_without_log = follower.received == Lsn::ZERO && end > Lsn::ZERO;
+    let state_without_log = follower.received == Lsn::ZERO && end > Lsn::ZERO && end <= leader.head;
     if follower.base_incomplete || state_without_log {
         return Decision::Rebuild;
     }
@@ -279,6 +279,8 @@ mod tests {
             facts.follower.received = Lsn::ZERO;
             facts.follower.tail_epoch = Epoch::ZERO;
             assert_eq!(decide(&facts), Decision::Rebuild);
+            facts.leader.head = Lsn(position - 1);
+            assert_eq!(decide(&facts), DIVERGED, "nor does it give way to a shorter leader");
         }
     }
 
@@ -309,7 +311,7 @@ mod tests {
                 tail: Lsn(tail.min(head + 1)),
                 head: Lsn(head),
                 chain_at_received: chain_at_received.map(Chain),
-                common: common.map(|common| Lsn(common.min(head)).min(follower.end())),
+                common: common.map(|common| Lsn(common.min(head)).min(follower.received)),
                 cut_possible,
             };
             SyncAck { epoch: LEADER_EPOCH, follower, leader, ..SyncAck::default() }
@@ -339,6 +341,8 @@ mod tests {
                 }
                 Decision::Rebuild => {
                     prop_assert!(leader.head > Lsn::ZERO && leader.head >= follower.committed);
+                    let proven = leader.common.is_some_and(|common| common > Lsn::ZERO) || follower.base_incomplete;
+                    prop_assert!(proven || follower.end() <= leader.head, "nobody longer is wiped without proof");
                     let same_epoch = follower.tail_epoch == ack.epoch;
                     prop_assert!(!(same_epoch && follower.end() > leader.head));
                 }

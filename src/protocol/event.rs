@@ -155,7 +155,7 @@ impl SyncAck {
     /// logs. Facts that cannot decide nothing.
     #[must_use]
     pub fn is_consistent(&self) -> bool {
-        let shorter = self.leader.head.min(self.follower.end());
+        let shorter = self.leader.head.min(self.follower.received);
         self.leader.tail <= self.leader.head.next() && self.leader.common.is_none_or(|common| common <= shorter)
     }
 }
