@@ -58,6 +58,7 @@ mod follower;
 mod leader;
 pub mod limits;
 mod node;
+pub mod protocol;
 pub mod rebuild;
 mod receiver;
 pub mod replication;
