@@ -95,7 +95,7 @@ pub enum Error {
         /// The newest LSN of the log.
         head: Lsn,
     },
-    /// An earlier failure to sync made the shard read-only: what it holds may not be on stable storage.
+    /// An earlier failure, usually to sync, made the shard read-only: what it holds may not be on stable storage.
     Poisoned {
         /// The shard.
         shard: ShardId,
@@ -308,7 +308,7 @@ impl fmt::Display for Error {
                 write!(f, "LSN {lsn} of shard {shard} is not in the log, which holds LSN {tail} to {head}")
             }
             Error::Poisoned { shard, reason } => {
-                write!(f, "shard {shard} is read-only since a sync failed ({reason}); restart the node on a sound disk")
+                write!(f, "shard {shard} is read-only since a failure: {reason}; restart the node once that is mended")
             }
             Error::StaleEpoch { offered, accepted } => {
                 write!(f, "epoch {offered} is over: epoch {accepted} has been accepted")

@@ -29,7 +29,7 @@ use crate::receiver::{Receiver, exchange};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
-use crate::target::ReplicationTarget;
+use crate::target::{ReplicationTarget, TargetTopology};
 use crate::transport::{Connection, Transport};
 use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
 use crate::wal::{Log, Wal, segment, unix_ms};
@@ -43,6 +43,7 @@ pub(crate) struct Following {
     directory: Arc<DataDir>,
     transport: Arc<dyn Transport>,
     leader: String,
+    target: Arc<dyn ReplicationTarget>,
     /// What ended following for good, if anything did: the first failure that trying again cannot mend.
     failure: Mutex<Option<Error>>,
 }
@@ -66,7 +67,7 @@ impl Following {
         let own = (manifest.cluster, manifest.region, manifest.shard_count, manifest.segment_size);
         let offered = (info.cluster, info.region, info.shard_count, info.segment_size);
         if own == offered {
-            return Ok(());
+            return self.check_target(peer, info);
         }
         Err(Error::Mismatch {
             path: self.directory.path().to_owned(),
@@ -77,6 +78,22 @@ impl Following {
             )
             .into(),
         })
+    }
+
+    /// Both ends' targets must have the same shape, where the leader has a target at all.
+    fn check_target(&self, peer: &str, info: &ShardInfo) -> Result<()> {
+        let leaders =
+            TargetTopology { key_len: info.key_len, value_len: info.value_len, prefix_bits: info.prefix_bits };
+        let own = self.target.topology();
+        match own.difference(&leaders) {
+            Some(difference) if own != TargetTopology::default() && leaders != TargetTopology::default() => {
+                Err(Error::Mismatch {
+                    path: self.directory.path().to_owned(),
+                    reason: format!("the target does not fit that of {peer}: {difference}").into(),
+                })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ends following for good.
@@ -165,19 +182,14 @@ impl Follower {
             directory: Arc::clone(&directory),
             transport: Arc::clone(&transport),
             leader: leader.to_owned(),
+            target: Arc::clone(&target),
             failure: Mutex::default(),
         });
         let threads = Arc::new(Threads::default());
         let mut applied_marks = Vec::new();
         let mut states = Vec::new();
         for wal in &wals {
-            let shard = wal.log().shard();
-            let kept = match target.durable_applied(shard)? {
-                Some(applied) => applied,
-                None => checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.applied),
-            };
-            check_applied(wal.log(), kept)?;
-            let applied = Arc::new(Watermark::new(kept));
+            let applied = NodeBuilder::applied_of(target.as_ref(), wal.log(), &checkpoint)?;
             let state = Arc::new(ShardState::default());
             *state.applied.lock() = Some(Arc::clone(&applied));
             applied_marks.push(applied);
@@ -187,6 +199,7 @@ impl Follower {
             log: Arc::clone(wal.log()),
             commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
             following: Some(Arc::clone(state)),
+            target: Some(Arc::clone(&target)),
         });
         let server = Arc::new(Server::new(
             Role::Follower,
@@ -346,20 +359,6 @@ impl std::fmt::Debug for Follower {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Follower").field("manifest", &self.manifest()).finish_non_exhaustive()
     }
-}
-
-/// A target that is ahead of its log, or further back than the log reaches, cannot be continued from it.
-fn check_applied(log: &Log, applied: Lsn) -> Result<()> {
-    if applied > log.head() || applied.next() < log.tail() {
-        return Err(Error::invalid(format!(
-            "the target of shard {} has applied LSN {applied}, but the log holds LSN {} to {}; \
-             directory and target do not belong together",
-            log.shard(),
-            log.tail(),
-            log.head()
-        )));
-    }
-    Ok(())
 }
 
 /// Asks the leader what a new follower's directory must be made with; tries until it can be reached.

@@ -8,6 +8,7 @@
 //! | `tl-peer-…` | one a connection | reading: first the request, then acknowledgements |
 //! | `tl-ship-…` | one a follower and shard | waiting for `written`, or writing to its socket |
 //! | `tl-ckpt` | one | waiting for marks |
+//! | `tl-apply-s…` | one a shard, if the leader has a target | waiting for `written`, or in the target |
 //! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
 //!
 //! The caller's threads append and wait; no thread of the node stands between them and the log.
@@ -17,6 +18,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use crate::applier::Applier;
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
@@ -26,6 +28,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogWriter, Wal};
+use crate::watermark::Watermark;
 
 /// A running leader. Dropping it, or [`shutdown`](Self::shutdown), ends its threads.
 ///
@@ -48,6 +51,8 @@ pub struct Leader {
     wals: Vec<Wal>,
     directory: Arc<DataDir>,
     threads: Arc<Threads>,
+    /// By shard: up to where the node's own target has applied; none without a target.
+    applied: Vec<Option<Arc<Watermark>>>,
 }
 
 impl Leader {
@@ -65,14 +70,28 @@ impl Leader {
                 log: Arc::clone(wal.log()),
                 commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
                 following: None,
+                target: builder.target.clone(),
             })
             .collect();
         let stop = ShutdownSignal::new();
-        let checkpointer = Checkpointer {
-            path: directory.checkpoint_path(),
-            shards: wals.iter().map(|wal| CheckpointShard { log: Arc::clone(wal.log()), applied: None }).collect(),
-            stop: stop.clone(),
-        };
+        let mut applied = Vec::new();
+        for wal in &wals {
+            let target = builder.target.as_ref();
+            applied.push(target.map(|t| NodeBuilder::applied_of(t.as_ref(), wal.log(), &checkpoint)).transpose()?);
+        }
+        let kept = wals.iter().zip(&applied).map(|(wal, applied)| CheckpointShard {
+            log: Arc::clone(wal.log()),
+            applied: applied.clone().zip(builder.target.clone()),
+        });
+        let checkpointer =
+            Checkpointer { path: directory.checkpoint_path(), shards: kept.collect(), stop: stop.clone() };
+        let appliers: Vec<_> = (wals.iter().zip(&applied))
+            .filter_map(|(wal, applied)| {
+                let (target, applied) = builder.target.clone().zip(applied.clone())?;
+                let log = Arc::clone(wal.log());
+                Some(Applier { shard: log.shard(), log, target, applied, stop: stop.clone() })
+            })
+            .collect();
         let listener = builder.make_transport().listen(address)?;
         let address = listener.local_address();
         let threads = Arc::new(Threads::default());
@@ -91,8 +110,18 @@ impl Leader {
             wals,
             directory,
             threads,
+            applied,
         };
         leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        for applier in appliers {
+            let server = Arc::clone(&server);
+            leader.threads.spawn(format!("tl-apply-s{}", applier.shard), move || {
+                if let Err(error) = applier.run() {
+                    log::error!("shard {}: applying ends: {error}", applier.shard);
+                    server.applying_failed(applier.shard, &error);
+                }
+            })?;
+        }
         Server::listen(&server, listener)?;
         Ok(leader)
     }
@@ -140,6 +169,16 @@ impl Leader {
     /// [`Error::Invalid`] if there is no such shard.
     pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
         Ok(&self.server.shard(shard)?.log)
+    }
+
+    /// The newest LSN of a shard that this node's own target has applied; `None` without a target.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn applied(&self, shard: ShardId) -> Result<Option<&Watermark>> {
+        self.server.shard(shard)?;
+        Ok(self.applied.get(usize::from(shard.0)).and_then(Option::as_deref))
     }
 
     /// What the followers of a shard have acknowledged. Keep it at hand to wait without looking the shard up.

@@ -42,6 +42,7 @@ impl Node {
             transport: None,
             allow_plaintext: false,
             listen: None,
+            target: None,
             stop: ShutdownSignal::new(),
         }
     }
@@ -90,6 +91,7 @@ pub struct NodeBuilder {
     transport: Option<Arc<dyn Transport>>,
     allow_plaintext: bool,
     pub(crate) listen: Option<String>,
+    pub(crate) target: Option<Arc<dyn ReplicationTarget>>,
     stop: ShutdownSignal,
 }
 
@@ -210,6 +212,13 @@ impl NodeBuilder {
         self
     }
 
+    /// Makes a leader apply its own log to a target too, on one thread a shard. Default: it keeps the log only.
+    #[must_use]
+    pub fn target(mut self, target: Arc<dyn ReplicationTarget>) -> Self {
+        self.target = Some(target);
+        self
+    }
+
     /// Gives a signal that stops the node, also while it still waits for a leader to come up.
     #[must_use]
     pub fn stop_signal(mut self, stop: ShutdownSignal) -> Self {
@@ -290,6 +299,29 @@ impl NodeBuilder {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Where applying begins: what the target knows of itself, else what the checkpoint says.
+    pub(crate) fn applied_of(
+        target: &dyn ReplicationTarget,
+        log: &Log,
+        checkpoint: &Checkpoint,
+    ) -> Result<Arc<Watermark>> {
+        let applied = match target.durable_applied(log.shard())? {
+            Some(applied) => applied,
+            None => checkpoint.entries.get(&log.shard()).map_or(Lsn::ZERO, |entry| entry.applied),
+        };
+        // A target that is ahead of its log, or further back than the log reaches, cannot be continued from it.
+        if applied > log.head() || applied.next() < log.tail() {
+            return Err(Error::invalid(format!(
+                "the target of shard {} has applied LSN {applied}, but the log holds LSN {} to {}; \
+                 directory and target do not belong together",
+                log.shard(),
+                log.tail(),
+                log.head()
+            )));
+        }
+        Ok(Arc::new(Watermark::new(applied)))
     }
 
     pub(crate) fn node_id_or_random(&self) -> NodeId {

@@ -19,6 +19,7 @@ use crate::node::{NodeOptions, Threads};
 use crate::shipper::Shipper;
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
+use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogPosition, LogReader, unix_ms};
@@ -33,6 +34,8 @@ pub(crate) struct ServerShard {
     pub(crate) commits: Arc<Commits>,
     /// On a follower: how following goes.
     pub(crate) following: Option<Arc<ShardState>>,
+    /// What the log is applied to on this node, if anything.
+    pub(crate) target: Option<Arc<dyn ReplicationTarget>>,
 }
 
 /// The listening side of a node.
@@ -221,6 +224,7 @@ impl Server {
     fn describe(&self, request: &SyncRequest, version: u16) -> Result<ShardInfo, Refusal> {
         let manifest = self.directory.manifest();
         let shard = self.shard(request.shard).map_err(internal)?;
+        let topology = shard.target.as_ref().map(|target| target.topology()).unwrap_or_default();
         Ok(ShardInfo {
             version,
             cluster: manifest.cluster,
@@ -240,9 +244,9 @@ impl Server {
             start_offset: 0,
             heartbeat_ms: millis(self.options.heartbeat),
             timeout_ms: millis(self.options.peer_timeout),
-            key_len: 0,
-            value_len: 0,
-            prefix_bits: 0,
+            key_len: topology.key_len,
+            value_len: topology.value_len,
+            prefix_bits: topology.prefix_bits,
         })
     }
 
@@ -326,6 +330,13 @@ impl Server {
             return Ok(());
         }
         sender.send(FrameKind::Status, 0, &[], Body::Bytes(&bytes))
+    }
+
+    /// The node's own target took no more: nothing is applied behind it, and whoever appends must know.
+    pub(crate) fn applying_failed(&self, shard: ShardId, error: &Error) {
+        if let Ok(shard) = self.shard(shard) {
+            shard.log.stop_for(error);
+        }
     }
 
     /// What the node says about itself now.

@@ -279,6 +279,11 @@ impl Log {
         self.end_for(EndReason::Poisoned(error.to_string()));
     }
 
+    /// Stops appends and waits because what must go with the log failed.
+    pub(crate) fn stop_for(&self, error: &Error) {
+        self.set_poison(error);
+    }
+
     /// Stops appends and waits because another node leads under a newer epoch.
     pub(crate) fn depose(&self, epoch: Epoch, newer: Epoch) {
         self.end_for(EndReason::Deposed { offered: epoch, accepted: newer });
