@@ -313,6 +313,15 @@ impl Log {
         self.segments.write().pop_if(|last| Arc::ptr_eq(last, open.segment()));
     }
 
+    /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it.
+    pub(super) fn populate_at_start(&self) -> u64 {
+        if self.options.populate_ahead >= self.identity.segment_size {
+            u64::MAX
+        } else {
+            self.options.populate_ahead / 2
+        }
+    }
+
     /// Has pages ahead of the writer made ready; returns the published end at which to ask again.
     #[cold]
     pub(super) fn populate_behind(&self, segment: &Arc<Segment>, end: u64) -> u64 {

@@ -150,8 +150,7 @@ impl Wal {
                 torn.reason
             );
         }
-        let shard = identity.shard;
-        let spares = Spares::new(directory, shard, identity.segment_size, options.spare_segments, recovered.leftovers)?;
+        let spares = Spares::new(directory, &identity, &options, recovered.leftovers)?;
         let mut segments = Vec::with_capacity(recovered.segments.len());
         let mut open = None;
         let mut last = None;

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::zero_in_pages;
+use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
@@ -33,6 +34,7 @@ pub(super) struct Spares {
     shard: ShardId,
     segment_size: u64,
     keep: usize,
+    populate_ahead: u64,
     state: Mutex<State>,
     /// Something for the preparing thread to do.
     wanted: Condvar,
@@ -43,6 +45,8 @@ pub(super) struct Spares {
 #[derive(Default)]
 struct State {
     ready: VecDeque<Prepared>,
+    /// More are being made until as many are ready as are kept.
+    refilling: bool,
     /// Files that held segments or spares before.
     used: Vec<PathBuf>,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
@@ -67,9 +71,8 @@ impl Spares {
     /// Spares in `directory`; `used` are left-over files there that may be filled again.
     pub(super) fn new(
         directory: &Path,
-        shard: ShardId,
-        segment_size: u64,
-        keep: usize,
+        identity: &LogIdentity,
+        options: &WalOptions,
         used: Vec<PathBuf>,
     ) -> Result<Spares> {
         let mut state = State::default();
@@ -83,9 +86,10 @@ impl Spares {
         }
         Ok(Spares {
             directory: directory.to_owned(),
-            shard,
-            segment_size,
-            keep: keep.max(1),
+            shard: identity.shard,
+            segment_size: identity.segment_size,
+            keep: options.spare_segments.max(1),
+            populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             wanted: Condvar::new(),
             made: Condvar::new(),
@@ -132,7 +136,8 @@ impl Spares {
         let first_lsn = segment.id().first_lsn;
         let mut state = self.state.lock();
         // What an earlier request covered need not be made ready again.
-        let from = if state.populated.0 == first_lsn { state.populated.1.max(end) } else { end };
+        let ready = if state.populated.0 == first_lsn { state.populated.1 } else { ahead };
+        let from = ready.max(end);
         if from < to {
             state.populated = (first_lsn, to);
             state.populate = Some((Arc::clone(segment), from..to));
@@ -207,8 +212,11 @@ impl Spares {
             if let Some((segment, range)) = state.populate.take() {
                 return Work::Populate(segment, range);
             }
+            // Filled up from half on, so that a burst is not slowed by its own replenishment.
+            let ready = state.ready.len();
+            state.refilling = ready < self.keep && (state.refilling || ready <= self.keep / 2);
             // After a failure nothing is tried until the writer asks again.
-            if state.ready.len() < self.keep && (!state.failed || (state.waiting && state.failure.is_none())) {
+            if state.refilling && (!state.failed || (state.waiting && state.failure.is_none())) {
                 let path = state.used.pop().unwrap_or_else(|| {
                     state.next_name += 1;
                     spare_path(&self.directory, state.next_name)
@@ -223,7 +231,8 @@ impl Spares {
     fn prepare(&self, path: &Path) -> Result<Prepared> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;
-        if file.metadata().map_err(Error::io("look at", path))?.len() > self.segment_size {
+        let len = file.metadata().map_err(Error::io("look at", path))?.len();
+        if len > self.segment_size {
             file.set_len(self.segment_size).map_err(Error::io("shorten", path))?;
         }
         let mut at = 0;
@@ -240,8 +249,13 @@ impl Spares {
                 return Err(Error::ShutDown);
             }
         }
-        file.sync_all().map_err(Error::io("sync", path))?;
+        // So that later syncs find every block allocated. A file that had its length before has its blocks too, and
+        // what is left of its old bytes after a crash validates nowhere.
+        if len < self.segment_size {
+            file.sync_all().map_err(Error::io("sync", path))?;
+        }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
+        mapping.populate(0..self.populate_ahead.min(self.segment_size));
         Ok(Prepared { path: path.to_owned(), file, mapping })
     }
 }
