@@ -250,8 +250,11 @@ impl Spares {
             }
         }
         // So that later syncs find every block allocated. A file that had its length before has its blocks too, and
-        // what is left of its old bytes after a crash validates nowhere.
-        if len < self.segment_size {
+        // what is left of its old bytes after a crash validates nowhere. A writer that is about to run out of spares
+        // gets this one at once: the blocks are reserved, so nothing can fail for want of room, and its first syncs
+        // allocate them.
+        let urgent = self.state.lock().ready.is_empty();
+        if len < self.segment_size && !urgent {
             file.sync_all().map_err(Error::io("sync", path))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
