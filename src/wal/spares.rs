@@ -57,6 +57,8 @@ struct State {
     populate: Option<(Arc<Segment>, std::ops::Range<u64>)>,
     /// Up to where which segment (by its first LSN) has been asked to be made ready.
     populated: (Lsn, u64),
+    /// Spares that have become segments.
+    taken: u64,
     next_name: u64,
     stopped: bool,
 }
@@ -106,6 +108,7 @@ impl Spares {
         loop {
             if let Some(prepared) = state.ready.pop_front() {
                 state.waiting = false;
+                state.taken += 1;
                 self.wanted.notify_one();
                 return Ok(prepared);
             }
@@ -253,7 +256,10 @@ impl Spares {
         // what is left of its old bytes after a crash validates nowhere. A writer that is about to run out of spares
         // gets this one at once: the blocks are reserved, so nothing can fail for want of room, and its first syncs
         // allocate them.
-        let urgent = self.state.lock().ready.is_empty();
+        let urgent = {
+            let state = self.state.lock();
+            state.ready.is_empty() && state.taken > 0
+        };
         if len < self.segment_size && !urgent {
             file.sync_all().map_err(Error::io("sync", path))?;
         }
