@@ -13,10 +13,7 @@ use towline::{ClusterId, Epoch, RegionId, ShardId};
 use super::limits::{self, MappedFile};
 use super::machine::{self, Usage};
 use super::report::{Contest, Sample, Unit};
-use super::{Bench, Result};
-
-/// Bytes that a batch of one record takes beside the record, with room to spare.
-const OVERHEAD: u64 = 72;
+use super::{BATCH_OVERHEAD, Bench, Result};
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[128, 1024, 16 * 1024]) {
@@ -27,7 +24,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let mut mapped = MappedFile::zeroed_in_pages(&scratch.path().join("mapped"), len)?;
         let mut mapped_fresh = MappedFile::zeroed_in_pages(&scratch.path().join("fresh"), len)?;
         let file = limits::zeroed_file(&scratch.path().join("written"), len)?;
-        let log_bytes = count * (size + OVERHEAD);
+        let log_bytes = count * (size + BATCH_OVERHEAD);
         Contest::new("append", size, Unit::RecordsPerSecond)
             .bare("store to writable pages", || {
                 mapped.make_fresh()?;

@@ -5,6 +5,8 @@
 
 use std::time::{Duration, Instant};
 
+use towline::wal::{SyncPolicy, WalOptions};
+
 use super::limits::{self, MappedFile};
 use super::nodes::{Nodes, Settings};
 use super::report::{Contest, Sample, Unit};
@@ -43,7 +45,14 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 })
                 .ours(ours, &[bare], || {
                     let segment_size = if bench.quick { 16 << 20 } else { 64 << 20 };
-                    let (nodes, mut writer) = Nodes::start(bench, followers, Settings::with_segments_of(segment_size))?;
+                    let wal = WalOptions {
+                        sync: SyncPolicy::Never,
+                        spare_segments: usize::try_from(count * (size + super::BATCH_OVERHEAD) / segment_size)? + 1,
+                        populate_ahead: segment_size,
+                        ..WalOptions::default()
+                    };
+                    let settings = Settings { wal, ..Settings::with_segments_of(segment_size) };
+                    let (nodes, mut writer) = Nodes::start(bench, followers, settings)?;
                     let mut last = writer.end().head;
                     let sample = super::append::timed(count, || {
                         for _ in 0..count {

@@ -27,10 +27,12 @@ impl MappedFile {
         Ok(MappedFile { file, map })
     }
 
-    /// Maps a file as it is.
-    pub(super) fn open(path: &Path) -> io::Result<MappedFile> {
+    /// Maps a file as it is, to be read from its beginning to its end.
+    pub(super) fn open_to_read(path: &Path) -> io::Result<MappedFile> {
         let file = File::options().read(true).write(true).open(path)?;
         let map = map(&file)?;
+        #[cfg(unix)]
+        let _ = map.advise(memmap2::Advice::Sequential);
         Ok(MappedFile { file, map })
     }
 

@@ -198,6 +198,9 @@ impl Bench {
     }
 }
 
+/// Bytes that a batch of one record takes beside the record, with room to spare.
+const BATCH_OVERHEAD: u64 = 72;
+
 struct Scratch(PathBuf);
 
 impl Scratch {

@@ -9,10 +9,7 @@ use super::machine::{self, Usage};
 use super::nodes::{Nodes, Settings};
 use super::recover::rate;
 use super::report::{Contest, Sample, Unit};
-use super::{Bench, Result, streams};
-
-/// Bytes that a batch of one record takes beside the record, with room to spare.
-const OVERHEAD: u64 = 72;
+use super::{BATCH_OVERHEAD, Bench, Result, streams};
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(if bench.quick { &[1024] } else { &[128, 1024, 16 * 1024] }) {
@@ -24,8 +21,8 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let mapped = |name| MappedFile::zeroed_in_pages(&scratch.path().join(name), len);
         let (mut log, mut copy) = (mapped("log")?, mapped("copy")?);
         let (mut from, mut to) = (mapped("from")?, mapped("to")?);
-        let segment_size = ((count * (size + OVERHEAD)) / 4 + (1 << 20)).next_multiple_of(4096).min(64 << 20);
-        let spare_segments = usize::try_from(count * (size + OVERHEAD) / segment_size)? + 1;
+        let segment_size = ((count * (size + BATCH_OVERHEAD)) / 4 + (1 << 20)).next_multiple_of(4096).min(64 << 20);
+        let spare_segments = usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 1;
         Contest::new("ship", size, Unit::MegabytesPerSecond)
             .bare("append, stream, receive with checksum, pages writable", || {
                 log.make_writable();

@@ -271,7 +271,7 @@ mod tests {
         let mut copy = vec![0; log.len()];
         append_and_stream(&mut log, &mut copy, &record).unwrap();
         assert_eq!(copy, log);
-        assert!(log.iter().any(|&byte| byte == 3));
+        assert!(log.contains(&3));
         let mut again = vec![0; log.len()];
         stream(&log, &mut again).unwrap();
         assert_eq!(again, log);
