@@ -71,22 +71,11 @@ enum Work {
 
 impl Spares {
     /// Spares in `directory`; `used` are left-over files there that may be filled again.
-    pub(super) fn new(
-        directory: &Path,
-        identity: &LogIdentity,
-        options: &WalOptions,
-        used: Vec<PathBuf>,
-    ) -> Result<Spares> {
-        let mut state = State::default();
-        for path in used {
-            let name = spare_path(directory, state.next_name);
-            state.next_name += 1;
-            // Under a name that cannot be taken for a segment, whatever it was before.
-            let aside = name.with_extension("old");
-            std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
-            state.used.push(aside);
-        }
-        Ok(Spares {
+    pub(super) fn new(directory: &Path, identity: &LogIdentity, options: &WalOptions, used: Vec<PathBuf>) -> Spares {
+        // New names must not be those of left-over files.
+        let next_name = used.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
+        let state = State { used, next_name, ..State::default() };
+        Spares {
             directory: directory.to_owned(),
             shard: identity.shard,
             segment_size: identity.segment_size,
@@ -95,7 +84,7 @@ impl Spares {
             state: Mutex::new(state),
             wanted: Condvar::new(),
             made: Condvar::new(),
-        })
+        }
     }
 
     /// Takes a spare, waiting for one if need be.
@@ -158,8 +147,8 @@ impl Spares {
             drop(state);
             return std::fs::remove_file(&path).map_err(Error::io("remove", &path));
         }
-        let aside = spare_path(&self.directory, state.next_name).with_extension("old");
         state.next_name += 1;
+        let aside = spare_path(&self.directory, state.next_name);
         std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
         state.used.push(aside);
         self.wanted.notify_one();
@@ -267,6 +256,11 @@ impl Spares {
         mapping.populate(0..self.populate_ahead.min(self.segment_size));
         Ok(Prepared { path: path.to_owned(), file, mapping })
     }
+}
+
+/// The number in the name of a spare file.
+fn spare_number(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("spare-")?.strip_suffix(".wal.tmp")?.parse().ok()
 }
 
 fn spare_path(directory: &Path, number: u64) -> PathBuf {
