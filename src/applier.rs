@@ -24,7 +24,7 @@ pub(crate) struct Applier {
 }
 
 impl Applier {
-    /// Applies what is in the log and what comes, until the node stops. What has been received then is still applied.
+    /// Applies what is in the log and what comes, until the node stops.
     ///
     /// # Errors
     ///
@@ -45,6 +45,10 @@ impl Applier {
         let durable_first = self.target.needs_durable_log();
         while let Some(range) = reader.next(u64::MAX)? {
             for batch in range.batches() {
+                if self.stop.is_shutdown() {
+                    // However long the log is; the next start goes on here.
+                    return Ok(());
+                }
                 let last = batch.header.last_lsn();
                 if last <= self.applied.load() {
                     continue;

@@ -206,6 +206,7 @@ impl Follower {
             Arc::clone(&directory),
             shards.collect(),
             builder.options.clone(),
+            builder.abort_signal().child(),
             stop.clone(),
             Arc::clone(&threads),
         ));
@@ -325,7 +326,7 @@ impl Follower {
         self.following.stop.clone()
     }
 
-    /// Stops: applies what has been received, saves how far it came, ends every thread.
+    /// Stops: saves how far applying has come, ends every thread.
     ///
     /// # Errors
     ///

@@ -99,7 +99,8 @@ impl Leader {
             Role::Leader,
             Arc::clone(&directory),
             shards,
-            builder.options,
+            builder.options.clone(),
+            builder.abort_signal().child(),
             stop,
             Arc::clone(&threads),
         ));

@@ -434,11 +434,17 @@ impl Checkpointer {
         for shard in &self.shards {
             let id = shard.log.shard();
             let synced = shard.log.synced().load();
-            let mut applied = Lsn::ZERO;
+            let before = saved.entries.get(&id).copied().unwrap_or_default();
+            // A node without a target carries along what it once applied.
+            let mut applied = before.applied;
             if let Some((mark, target)) = &shard.applied {
                 applied = mark.load();
-                if saved.entries.get(&id).is_none_or(|entry| entry.applied != applied) {
-                    target.sync(id)?;
+                if before.applied != applied
+                    && let Err(error) = target.sync(id)
+                {
+                    // The other shards' checkpoints do not wait for this one's.
+                    log::error!("shard {id}: the target did not sync: {error}");
+                    applied = before.applied;
                 }
                 // A record that is applied here but not yet synced in the log would be ahead of it after a crash.
                 applied = applied.min(synced);

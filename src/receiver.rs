@@ -28,10 +28,10 @@ use crate::shutdown::ShutdownSignal;
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
 use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
-use crate::watermark::{Until, Waited, Watermark, wait_any};
+use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
-    ShardInfo, SyncRequest, WalDataHeader,
+    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, ShardInfo,
+    SyncRequest, WalDataHeader,
 };
 
 /// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.
@@ -104,7 +104,10 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        receiver.set_timeout(Some(self.node.options.peer_timeout))?;
+        // A leader that beats more slowly than this node expects is not gone.
+        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms)).saturating_mul(3);
+        receiver.set_timeout(Some(self.node.options.peer_timeout.max(slowest)))?;
+        self.writer.set_max_epoch(info.epoch);
         let lane = AckLane::new(self, sender, info.epoch, info.session);
         let shard = self.shard;
         std::thread::scope(|scope| {
@@ -173,11 +176,16 @@ impl Receiver {
             match header.kind {
                 FrameKind::WalData => {
                     lane.set_haste(header.flags);
-                    let bytes = self.take_in(peer, receiver, lane, header)?;
+                    let bytes = self.take_in(peer, receiver, lane)?;
                     unacknowledged += bytes;
                     let drained = !receiver.has_buffered();
-                    if drained && bytes <= TAKE_IN && header.flags & FLAG_ACK_DURABLE != 0 {
-                        self.writer.log().wait_synced(self.writer.end().head, None)?;
+                    if header.flags & FLAG_ACK_DURABLE != 0 {
+                        let head = self.writer.end().head;
+                        if drained && bytes <= TAKE_IN {
+                            self.writer.log().wait_synced(head, None)?;
+                        } else {
+                            lane.sync_in_background(head);
+                        }
                     }
                     if drained || unacknowledged >= ACK_EVERY {
                         lane.send_if_moved()?;
@@ -211,13 +219,7 @@ impl Receiver {
     }
 
     /// One `WalData` frame: its bytes go to where the leader has them. Returns how many there were.
-    fn take_in(
-        &mut self,
-        peer: &str,
-        receiver: &mut dyn FrameReceiver,
-        lane: &AckLane,
-        header: FrameHeader,
-    ) -> Result<u64> {
+    fn take_in(&mut self, peer: &str, receiver: &mut dyn FrameReceiver, lane: &AckLane) -> Result<u64> {
         let mut fields = [0; WalDataHeader::LEN];
         receiver.receive_exact(&mut fields)?;
         let WalDataHeader { segment, mut offset } =
@@ -229,11 +231,7 @@ impl Receiver {
             receiver.receive_exact(window)?;
             let len = window.len() as u64;
             offset += len;
-            let head = self.writer.ingest_filled(len).map_err(blame(peer))?;
-            lane.set_received(head, self.writer.end().chain);
-            if header.flags & FLAG_ACK_DURABLE != 0 && receiver.remaining() > 0 {
-                self.writer.log().want_synced(head);
-            }
+            lane.take_in(&mut self.writer, len).map_err(blame(peer))?;
         }
         Ok(total)
     }
@@ -287,9 +285,11 @@ struct AckLane {
     session: SessionId,
     heartbeat: Duration,
     state: Mutex<LaneState>,
-    /// Somebody at the leader waits for the durable or the applied mark: both are acknowledged as soon as they move.
-    /// Set by the receiver.
-    in_haste: AtomicBool,
+    /// Somebody at the leader waits for this mark: it is acknowledged as soon as it moves. Set by the receiver.
+    durable_in_haste: AtomicBool,
+    applied_in_haste: AtomicBool,
+    /// Up to where the receiver has left syncing to the log's sync thread. Moved by the receiver only.
+    background: Watermark,
     /// What ended the acknowledger.
     failure: Mutex<Option<Error>>,
 }
@@ -321,19 +321,31 @@ impl AckLane {
                 sent: nothing,
                 sent_at: Instant::now(),
             }),
-            in_haste: AtomicBool::new(false),
+            durable_in_haste: AtomicBool::new(false),
+            applied_in_haste: AtomicBool::new(false),
+            background: Watermark::new(Lsn::ZERO),
             failure: Mutex::new(None),
         }
     }
 
-    fn set_received(&self, received: Lsn, chain: Chain) {
+    /// Checks and publishes what has arrived. Under the lock, so that no acknowledgement is made between the log's mark
+    /// and what is known of it here.
+    fn take_in(&self, writer: &mut LogWriter, len: u64) -> Result<()> {
         let mut state = self.state.lock();
-        state.received = received;
-        state.chain = chain;
+        state.received = writer.ingest_filled(len)?;
+        state.chain = writer.end().chain;
+        Ok(())
     }
 
     fn set_haste(&self, flags: u8) {
-        self.in_haste.store(flags & (FLAG_ACK_DURABLE | FLAG_ACK_APPLIED) != 0, Ordering::Relaxed);
+        self.durable_in_haste.store(flags & FLAG_ACK_DURABLE != 0, Ordering::Relaxed);
+        self.applied_in_haste.store(flags & FLAG_ACK_APPLIED != 0, Ordering::Relaxed);
+    }
+
+    /// Has the log's sync thread sync up to `head` while more is received, and the acknowledger say so.
+    fn sync_in_background(&self, head: Lsn) {
+        self.log.want_synced(head);
+        self.background.advance(head);
     }
 
     fn send_if_moved(&self) -> Result<()> {
@@ -370,15 +382,21 @@ impl AckLane {
                 let state = self.state.lock();
                 (state.sent, state.sent_at)
             };
-            let conditions = [
-                over.until(),
-                Until { mark: self.log.synced(), at_least: sent.durable.next() },
-                Until { mark: &self.applied, at_least: sent.applied.next() },
-            ];
-            match wait_any(&conditions, self.log.options().wait, sent_at.checked_add(self.heartbeat)) {
+            // While the durable mark is in haste, the receiver syncs and acknowledges by itself, unless it says that it
+            // has left it to others: to wait for that here would only take the processor away from it.
+            let durable_in_haste = self.durable_in_haste.load(Ordering::Relaxed);
+            let background = self.background.load() > sent.durable;
+            let durable = match (durable_in_haste, background) {
+                (true, false) => self.background.until(sent.durable.next()),
+                _ => self.log.synced().until(sent.durable.next()),
+            };
+            let conditions = [over.until(), durable, self.applied.until(sent.applied.next())];
+            match wait_any(&conditions, WaitStrategy::Park, sent_at.checked_add(self.heartbeat)) {
                 Waited::Reached(0) => return Ok(()),
-                Waited::Reached(_) => {
-                    if !self.in_haste.load(Ordering::Relaxed) && over.wait_timeout(ACK_LINGER) {
+                Waited::Reached(1) if durable_in_haste && !background => continue,
+                Waited::Reached(mark) => {
+                    let haste = if mark == 1 { &self.durable_in_haste } else { &self.applied_in_haste };
+                    if !haste.load(Ordering::Relaxed) && self.linger(over, sent) {
                         return Ok(());
                     }
                     self.send_if_moved()?;
@@ -386,6 +404,17 @@ impl AckLane {
                 Waited::TimedOut => self.beat()?,
             }
         }
+    }
+
+    /// Gathers what moves for a moment, unless a mark moves that somebody waits for. True if the stream is over.
+    fn linger(&self, over: &ShutdownSignal, sent: Ack) -> bool {
+        let hasty = if self.applied_in_haste.load(Ordering::Relaxed) {
+            self.applied.until(sent.applied.next())
+        } else {
+            self.background.until(sent.durable.next().max(self.background.load().next()))
+        };
+        let deadline = Instant::now().checked_add(ACK_LINGER);
+        wait_any(&[over.until(), hasty], WaitStrategy::Park, deadline) == Waited::Reached(0)
     }
 
     /// An acknowledgement although nothing moved, unless the receiver sent one meanwhile.

@@ -60,11 +60,13 @@ pub(crate) struct Server {
 struct Refusal(RefusalCode, String);
 
 impl Server {
+    #[allow(clippy::too_many_arguments, reason = "each is a different thing that both roles have")]
     pub(crate) fn new(
         role: Role,
         directory: Arc<DataDir>,
         shards: Vec<ServerShard>,
         options: NodeOptions,
+        draining: ShutdownSignal,
         stop: ShutdownSignal,
         threads: Arc<Threads>,
     ) -> Server {
@@ -74,7 +76,7 @@ impl Server {
             shards,
             options,
             started: Instant::now(),
-            draining: ShutdownSignal::new(),
+            draining,
             stop,
             threads,
             connections: AtomicUsize::new(0),
@@ -146,7 +148,7 @@ impl Server {
         let Connection { peer, mut sender, mut receiver, closer } = connection;
         let over = server.stop.child();
         let _close_at_stop = over.on_shutdown(move || closer.close());
-        receiver.set_timeout(Some(server.options.handshake_timeout))?;
+        receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
         let header = receiver.receive_header()?;
         if header.kind == FrameKind::StatusRequest {
             receiver.receive_message_body(header)?;
@@ -164,6 +166,7 @@ impl Server {
                 return Err(error);
             }
         };
+        receiver.set_deadline(None)?;
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => server.describe(&request, version).map(|info| (info, None)),
             Purpose::Follow => server.start_following(&request, version),
@@ -261,6 +264,8 @@ impl Server {
         }
         let manifest = self.directory.manifest();
         if request.epoch > manifest.epoch {
+            // So that it does not lead again under its old epoch after a restart.
+            self.directory.accept_epoch(request.epoch).map_err(internal)?;
             for shard in &self.shards {
                 shard.log.depose(manifest.epoch, request.epoch);
             }
@@ -293,7 +298,9 @@ impl Server {
                 ),
             ));
         }
-        let log = &self.shard(request.shard).map_err(internal)?.log;
+        let shard = self.shard(request.shard).map_err(internal)?;
+        shard.commits.follower(request.node).map_err(internal)?;
+        let log = &shard.log;
         let place = place_for(log, request)?;
         let info = self.describe(request, version)?;
         let caught_up = request.received == info.head && request.received > Lsn::ZERO;
@@ -348,11 +355,12 @@ impl Server {
     /// Stops in two steps: shippers send what is pending and their followers acknowledge it, for no longer than the
     /// drain time-out; then every socket is closed.
     pub(crate) fn drain(&self) {
-        let deadline = Instant::now() + self.options.drain_timeout;
+        let deadline = Instant::now().checked_add(self.options.drain_timeout);
         self.draining.shutdown();
         let streams: Vec<_> = self.streams.lock().iter().map(|stream| stream.3.clone()).collect();
         for over in streams {
-            let _ = over.wait_timeout(deadline.saturating_duration_since(Instant::now()));
+            let _ =
+                over.wait_timeout(deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now())));
         }
         self.stop.shutdown();
     }

@@ -42,6 +42,8 @@ struct Progress {
     /// The newest LSN for which the follower has been asked to hurry, by level.
     durable_asked: Lsn,
     applied_asked: Lsn,
+    /// Flags of the newest data.
+    flags: u8,
     last_sent: Instant,
     caught_up: bool,
 }
@@ -58,6 +60,7 @@ impl Shipper {
             shipped: Lsn::ZERO,
             durable_asked: Lsn::ZERO,
             applied_asked: Lsn::ZERO,
+            flags: 0,
             last_sent: Instant::now(),
             caught_up: false,
         };
@@ -92,14 +95,21 @@ impl Shipper {
             let written = self.reader.log().written().load();
             let Some(range) = self.reader.next(u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64)? else {
                 progress.shipped = progress.shipped.max(written);
+                // Asked for everything shipped, now that the last frame of it said so.
+                if progress.flags & FLAG_ACK_DURABLE != 0 {
+                    progress.durable_asked = progress.durable_asked.max(progress.shipped);
+                }
+                if progress.flags & FLAG_ACK_APPLIED != 0 {
+                    progress.applied_asked = progress.applied_asked.max(progress.shipped);
+                }
                 if let Some(follower) = &self.follower {
                     follower.set_shipped(progress.shipped);
                 }
                 return self.report_caught_up(progress);
             };
             let header = WalDataHeader { segment: range.segment().id().first_lsn, offset: range.start() };
-            let flags = self.haste(progress, written);
-            self.sender.send(FrameKind::WalData, flags, &header.to_bytes(), Body::Log(&range))?;
+            progress.flags = self.haste(progress);
+            self.sender.send(FrameKind::WalData, progress.flags, &header.to_bytes(), Body::Log(&range))?;
             progress.last_sent = Instant::now();
             if self.stream_over.is_shutdown() {
                 return Ok(());
@@ -107,19 +117,17 @@ impl Shipper {
         }
     }
 
-    /// Flags for data up to `written`: which acknowledgements somebody waits for.
-    fn haste(&self, progress: &mut Progress, written: Lsn) -> u8 {
+    /// Flags for data: which acknowledgements somebody waits for.
+    fn haste(&self, progress: &Progress) -> u8 {
         let policy = self.commits.policy().asked_of_followers().map(|(level, _)| level);
         let mut flags = 0;
         let durable = self.commits.durable_wanted().load();
         if policy == Some(AckLevel::Durable) || durable > progress.durable_asked {
             flags |= FLAG_ACK_DURABLE;
-            progress.durable_asked = progress.durable_asked.max(written);
         }
         let applied = self.commits.applied_wanted().load();
         if policy == Some(AckLevel::Applied) || applied > progress.applied_asked {
             flags |= FLAG_ACK_APPLIED;
-            progress.applied_asked = progress.applied_asked.max(written);
         }
         flags
     }

@@ -40,7 +40,7 @@ mod tests;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::wal::LogRange;
@@ -255,6 +255,17 @@ pub trait FrameReceiver: Send {
     ///
     /// [`Error::Invalid`] if `timeout` is zero; [`Error::Network`] if the system refuses.
     fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()>;
+
+    /// From now on every call gives a time-out at `deadline` at the latest, however steadily bytes trickle in: for
+    /// handshakes. `None` takes it away. Transports whose frames arrive whole need none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Network`] if the system refuses.
+    fn set_deadline(&mut self, deadline: Option<Instant>) -> Result<()> {
+        let _ = deadline;
+        Ok(())
+    }
 
     /// The peer's address or name.
     fn peer(&self) -> &str;

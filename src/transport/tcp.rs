@@ -420,6 +420,7 @@ struct TcpReceiver {
     /// A `receive_exact` that timed out: the length asked for, and how much of it is filled.
     unfinished: Option<(usize, usize)>,
     timeout: Option<Duration>,
+    deadline: Option<Instant>,
     spin: bool,
 }
 
@@ -434,6 +435,7 @@ impl TcpReceiver {
             left: 0,
             unfinished: None,
             timeout: None,
+            deadline: None,
             spin: spin && MSG_DONTWAIT.is_some(),
         }
     }
@@ -450,6 +452,7 @@ impl TcpReceiver {
             self.start = 0;
         }
         while self.end - self.start < len {
+            self.arm()?;
             self.wait_spinning()?;
             match (&self.socket.stream).read(&mut self.buffer[self.end..]) {
                 Ok(0) => return Err(self.ended(0)),
@@ -460,6 +463,18 @@ impl TcpReceiver {
         Ok(())
     }
 
+    /// Lets the next read wait no longer than until the deadline, if there is one.
+    fn arm(&self) -> Result<()> {
+        let Some(deadline) = self.deadline else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(receive_timed_out(&self.socket.peer));
+        }
+        let wait = self.timeout.map_or(left, |timeout| timeout.min(left));
+        let set = self.socket.stream.set_read_timeout(Some(wait));
+        set.map_err(Error::network("set the time-out for", &self.socket.peer))
+    }
+
     /// Fills `into` behind its first `filled` bytes, keeping count in `filled`.
     fn fill(&mut self, into: &mut [u8], filled: &mut usize) -> Result<()> {
         let take = (self.end - self.start).min(into.len() - *filled);
@@ -468,6 +483,7 @@ impl TcpReceiver {
         *filled += take;
         while *filled < into.len() {
             // Here the buffer is empty: what arrives behind the bytes asked for goes there, with the same call.
+            self.arm()?;
             self.wait_spinning()?;
             let room = into.len() - *filled;
             let mut parts = [IoSliceMut::new(&mut into[*filled..]), IoSliceMut::new(&mut self.buffer[..])];
@@ -631,6 +647,16 @@ impl FrameReceiver for TcpReceiver {
             let set = self.socket.stream.set_read_timeout(timeout);
             set.map_err(Error::network("set the time-out for", &self.socket.peer))?;
             self.timeout = timeout;
+        }
+        Ok(())
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) -> Result<()> {
+        self.deadline = deadline;
+        if deadline.is_none() {
+            // Each wait was cut short to what was left; now the whole time-out counts again.
+            let set = self.socket.stream.set_read_timeout(self.timeout);
+            set.map_err(Error::network("set the time-out for", &self.socket.peer))?;
         }
         Ok(())
     }

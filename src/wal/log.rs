@@ -49,6 +49,8 @@ pub struct Log {
     sync_turns: Watermark,
     ended: Watermark,
     sync: Mutex<SyncPosition>,
+    /// The file of a released segment that could not be removed: it goes before any newer one, or there would be a gap.
+    unremoved: Mutex<Option<PathBuf>>,
     end_reason: OnceLock<EndReason>,
     spares: Spares,
 }
@@ -71,6 +73,8 @@ struct SyncPosition {
     segment: Lsn,
     /// Bytes of that segment that are synced; 0 if its name is not durable yet.
     offset: u64,
+    /// Syncs so far; what `sync_turns` says after the lock has been let go.
+    turns: Lsn,
 }
 
 impl Log {
@@ -93,7 +97,8 @@ impl Log {
             sync_wanted: Watermark::new(Lsn::ZERO),
             sync_turns: Watermark::new(Lsn::ZERO),
             ended: Watermark::new(Lsn::ZERO),
-            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0 }),
+            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, turns: Lsn::ZERO }),
+            unremoved: Mutex::default(),
             end_reason: OnceLock::new(),
             spares,
         }
@@ -308,9 +313,19 @@ impl Log {
         Ok(writer)
     }
 
-    /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's.
+    /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's,
+    /// which begins with the same LSN and is to be synced from its beginning.
     pub(super) fn discard_empty(&self, open: SegmentWriter) {
+        let mut position = self.sync.lock();
         self.segments.write().pop_if(|last| Arc::ptr_eq(last, open.segment()));
+        if position.segment == open.segment().id().first_lsn {
+            position.offset = 0;
+        }
+    }
+
+    /// Whether a segment is (still) part of the log.
+    pub(super) fn holds(&self, segment: &Arc<Segment>) -> bool {
+        self.segments.read().iter().rev().any(|held| Arc::ptr_eq(held, segment))
     }
 
     /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it.
@@ -375,22 +390,40 @@ impl Log {
 
     /// One sync of everything written so far, then a turn for those it did not cover.
     fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) -> Result<()> {
+        // Once a sync has failed, another one may succeed although the pages are lost: it must not be tried.
+        self.check_writable()?;
         let written = self.written.load();
-        let result = self.sync_segments(&mut position);
+        let result = self.sync_segments(&mut position, written);
         match &result {
             Ok(()) => {
                 self.synced.advance(written);
             }
             Err(error) => self.set_poison(error),
         }
+        position.turns = position.turns.next();
+        let turns = position.turns;
         drop(position);
-        self.sync_turns.advance(self.sync_turns.load().next());
+        self.sync_turns.advance(turns);
         result
     }
 
-    fn sync_segments(&self, position: &mut SyncPosition) -> Result<()> {
+    /// Up to where the log is on stable storage: a segment, and bytes of it.
+    #[cfg(test)]
+    pub(super) fn synced_position(&self) -> (Lsn, u64) {
+        let position = self.sync.lock();
+        (position.segment, position.offset)
+    }
+
+    /// Syncs everything up to `written` and somewhat more, segment by segment.
+    fn sync_segments(&self, position: &mut SyncPosition, written: Lsn) -> Result<()> {
         loop {
-            let Some(segment) = self.segment_beginning(position.segment) else { return Ok(()) };
+            let Some(segment) = self.segment_beginning(position.segment) else {
+                if position.segment > written {
+                    return Ok(());
+                }
+                let path = self.directory.join(format!("(the segment of LSN {})", position.segment));
+                return Err(Error::corrupt(path, 0, Some(position.segment), "it is gone and was never synced"));
+            };
             let sealed = segment.sealed_last_lsn();
             let published = segment.published();
             if published > position.offset {
@@ -403,7 +436,7 @@ impl Log {
                 position.offset = published;
             }
             let Some(last_lsn) = sealed else { return Ok(()) };
-            *position = SyncPosition { segment: last_lsn.next(), offset: 0 };
+            (position.segment, position.offset) = (last_lsn.next(), 0);
         }
     }
 
@@ -423,36 +456,57 @@ impl Log {
         }
     }
 
-    /// Gives up the segments whose records are all at or below `lsn`, sealed and synced, and says why in the log
-    /// output. The segment that is written to always stays. Files that nobody reads any more become spares.
-    /// Returns how many segments went.
+    /// Gives up the segments whose records are all at or below `lsn`, and says why in the log output. The newest segment
+    /// always stays, and so does every one whose successor is not yet durable by name and header: what is left must
+    /// open after a power cut. Files that nobody reads any more become spares. Returns how many segments went.
+    ///
+    /// Waits for a sync that is under way; never blocks appends.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if a file cannot be removed; what was not removed stays in the log.
+    /// [`Error::Io`] if a file cannot be removed. It is out of the log, but the next call tries it again before it
+    /// gives up anything newer.
     pub fn release_through(&self, lsn: Lsn, reason: &str) -> Result<usize> {
-        let synced = self.synced.load();
-        let released: Vec<_> = {
-            let mut segments = self.segments.write();
-            let count = segments
-                .iter()
-                .take_while(|segment| segment.sealed_last_lsn().is_some_and(|last| last <= lsn && last <= synced))
-                .count();
-            segments.drain(..count).collect()
-        };
-        let count = released.len();
-        for segment in released {
+        let mut unremoved = self.unremoved.lock();
+        if let Some(path) = unremoved.clone() {
+            remove_file(&path)?;
+            *unremoved = None;
+        }
+        let mut count = 0;
+        while let Some(segment) = self.take_oldest(lsn) {
             let id = segment.id();
+            let path = segment.path().to_owned();
             // Readers that still hold it keep its mapping, never its name.
-            match Arc::try_unwrap(segment) {
-                Ok(segment) => self.spares.recycle(segment)?,
-                Err(held) => {
-                    std::fs::remove_file(held.path()).map_err(Error::io("remove", held.path()))?;
-                }
+            let removed = match Arc::try_unwrap(segment) {
+                Ok(segment) => self.spares.recycle(segment),
+                Err(_held) => remove_file(&path),
+            };
+            if let Err(error) = removed {
+                *unremoved = Some(path);
+                return Err(error);
             }
             log::info!("shard {}: released {id}: {reason}", self.shard());
+            count += 1;
         }
         Ok(count)
+    }
+
+    /// Takes the oldest segment out of the list, if all of it is at or below `lsn` and its successor is durable.
+    fn take_oldest(&self, lsn: Lsn) -> Option<Arc<Segment>> {
+        let position = self.sync.lock();
+        let mut segments = self.segments.write();
+        let oldest_is_released = segments.first()?.sealed_last_lsn().is_some_and(|last| last <= lsn);
+        let next = segments.get(1)?.id().first_lsn;
+        let next_is_durable = next < position.segment || (next == position.segment && position.offset > 0);
+        (oldest_is_released && next_is_durable).then(|| segments.remove(0))
+    }
+}
+
+/// Removes a file that may be gone already.
+fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
     }
 }
 

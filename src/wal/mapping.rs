@@ -4,7 +4,9 @@
 //!
 //! 1. **Length.** A mapping is as long as its file, and the file keeps its length and its allocated blocks for as
 //!    long as the mapping lives: files are filled with real zeros before they are mapped, nobody truncates them, and
-//!    the data directory's lock keeps other processes out. So no access can fault, not even on a full disk.
+//!    the lock of the log's directory keeps others out. So no access can fault for want of room, except where the
+//!    file system must find new blocks for every overwrite; a device that cannot read a page back is the other way to
+//!    lose the process.
 //! 2. **Below `published`, bytes never change** while the [`Segment`] lives. A file is recycled only by whoever holds
 //!    the last reference to its segment.
 //! 3. **Above `published`, bytes belong to the one [`SegmentWriter`]** of the segment. It cannot be cloned, is made
@@ -144,7 +146,6 @@ impl Mapping {
 pub struct Segment {
     header: SegmentHeader,
     path: PathBuf,
-    file: File,
     mapping: Mapping,
     /// Bytes that readers may read. Written by the one [`SegmentWriter`] (Release), read by anyone (Acquire).
     published: AtomicU64,
@@ -167,12 +168,11 @@ impl Segment {
         let segment = Arc::new(Segment {
             header,
             path,
-            file,
             mapping,
             published: AtomicU64::new(published),
             sealed: AtomicU64::new(sealed.map_or(0, |last_lsn| last_lsn.next().0)),
         });
-        (Arc::clone(&segment), SegmentWriter { segment, end: published })
+        (Arc::clone(&segment), SegmentWriter { segment, file, end: published })
     }
 
     /// What its header page says.
@@ -241,10 +241,10 @@ impl Segment {
         self.mapping.populate(range);
     }
 
-    /// Gives up the mapping and hands out the file, for recycling: only whoever holds the last reference can have the
-    /// segment by value, so nobody reads it any more (invariant 2).
-    pub(crate) fn into_file(self) -> (PathBuf, File) {
-        (self.path, self.file)
+    /// Gives up the mapping and hands out the file's path, for recycling: only whoever holds the last reference can
+    /// have the segment by value, so nobody reads it any more (invariant 2).
+    pub(crate) fn into_path(self) -> PathBuf {
+        self.path
     }
 }
 
@@ -262,6 +262,8 @@ impl std::fmt::Debug for Segment {
 #[derive(Debug)]
 pub(crate) struct SegmentWriter {
     segment: Arc<Segment>,
+    /// The file below the mapping. Sealed segments have none open, so that a long log does not use up descriptors.
+    file: File,
     /// Equal to `segment.published`, without the atomic load.
     end: u64,
 }
@@ -287,6 +289,8 @@ impl SegmentWriter {
     /// The unpublished bytes `from..to`, counted from the published end.
     #[inline]
     pub(crate) fn unpublished(&mut self, range: Range<u64>) -> &mut [u8] {
+        // Checked here, so that no sum can wrap to below `published`.
+        assert!(range.start <= range.end && range.end <= self.room(), "{range:?} of {} bytes left", self.room());
         let range = self.end + range.start..self.end + range.end;
         // SAFETY: above `published`, which only this writer touches, and `&mut self` makes the slice the only one
         // (invariant 3).
@@ -298,7 +302,7 @@ impl SegmentWriter {
     /// page cache; that holds on Linux, so it is used there only.
     pub(crate) fn write_unpublished(&mut self, bytes: &[u8]) -> io::Result<()> {
         assert!(bytes.len() as u64 <= self.room(), "writing past the end of a segment");
-        write_all_at(&self.segment.file, bytes, self.end)
+        write_all_at(&self.file, bytes, self.end)
     }
 
     /// Lets readers see `len` more bytes, which the caller has filled and checked.

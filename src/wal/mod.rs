@@ -117,18 +117,20 @@ impl Default for WalOptions {
 pub struct Wal {
     log: Arc<Log>,
     threads: Vec<JoinHandle<()>>,
+    /// Held by the writer too: nobody else opens the directory while either could write to it.
+    _lock: Arc<File>,
 }
 
 impl Wal {
-    /// Opens the log in `directory`, which must exist, and makes an empty one if there is none. Whoever opens it must
-    /// have the directory for itself: a node holds the lock of its data directory.
+    /// Opens the log in `directory`, which must exist, and makes an empty one if there is none. A log is open once at a
+    /// time: until both the `Wal` and its writer are gone.
     ///
     /// What recovery had to cut is told by [`LogWriter::torn_tail`]. Everything recovered is synced before this
     /// returns.
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`] for damage to what was synced; [`Error::Mismatch`] if the files belong to another log;
+    /// [`Error::InUse`] if the log is open already; [`Error::Corrupt`] for damage to what was synced; [`Error::Mismatch`] if the files belong to another log;
     /// [`Error::Io`].
     pub fn open(directory: &Path, identity: LogIdentity, options: WalOptions) -> Result<(Wal, LogWriter)> {
         if !segment::is_valid_size(identity.segment_size) {
@@ -139,6 +141,7 @@ impl Wal {
                 crate::limits::MAX_SEGMENT_SIZE
             )));
         }
+        let lock = lock_directory(directory)?;
         let recovered = recovery::recover(directory, &identity, options.known_synced)?;
         if let Some(torn) = &recovered.torn {
             ::log::warn!(
@@ -159,6 +162,9 @@ impl Wal {
             let file = File::options().read(true).write(true).open(&found.path);
             let file = file.map_err(Error::io("open", &found.path))?;
             let mapping = Mapping::new(&file, identity.segment_size).map_err(Error::io("map", &found.path))?;
+            if found.last_lsn > recovered.synced {
+                segment::rewrite_in_pages(&file, 0..found.published).map_err(Error::io("write", &found.path))?;
+            }
             let sealed = found.sealed.then_some(found.last_lsn);
             let (segment, writer) = Segment::new(found.header, found.path, file, mapping, found.published, sealed);
             last = Some((found.header.id.first_lsn, found.published, sealed.is_some()));
@@ -172,8 +178,8 @@ impl Wal {
         let end = LogEnd { head: recovered.head, chain: recovered.chain, epoch: recovered.epoch, segment, offset };
         let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares));
         log.sync_all()?;
-        let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log) };
-        let writer = LogWriter::new(log, open, end, recovered.timestamp, recovered.torn);
+        let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log), _lock: Arc::clone(&lock) };
+        let writer = LogWriter::new(log, lock, open, end, recovered.timestamp, recovered.torn);
         Ok((wal, writer))
     }
 
@@ -226,6 +232,21 @@ impl Wal {
 impl Drop for Wal {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// The file whose lock says that a log is open.
+pub(crate) const LOCK_FILE: &str = "LOCK";
+
+/// Takes a shard's directory for one log. The lock goes with the file, also when the process is killed.
+fn lock_directory(directory: &Path) -> Result<Arc<File>> {
+    let path = directory.join(LOCK_FILE);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(Error::io("create", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Arc::new(file)),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),
+        Err(std::fs::TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
 }
 

@@ -85,7 +85,14 @@ impl LogReader {
                 self.offset = end;
                 return Ok(Some(range));
             }
-            let Some(last_lsn) = sealed else { return Ok(None) };
+            let Some(last_lsn) = sealed else {
+                // A segment without batches can be replaced by one of a newer epoch that begins with the same LSN.
+                if self.offset <= SEGMENT_HEADER_LEN && !self.log.holds(segment) {
+                    (self.segment, self.offset) = (None, 0);
+                    continue;
+                }
+                return Ok(None);
+            };
             self.segment = None;
             self.offset = 0;
             self.next_segment = last_lsn.next();
@@ -106,6 +113,9 @@ impl Log {
             return Err(self.not_retained(lsn));
         }
         let Some(segment) = self.segment_holding(lsn) else {
+            if head != Lsn::ZERO {
+                return Err(self.not_retained(lsn));
+            }
             // Nothing has been written yet.
             let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
             return Ok(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });

@@ -137,6 +137,8 @@ pub(crate) struct Recovered {
     pub(crate) epoch: Epoch,
     /// The newest in the log.
     pub(crate) timestamp: HybridTimestamp,
+    /// The highest LSN known to have been synced.
+    pub(crate) synced: Lsn,
     /// `None` if nothing was cut.
     pub(crate) torn: Option<TornTail>,
     /// Files of the right size that no longer belong to the log, whatever is in them: they can become spares.
@@ -433,6 +435,7 @@ impl<'a> Survey<'a> {
             chain: self.next.chain,
             epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
             timestamp: self.timestamp,
+            synced: self.synced,
             torn: torn.filter(|torn| torn.bytes > 0),
             segments: self.segments,
             leftovers,
@@ -456,6 +459,9 @@ impl<'a> Survey<'a> {
         let (mut spares, mut highest) = (Vec::new(), 0);
         for path in others {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name == crate::wal::LOCK_FILE {
+                continue;
+            }
             let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {
                 log::warn!("{} is no part of a log; leaving it alone", path.display());
                 continue;

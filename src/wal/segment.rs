@@ -130,6 +130,23 @@ pub(crate) fn zero_in_pages(file: &File, range: std::ops::Range<u64>) -> io::Res
     Ok(())
 }
 
+/// Writes a range of a file again as it is, one page at a time, so that the next sync puts it on stable storage even if
+/// an earlier one failed: the page cache then takes those pages for written although they are not.
+pub(crate) fn rewrite_in_pages(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
+    let mut page = [0; limits::index(PAGE_LEN)];
+    let mut at = range.start;
+    while at < range.end {
+        let want = limits::index(PAGE_LEN.min(range.end - at));
+        let read = read_at(file, &mut page[..want], at)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        write_all_at(file, &page[..read], at)?;
+        at += read as u64;
+    }
+    Ok(())
+}
+
 /// Writes all bytes at an offset without moving the file's position.
 #[cfg(unix)]
 pub(crate) fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {

@@ -14,7 +14,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::error::{Error, Result};
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
-use crate::wal::segment::zero_in_pages;
+use crate::wal::segment::{sync_directory, zero_in_pages};
 use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
@@ -94,6 +94,8 @@ impl Spares {
     /// Why none can be made (a full disk, say), or [`Error::ShutDown`].
     pub(super) fn take(&self) -> Result<Prepared> {
         let mut state = self.state.lock();
+        // Only what goes wrong from now on is this caller's news.
+        state.failure = None;
         loop {
             if let Some(prepared) = state.ready.pop_front() {
                 state.waiting = false;
@@ -118,6 +120,8 @@ impl Spares {
     pub(super) fn wait_ready(&self) {
         let mut state = self.state.lock();
         while state.ready.len() < self.keep && !state.stopped && !state.failed {
+            state.refilling = true;
+            self.wanted.notify_one();
             self.made.wait(&mut state);
         }
     }
@@ -140,8 +144,7 @@ impl Spares {
 
     /// Takes back the file of a segment that nobody reads any more; surplus files are removed.
     pub(super) fn recycle(&self, segment: Segment) -> Result<()> {
-        let (path, file) = segment.into_file();
-        drop(file);
+        let path = segment.into_path();
         let mut state = self.state.lock();
         if state.ready.len() + state.used.len() >= self.keep {
             drop(state);
@@ -149,8 +152,11 @@ impl Spares {
         }
         state.next_name += 1;
         let aside = spare_path(&self.directory, state.next_name);
+        drop(state);
         std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
-        state.used.push(aside);
+        // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
+        sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+        self.state.lock().used.push(aside);
         self.wanted.notify_one();
         Ok(())
     }
@@ -241,15 +247,14 @@ impl Spares {
                 return Err(Error::ShutDown);
             }
         }
-        // So that later syncs find every block allocated. A file that had its length before has its blocks too, and
-        // what is left of its old bytes after a crash validates nowhere. A writer that is about to run out of spares
-        // gets this one at once: the blocks are reserved, so nothing can fail for want of room, and its first syncs
-        // allocate them.
+        // So that later syncs find every block allocated, and nothing of what a used file held comes back after a power
+        // cut. A writer that is about to run out of spares gets a new file at once: its blocks are reserved, so nothing
+        // can fail for want of room, and its first syncs allocate them.
         let urgent = {
             let state = self.state.lock();
-            state.ready.is_empty() && state.taken > 0
+            len == 0 && state.ready.is_empty() && state.taken > 0
         };
-        if len < self.segment_size && !urgent {
+        if !urgent {
             file.sync_all().map_err(Error::io("sync", path))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;

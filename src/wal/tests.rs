@@ -289,3 +289,151 @@ fn an_older_epoch_is_refused_and_a_newer_one_starts_a_segment() {
     assert_eq!(epochs, [Epoch(1), Epoch(5)]);
     assert_holds(wal.log(), 1..=6);
 }
+
+#[test]
+fn after_a_release_syncs_still_reach_everything_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=300);
+    wal.log().wait_synced(Lsn(300), None).unwrap();
+    let oldest = wal.log().segments()[0].sealed_last_lsn().unwrap();
+    // The newest but one is sealed, its successor has not been synced: it must stay.
+    let (mut last, mut segments) = (300, wal.log().segments().len());
+    while wal.log().segments().len() == segments {
+        last += 1;
+        append(&mut writer, last..=last);
+    }
+    segments = wal.log().segments().len();
+    let released = wal.log().release_through(Lsn(last), "test").unwrap();
+    assert_eq!(released, segments - 2, "what is left begins with a segment that opens after a power cut");
+    assert!(wal.log().tail() > oldest);
+    append(&mut writer, last + 1..=last + 200);
+    wal.log().wait_synced(Lsn(last + 200), None).unwrap();
+    assert_eq!(wal.log().synced_position().0, wal.log().segments().last().unwrap().id().first_lsn);
+    wal.log().release_through(Lsn::MAX, "test").unwrap();
+    assert_eq!(wal.log().segments().len(), 1);
+    drop(writer);
+    wal.close().unwrap();
+    let (wal, _writer) = open(directory.path());
+    assert_eq!(wal.log().head(), Lsn(last + 200));
+}
+
+#[test]
+fn no_more_than_a_window_is_taken_in_and_no_window_reaches_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_wal, mut writer) = Wal::open(directory.path(), identity(), WalOptions::default()).unwrap();
+    let window = writer.ingest_window(Lsn(1), 0, 100).unwrap().len() as u64;
+    assert!(writer.ingest_filled(window + 1).is_err());
+    writer.discard_partial();
+    assert!(writer.ingest_filled(1).is_err(), "nothing has been handed out");
+    assert!(writer.ingest_filled(u64::MAX - 95).is_err());
+    assert_eq!(writer.ingest_position(), (Lsn(1), 0));
+}
+
+#[test]
+fn a_log_is_open_once_until_wal_and_writer_are_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, writer) = open(directory.path());
+    let again = || Wal::open(directory.path(), identity(), WalOptions::default());
+    assert!(matches!(again(), Err(Error::InUse { .. })));
+    drop(wal);
+    assert!(matches!(again(), Err(Error::InUse { .. })), "the writer could still write");
+    drop(writer);
+    assert!(again().is_ok());
+}
+
+#[test]
+fn a_window_that_was_filled_but_never_said_so_leaves_zeros() {
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (leader, mut source) = open(leader_dir.path());
+    append(&mut source, 1..=20);
+    let (follower, mut sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
+    feed(leader.log(), &mut sink, u64::MAX);
+    let (segment, offset) = sink.ingest_position();
+    sink.ingest_window(segment, offset, 1000).unwrap().fill(0xee);
+    drop(sink);
+    follower.close().unwrap();
+    let (_follower, sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
+    assert!(sink.torn_tail().is_none());
+}
+
+#[test]
+fn a_leader_may_replace_a_segment_in_which_it_wrote_nothing() {
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (leader, mut source) = open(leader_dir.path());
+    append(&mut source, 1..=300);
+    let (follower, mut sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
+    feed(leader.log(), &mut sink, u64::MAX);
+    // The follower has a header page that its leader forgot in a crash.
+    let end = sink.end();
+    let seal = batch::build(
+        Expected { first_lsn: end.head.next(), chain: end.chain, epoch: Epoch(1) },
+        crate::types::HybridTimestamp(u64::MAX >> 1),
+        Lsn(1),
+        &[],
+    );
+    let window = sink.ingest_window(end.segment, end.offset, seal.len() as u64).unwrap();
+    window.copy_from_slice(&seal);
+    sink.ingest_filled(seal.len() as u64).unwrap();
+    let header = |epoch| SegmentHeader {
+        id: crate::types::WalSegmentId { region: RegionId(0), shard: ShardId(3), first_lsn: end.head.next() },
+        cluster: ClusterId(9),
+        epoch: Epoch(epoch),
+        chain_before: sink_chain(&seal),
+        segment_size: SEGMENT,
+    };
+    for epoch in [1, 2] {
+        let window = sink.ingest_window(end.head.next(), 0, 4096).unwrap();
+        window.copy_from_slice(&header(epoch).encode());
+        sink.ingest_filled(4096).unwrap();
+        assert_eq!(follower.log().segments().last().unwrap().header().epoch, Epoch(epoch));
+    }
+    sink.set_max_epoch(Epoch(2));
+    let window = sink.ingest_window(end.head.next(), 0, 4096).unwrap();
+    window.copy_from_slice(&header(3).encode());
+    assert!(sink.ingest_filled(4096).is_err(), "an epoch that was not agreed on");
+    // A seal without records would give its successor the same name.
+    let (segment, offset) = sink.ingest_position();
+    let at = Expected { first_lsn: end.head.next(), chain: sink_chain(&seal), epoch: Epoch(2) };
+    let seal = batch::build(at, crate::types::HybridTimestamp(u64::MAX >> 1), Lsn(1), &[]);
+    let window = sink.ingest_window(segment, offset, seal.len() as u64).unwrap();
+    window.copy_from_slice(&seal);
+    assert!(sink.ingest_filled(seal.len() as u64).is_err());
+}
+
+fn sink_chain(seal: &[u8]) -> Chain {
+    BatchHeader::decode(seal.first_chunk().unwrap()).crc
+}
+
+#[test]
+fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), WalOptions::default()).unwrap();
+    let empty = SegmentHeader {
+        id: crate::types::WalSegmentId { region: RegionId(0), shard: ShardId(3), first_lsn: Lsn(1) },
+        cluster: ClusterId(9),
+        epoch: Epoch(1),
+        chain_before: Chain::genesis(ClusterId(9), RegionId(0), ShardId(3)),
+        segment_size: SEGMENT,
+    };
+    writer.ingest_window(Lsn(1), 0, 4096).unwrap().copy_from_slice(&empty.encode());
+    writer.ingest_filled(4096).unwrap();
+    let mut reader = wal.log().reader_from(Lsn(1)).unwrap();
+    assert_eq!(reader.next(u64::MAX).unwrap().unwrap().len(), 4096);
+    writer.set_epoch(Epoch(2)).unwrap();
+    append(&mut writer, 1..=3);
+    let range = reader.next(u64::MAX).unwrap().unwrap();
+    assert_eq!((range.start(), range.segment().header().epoch), (0, Epoch(2)));
+    wal.log().wait_synced(Lsn(3), None).unwrap();
+    assert_holds(wal.log(), 1..=3);
+}
+
+#[test]
+fn spares_can_be_waited_for_after_some_were_taken() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { spare_segments: 4, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    append(&mut writer, 1..=200);
+    wal.wait_for_spares();
+}

@@ -4,6 +4,7 @@
 //! `written` mark moves. Nothing on that path takes a lock, allocates or calls the system; rolling to the next
 //! segment, once in a segment's length, does.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -45,6 +46,8 @@ const KEEP_FRAME: usize = 1 << 20;
 #[derive(Debug)]
 pub struct LogWriter {
     log: Arc<Log>,
+    /// The lock of the log's directory, which outlives the `Wal` if the writer does.
+    _lock: Arc<File>,
     /// The segment that takes the next batch; none before the first batch and after a sealing one.
     open: Option<SegmentWriter>,
     next_lsn: Lsn,
@@ -56,6 +59,10 @@ pub struct LogWriter {
     frame: Vec<u8>,
     /// Bytes behind the published end that hold the beginning of a batch still arriving (follower only).
     arrived: u64,
+    /// Bytes handed out behind those, to be filled (follower only).
+    window: u64,
+    /// The newest epoch that segments from a leader may have.
+    max_epoch: Epoch,
     /// A header page that is still arriving (follower only).
     header_page: Vec<u8>,
     /// Whether what is arriving is a header page: of the next segment, or once more of an open one without batches.
@@ -83,6 +90,7 @@ pub struct LogEnd {
 impl LogWriter {
     pub(super) fn new(
         log: Arc<Log>,
+        lock: Arc<File>,
         open: Option<SegmentWriter>,
         end: LogEnd,
         timestamp: HybridTimestamp,
@@ -90,6 +98,7 @@ impl LogWriter {
     ) -> LogWriter {
         LogWriter {
             log,
+            _lock: lock,
             open,
             next_lsn: end.head.next(),
             chain: end.chain,
@@ -97,6 +106,8 @@ impl LogWriter {
             timestamp,
             frame: Vec::new(),
             arrived: 0,
+            window: 0,
+            max_epoch: Epoch(u64::MAX),
             header_page: Vec::new(),
             header_due: false,
             populate_at: 0,
@@ -138,6 +149,11 @@ impl LogWriter {
         }
         self.epoch = epoch;
         Ok(())
+    }
+
+    /// The newest epoch that [ingested](Self::ingest_filled) segments may have: what has been agreed with the leader.
+    pub fn set_max_epoch(&mut self, epoch: Epoch) {
+        self.max_epoch = epoch;
     }
 
     /// Appends one record and returns its LSN at once: it is in the mapped log, and readers see it. It is on stable
@@ -293,12 +309,14 @@ impl LogWriter {
             let rest = self.header_page.get_mut(usize::try_from(self.arrived).unwrap_or(usize::MAX)..);
             let rest = rest.ok_or_else(|| Error::invalid("a header page is 4096 bytes"))?;
             let len = rest.len().min(usize::try_from(len).unwrap_or(usize::MAX));
+            self.window = len as u64;
             return Ok(&mut rest[..len]);
         };
         let to = open.room().min(self.arrived.saturating_add(len));
         if to == self.arrived {
             return Err(Error::invalid(format!("the segment that begins with LSN {segment} has no room for more")));
         }
+        self.window = to - self.arrived;
         Ok(open.unpublished(self.arrived..to))
     }
 
@@ -319,6 +337,10 @@ impl LogWriter {
     /// [`Error::Invalid`] if the bytes do not continue this log; nothing of them is kept, and the log stays what it
     /// was. Also what can go wrong with opening a segment.
     pub fn ingest_filled(&mut self, len: u64) -> Result<Lsn> {
+        if len > self.window {
+            return Err(Error::invalid(format!("{len} bytes of a window of {}", self.window)));
+        }
+        self.window = 0;
         self.arrived += len;
         let result = if self.header_due { self.ingest_header() } else { self.ingest_batches() };
         if result.is_err() {
@@ -329,7 +351,8 @@ impl LogWriter {
 
     /// Forgets the beginning of a batch that will not be completed by the stream it came from, and leaves zeros.
     pub fn discard_partial(&mut self) {
-        let arrived = std::mem::take(&mut self.arrived);
+        // Also what was handed out and may have been filled without anybody saying so.
+        let arrived = std::mem::take(&mut self.arrived) + std::mem::take(&mut self.window);
         self.header_page.clear();
         if !std::mem::take(&mut self.header_due)
             && let Some(open) = &mut self.open
@@ -348,10 +371,7 @@ impl LogWriter {
             self.header_page.first_chunk().ok_or_else(|| Error::invalid("a header page is 4096 bytes"))?;
         let header = SegmentHeader::decode(page)
             .map_err(|reason| Error::invalid(format!("the header of a segment arrived damaged: {reason}")))?;
-        if let Some(open) = &self.open {
-            if header != *open.segment().header() {
-                return Err(Error::invalid("a segment arrived again with another header"));
-            }
+        if self.open.as_ref().is_some_and(|open| header == *open.segment().header()) {
             self.arrived = 0;
             self.header_due = false;
             return Ok(());
@@ -359,7 +379,7 @@ impl LogWriter {
         let due = SegmentHeader {
             id: WalSegmentId { region: identity.region, shard: identity.shard, first_lsn: self.next_lsn },
             cluster: identity.cluster,
-            epoch: header.epoch.max(self.epoch),
+            epoch: header.epoch.max(self.epoch).min(self.max_epoch),
             chain_before: self.chain,
             segment_size: identity.segment_size,
         };
@@ -369,6 +389,10 @@ impl LogWriter {
             )));
         }
         let prepared = self.log.spares().take()?;
+        // A leader that came back under a newer epoch may have replaced a segment in which it had written nothing.
+        if let Some(empty) = self.open.take() {
+            self.log.discard_empty(empty);
+        }
         self.open = Some(self.log.activate(prepared, header)?);
         self.epoch = header.epoch;
         self.arrived = 0;
@@ -381,13 +405,18 @@ impl LogWriter {
     /// Checks and publishes every batch that has arrived as a whole.
     fn ingest_batches(&mut self) -> Result<()> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        let room = open.room();
+        let (room, end) = (open.room(), open.end());
         let arrived = open.unpublished(0..self.arrived);
         let mut expected = Expected { first_lsn: self.next_lsn, chain: self.chain, epoch: self.epoch };
         let mut whole = 0usize;
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
             match batch::verify(&arrived[whole..], room - whole as u64, expected) {
+                Ok(header) if header.is_sealing() && end + whole as u64 == SEGMENT_HEADER_LEN => {
+                    return Err(Error::invalid(
+                        "a segment without records is sealed: its successor would have its name",
+                    ));
+                }
                 Ok(header) => {
                     whole += usize::try_from(header.total_len()).unwrap_or(usize::MAX);
                     expected.first_lsn = header.last_lsn().next();
