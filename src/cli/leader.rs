@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use towline::target::{FixedStore, ReplicationTarget};
-use towline::{Commit, Epoch, Lsn, Node, NodeBuilder, NodeId, ShardId, ShutdownSignal};
+use towline::{Commit, Epoch, Lsn, Node, NodeBuilder, NodeId, ShardId, ShutdownSignal, Until, WaitStrategy};
 
 use super::input::{RecordLines, Taken, append_stdin};
 use super::kv::{self, KvWriter, Shape};
@@ -59,7 +59,7 @@ pub(super) struct Leader {
     /// With --stdin: leave at the end of the input once every record is committed, instead of going on serving
     #[arg(long, requires = "stdin")]
     exit_on_eof: bool,
-    /// With --exit-on-eof: give up waiting for the last commits after this many seconds
+    /// When about to leave: give up waiting for the last commits after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     commit_timeout: u64,
     /// Listen on an address that other machines reach, although nothing is encrypted
@@ -147,33 +147,57 @@ impl Leader {
                 (append_stdin(&mut RecordLines::new(writers), stop)?, 0)
             }
         };
-        let deadline = Instant::now() + Duration::from_secs(self.commit_timeout);
+        // Who goes on serving has time.
+        let leaves = self.exit_on_eof || taken.problem.is_some();
+        let deadline = leaves.then(|| Instant::now() + Duration::from_secs(self.commit_timeout));
+        let heads: Vec<_> = shards
+            .iter()
+            .map(|&shard| leader.log(shard).map(|log| (shard, log.head())))
+            .collect::<towline::Result<_>>()?;
+        self.wait_for_commits(leader, &heads, deadline, stop)?;
         let mut ingested = Ingested { records: 0, committed: 0, problem: taken.problem };
-        for (&shard, &before) in shards.iter().zip(&before) {
-            let head = leader.log(shard)?.head();
+        for (&(shard, head), &before) in heads.iter().zip(&before) {
+            let commits = leader.commits(shard)?;
+            let committed = match commits.wait(head, self.commit, Some(Instant::now())) {
+                towline::Outcome::Committed => head,
+                _ => commits.committed().min(head),
+            };
             ingested.records += head.records_since(before);
-            ingested.committed += self.wait_for(leader, shard, head, deadline, stop)?.records_since(before);
+            ingested.committed += committed.records_since(before);
         }
         let idle = if idle_deletes == 0 { String::new() } else { format!("; {idle_deletes} deletes found no key") };
         println!("{} of {} records committed ({}){idle}", ingested.committed, ingested.records, self.commit);
         Ok(ingested)
     }
 
-    /// Waits for the last record of a shard; tells up to where it is committed.
-    fn wait_for(
+    /// Waits until the heads of all shards are committed and the leader's own store shows them, or `stop` is given.
+    fn wait_for_commits(
         &self,
         leader: &towline::Leader,
-        shard: ShardId,
-        head: Lsn,
-        deadline: Instant,
+        heads: &[(ShardId, Lsn)],
+        deadline: Option<Instant>,
         stop: &ShutdownSignal,
-    ) -> towline::Result<Lsn> {
-        let commits = leader.commits(shard)?;
-        // An interrupt ends the waiting, but what is committed by then is counted.
-        let deadline = if self.exit_on_eof && !stop.is_shutdown() { deadline } else { Instant::now() };
-        match commits.wait(head, self.commit, Some(deadline)) {
-            towline::Outcome::Committed => Ok(head),
-            _ => Ok(commits.committed().min(head)),
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let mut waits = Vec::new();
+        for &(shard, head) in heads {
+            waits.push((Arc::clone(leader.commits(shard)?), head));
         }
+        let (commit, done) = (self.commit, ShutdownSignal::new());
+        let all = done.clone();
+        // On a thread of its own, which ends with the leader at the latest: an interrupt need not wait for it.
+        std::thread::Builder::new().name("tl-commits".to_owned()).spawn(move || {
+            for (commits, head) in waits {
+                let _ = commits.wait(head, commit, deadline);
+            }
+            all.shutdown();
+        })?;
+        towline::wait_any(&[done.until(), stop.until()], WaitStrategy::Park, None);
+        for &(shard, head) in heads {
+            let Some(applied) = leader.applied(shard)? else { continue };
+            let shown = Until { mark: applied, at_least: head };
+            let ends = [shown, leader.log(shard)?.until_ended(), stop.until()];
+            towline::wait_any(&ends, WaitStrategy::Park, deadline);
+        }
+        Ok(())
     }
 }
