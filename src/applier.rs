@@ -11,7 +11,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::types::ShardId;
 use crate::wal::{Log, LogReader};
-use crate::watermark::{Until, Watermark, wait_any};
+use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
 
 /// Applies one shard's log to a target.
 pub(crate) struct Applier {
@@ -37,7 +37,7 @@ impl Applier {
                 return self.target.sync(self.shard);
             }
             let more = Until { mark: self.log.written(), at_least: self.applied.load().next() };
-            wait_any(&[more, self.stop.until()], self.log.options().wait, None);
+            wait_any(&[more, self.stop.until()], WaitStrategy::Park, None);
         }
     }
 

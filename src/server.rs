@@ -20,7 +20,7 @@ use crate::shipper::Shipper;
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
-use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener};
+use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
@@ -132,6 +132,7 @@ impl Server {
             match Server::serve(&this, connection) {
                 Ok(()) => log::debug!("{peer} left"),
                 Err(error) if this.stop.is_shutdown() => log::debug!("{peer}: {error}"),
+                Err(error) if is_closed_by_peer(&error) => log::info!("{peer}: {error}"),
                 Err(error) => log::warn!("{peer}: {error}"),
             }
         });

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage or a difference found.
 
+mod bench;
 mod demo;
 mod follower;
 mod get;
@@ -55,6 +56,7 @@ enum Command {
     Status(status::Status),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
+    Bench(bench::Bench),
 }
 
 /// Reads the command line and does what it says.
@@ -71,6 +73,7 @@ pub fn run() -> ExitCode {
         Command::Status(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Verify(command) => command.run(),
+        Command::Bench(command) => command.run(),
     };
     match outcome {
         Ok(code) => ExitCode::from(code),

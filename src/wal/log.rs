@@ -32,7 +32,7 @@ use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{SegmentHeader, sync_directory};
 use crate::wal::spares::{Prepared, Spares};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
-use crate::watermark::{Until, Waited, Watermark, wait_any};
+use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
 
 /// The log of one shard, as its readers and waiters see it. Shared by reference count; the one
 /// [`LogWriter`](super::LogWriter) and any number of readers hold it.
@@ -313,6 +313,15 @@ impl Log {
         self.segments.write().pop_if(|last| Arc::ptr_eq(last, open.segment()));
     }
 
+    /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it.
+    pub(super) fn populate_at_start(&self) -> u64 {
+        if self.options.populate_ahead >= self.identity.segment_size {
+            u64::MAX
+        } else {
+            self.options.populate_ahead / 2
+        }
+    }
+
     /// Has pages ahead of the writer made ready; returns the published end at which to ask again.
     #[cold]
     pub(super) fn populate_behind(&self, segment: &Arc<Segment>, end: u64) -> u64 {
@@ -403,9 +412,9 @@ impl Log {
         let Some(delay) = self.options.sync.background_delay() else { return };
         while self.check_writable().is_ok() {
             let dirty = Until { mark: &self.written, at_least: self.synced.load().next() };
-            wait_any(&[dirty, self.until_ended()], self.options.wait, None);
+            wait_any(&[dirty, self.until_ended()], WaitStrategy::Park, None);
             let wanted = Until { mark: &self.sync_wanted, at_least: self.synced.load().next() };
-            wait_any(&[wanted, self.until_ended()], self.options.wait, Instant::now().checked_add(delay));
+            wait_any(&[wanted, self.until_ended()], WaitStrategy::Park, Instant::now().checked_add(delay));
             if self.check_writable().is_ok()
                 && let Err(error) = self.sync_all()
             {

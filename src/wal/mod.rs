@@ -91,7 +91,8 @@ pub struct WalOptions {
     pub spare_segments: usize,
     /// Bytes ahead of the writer whose page faults are taken by the preparing thread; 0 for none. Default: 4 MiB.
     pub populate_ahead: u64,
-    /// How its waiters wait. Default: [`WaitStrategy::Park`].
+    /// How those wait whom somebody is waiting for in turn: who waits for a sync or a commit, and shippers. Threads in
+    /// the background always park. Default: [`WaitStrategy::Park`].
     pub wait: WaitStrategy,
     /// The LSN known to be on stable storage from elsewhere, as from a checkpoint: damage at or below it is
     /// corruption, never a torn tail. Default: none.
@@ -150,8 +151,7 @@ impl Wal {
                 torn.reason
             );
         }
-        let shard = identity.shard;
-        let spares = Spares::new(directory, shard, identity.segment_size, options.spare_segments, recovered.leftovers)?;
+        let spares = Spares::new(directory, &identity, &options, recovered.leftovers);
         let mut segments = Vec::with_capacity(recovered.segments.len());
         let mut open = None;
         let mut last = None;

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::zero_in_pages;
+use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
@@ -33,6 +34,7 @@ pub(super) struct Spares {
     shard: ShardId,
     segment_size: u64,
     keep: usize,
+    populate_ahead: u64,
     state: Mutex<State>,
     /// Something for the preparing thread to do.
     wanted: Condvar,
@@ -43,6 +45,8 @@ pub(super) struct Spares {
 #[derive(Default)]
 struct State {
     ready: VecDeque<Prepared>,
+    /// More are being made until as many are ready as are kept.
+    refilling: bool,
     /// Files that held segments or spares before.
     used: Vec<PathBuf>,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
@@ -53,6 +57,8 @@ struct State {
     populate: Option<(Arc<Segment>, std::ops::Range<u64>)>,
     /// Up to where which segment (by its first LSN) has been asked to be made ready.
     populated: (Lsn, u64),
+    /// Spares that have become segments.
+    taken: u64,
     next_name: u64,
     stopped: bool,
 }
@@ -65,31 +71,20 @@ enum Work {
 
 impl Spares {
     /// Spares in `directory`; `used` are left-over files there that may be filled again.
-    pub(super) fn new(
-        directory: &Path,
-        shard: ShardId,
-        segment_size: u64,
-        keep: usize,
-        used: Vec<PathBuf>,
-    ) -> Result<Spares> {
-        let mut state = State::default();
-        for path in used {
-            let name = spare_path(directory, state.next_name);
-            state.next_name += 1;
-            // Under a name that cannot be taken for a segment, whatever it was before.
-            let aside = name.with_extension("old");
-            std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
-            state.used.push(aside);
-        }
-        Ok(Spares {
+    pub(super) fn new(directory: &Path, identity: &LogIdentity, options: &WalOptions, used: Vec<PathBuf>) -> Spares {
+        // New names must not be those of left-over files.
+        let next_name = used.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
+        let state = State { used, next_name, ..State::default() };
+        Spares {
             directory: directory.to_owned(),
-            shard,
-            segment_size,
-            keep: keep.max(1),
+            shard: identity.shard,
+            segment_size: identity.segment_size,
+            keep: options.spare_segments.max(1),
+            populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             wanted: Condvar::new(),
             made: Condvar::new(),
-        })
+        }
     }
 
     /// Takes a spare, waiting for one if need be.
@@ -102,6 +97,7 @@ impl Spares {
         loop {
             if let Some(prepared) = state.ready.pop_front() {
                 state.waiting = false;
+                state.taken += 1;
                 self.wanted.notify_one();
                 return Ok(prepared);
             }
@@ -132,7 +128,8 @@ impl Spares {
         let first_lsn = segment.id().first_lsn;
         let mut state = self.state.lock();
         // What an earlier request covered need not be made ready again.
-        let from = if state.populated.0 == first_lsn { state.populated.1.max(end) } else { end };
+        let ready = if state.populated.0 == first_lsn { state.populated.1 } else { ahead };
+        let from = ready.max(end);
         if from < to {
             state.populated = (first_lsn, to);
             state.populate = Some((Arc::clone(segment), from..to));
@@ -150,8 +147,8 @@ impl Spares {
             drop(state);
             return std::fs::remove_file(&path).map_err(Error::io("remove", &path));
         }
-        let aside = spare_path(&self.directory, state.next_name).with_extension("old");
         state.next_name += 1;
+        let aside = spare_path(&self.directory, state.next_name);
         std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
         state.used.push(aside);
         self.wanted.notify_one();
@@ -207,8 +204,11 @@ impl Spares {
             if let Some((segment, range)) = state.populate.take() {
                 return Work::Populate(segment, range);
             }
+            // Filled up from half on, so that a burst is not slowed by its own replenishment.
+            let ready = state.ready.len();
+            state.refilling = ready < self.keep && (state.refilling || ready <= self.keep / 2);
             // After a failure nothing is tried until the writer asks again.
-            if state.ready.len() < self.keep && (!state.failed || (state.waiting && state.failure.is_none())) {
+            if state.refilling && (!state.failed || (state.waiting && state.failure.is_none())) {
                 let path = state.used.pop().unwrap_or_else(|| {
                     state.next_name += 1;
                     spare_path(&self.directory, state.next_name)
@@ -223,7 +223,8 @@ impl Spares {
     fn prepare(&self, path: &Path) -> Result<Prepared> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;
-        if file.metadata().map_err(Error::io("look at", path))?.len() > self.segment_size {
+        let len = file.metadata().map_err(Error::io("look at", path))?.len();
+        if len > self.segment_size {
             file.set_len(self.segment_size).map_err(Error::io("shorten", path))?;
         }
         let mut at = 0;
@@ -240,10 +241,26 @@ impl Spares {
                 return Err(Error::ShutDown);
             }
         }
-        file.sync_all().map_err(Error::io("sync", path))?;
+        // So that later syncs find every block allocated. A file that had its length before has its blocks too, and
+        // what is left of its old bytes after a crash validates nowhere. A writer that is about to run out of spares
+        // gets this one at once: the blocks are reserved, so nothing can fail for want of room, and its first syncs
+        // allocate them.
+        let urgent = {
+            let state = self.state.lock();
+            state.ready.is_empty() && state.taken > 0
+        };
+        if len < self.segment_size && !urgent {
+            file.sync_all().map_err(Error::io("sync", path))?;
+        }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
+        mapping.populate(0..self.populate_ahead.min(self.segment_size));
         Ok(Prepared { path: path.to_owned(), file, mapping })
     }
+}
+
+/// The number in the name of a spare file.
+fn spare_number(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("spare-")?.strip_suffix(".wal.tmp")?.parse().ok()
 }
 
 fn spare_path(directory: &Path, number: u64) -> PathBuf {

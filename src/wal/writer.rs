@@ -18,6 +18,13 @@ use crate::wal::{SyncPolicy, TornTail};
 
 const HEADER: usize = limits::index(BATCH_HEADER_LEN);
 
+/// Batches of at least this many bytes go in through the file rather than the mapping. Measured here, into pages that
+/// have not been touched since they were filled: 16 KiB take 9 us as stores, a fault for each page, and 4 us as one
+/// write; 1 KiB take 0.5 us as a store and 1 us as a write. Elsewhere than on Linux, mapping and file need not agree.
+const WRITE_THROUGH_FILE_FROM: u64 = if cfg!(target_os = "linux") { 8 * 1024 } else { u64::MAX };
+/// Memory for framing that is kept from one batch to the next.
+const KEEP_FRAME: usize = 1 << 20;
+
 /// Puts records into one shard's log. There is one for each [`Log`], and it cannot be cloned; who wants several
 /// threads to append puts it behind a lock, or uses one shard for each.
 ///
@@ -45,6 +52,8 @@ pub struct LogWriter {
     /// Epoch of the batches to come. The open segment may still be of an older one: then the next batch rolls.
     epoch: Epoch,
     timestamp: HybridTimestamp,
+    /// Where batches are framed that go in through the file.
+    frame: Vec<u8>,
     /// Bytes behind the published end that hold the beginning of a batch still arriving (follower only).
     arrived: u64,
     /// A header page that is still arriving (follower only).
@@ -86,6 +95,7 @@ impl LogWriter {
             chain: end.chain,
             epoch: end.epoch,
             timestamp,
+            frame: Vec::new(),
             arrived: 0,
             header_page: Vec::new(),
             header_due: false,
@@ -186,11 +196,12 @@ impl LogWriter {
         self.log.check_writable()?;
         let header = self.next_header(record_count, body_len, 0);
         let Some(open) = &mut self.open else { return Err(Error::ShutDown) };
-        let batch = open.unpublished(0..total);
-        let body_end = HEADER + body_len as usize;
-        fill(&mut batch[HEADER..body_end]);
-        batch[body_end..].fill(0);
-        self.chain = put_header(batch, header);
+        if total < WRITE_THROUGH_FILE_FROM {
+            self.chain = put_batch(open.unpublished(0..total), header, fill);
+            open.prefetch(total);
+        } else {
+            self.chain = write_batch(open, &mut self.frame, total, header, fill)?;
+        }
         self.timestamp = header.timestamp;
         open.publish(total);
         let last = header.last_lsn();
@@ -253,7 +264,7 @@ impl LogWriter {
             segment_size: self.log.identity().segment_size,
         };
         self.open = Some(self.log.activate(prepared, header)?);
-        self.populate_at = 0;
+        self.populate_at = self.log.populate_at_start();
         Ok(())
     }
 
@@ -362,7 +373,7 @@ impl LogWriter {
         self.epoch = header.epoch;
         self.arrived = 0;
         self.header_due = false;
-        self.populate_at = 0;
+        self.populate_at = self.log.populate_at_start();
         self.header_page.clear();
         Ok(())
     }
@@ -432,6 +443,32 @@ fn put_record(to: &mut [u8], record: &[u8]) {
     bytes.copy_from_slice(record);
 }
 
+/// Fills a whole batch: records, padding, header, checksum. Returns the chain after it.
+#[inline]
+fn put_batch(batch: &mut [u8], header: BatchHeader, fill: impl FnOnce(&mut [u8])) -> Chain {
+    let body_end = HEADER + header.body_len as usize;
+    fill(&mut batch[HEADER..body_end]);
+    batch[body_end..].fill(0);
+    put_header(batch, header)
+}
+
+/// The same through the file, by way of memory that stays in the cache.
+fn write_batch(
+    open: &mut SegmentWriter,
+    frame: &mut Vec<u8>,
+    total: u64,
+    header: BatchHeader,
+    fill: impl FnOnce(&mut [u8]),
+) -> Result<Chain> {
+    frame.resize(limits::index(total), 0);
+    let chain = put_batch(frame, header, fill);
+    open.write_unpublished(frame).map_err(Error::io("write", open.segment().path()))?;
+    if frame.capacity() > KEEP_FRAME {
+        *frame = Vec::new();
+    }
+    Ok(chain)
+}
+
 /// Writes the header in front of a finished body, then the checksum over both, and returns the chain after it.
 #[inline]
 fn put_header(batch: &mut [u8], header: BatchHeader) -> Chain {
@@ -445,7 +482,8 @@ fn put_header(batch: &mut [u8], header: BatchHeader) -> Chain {
 
 /// The wall clock; 0 before 1970.
 #[inline]
-#[allow(clippy::cast_possible_truncation, reason = "milliseconds fit in 64 bits for longer than there are years")]
 pub(crate) fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    // Not `as_millis`, which is 128 bits wide: that costs 8 ns of an append.
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    since.as_secs() * 1000 + u64::from(since.subsec_millis())
 }

@@ -1,0 +1,42 @@
+//! What is checked and decoded on the way in: batches by the receiver and by recovery, frame headers by every stream.
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use towline::wal::{BatchIter, Expected, batch};
+use towline::wire::{FrameHeader, FrameKind};
+use towline::{Chain, Epoch, HybridTimestamp, Lsn};
+
+const AT: Expected = Expected { first_lsn: Lsn(1), chain: Chain(0), epoch: Epoch(1) };
+
+fn batches(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("batch");
+    for (records, size) in [(1_usize, 128_usize), (1, 1024), (1, 16 * 1024), (256, 128)] {
+        let record = vec![0x5a; size];
+        let bytes = batch::build(AT, HybridTimestamp::default(), Lsn::ZERO, &vec![&record[..]; records]);
+        let name = format!("{records} of {size}");
+        group.throughput(Throughput::Bytes(bytes.len() as u64));
+        group.bench_with_input(BenchmarkId::new("verify", &name), &bytes, |bencher, bytes| {
+            bencher.iter(|| batch::verify(black_box(bytes), bytes.len() as u64, AT));
+        });
+        group.bench_with_input(BenchmarkId::new("walk", &name), &bytes, |bencher, bytes| {
+            bencher.iter(|| {
+                let records = BatchIter::new(black_box(bytes)).flat_map(|batch| batch.records());
+                records.map(|record| record.bytes.len()).sum::<usize>()
+            });
+        });
+    }
+    group.finish();
+}
+
+fn frames(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("frame header");
+    let header = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 65_536 };
+    let bytes = header.encode();
+    group.bench_function("encode", |bencher| bencher.iter(|| black_box(&header).encode()));
+    group.bench_function("decode", |bencher| bencher.iter(|| FrameHeader::decode(black_box(&bytes))));
+    group.finish();
+}
+
+criterion_group!(formats_group, batches, frames);
+criterion_main!(formats_group);

@@ -1,0 +1,128 @@
+//! Records that nobody waits for.
+//!
+//! Ours, three ways: *pages ready* has one segment that holds everything, every page of it writable before the clock
+//! starts, so that only the append path is measured; *spares ready* has the segments prepared and takes page faults as
+//! it goes; *defaults* is what a user gets who appends without pause, preparing and background syncs included.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use towline::wal::{LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions};
+use towline::{ClusterId, Epoch, RegionId, ShardId};
+
+use super::limits::{self, MappedFile};
+use super::machine::{self, Usage};
+use super::report::{Contest, Sample, Unit};
+use super::{BATCH_OVERHEAD, Bench, Result};
+
+pub(super) fn run(bench: &Bench) -> Result<()> {
+    for size in bench.record_sizes(&[128, 1024, 16 * 1024]) {
+        let count = bench.volume(256 << 20, 32 << 20) / size;
+        let record = super::record(size);
+        let scratch = bench.scratch("append")?;
+        let len = limits::slot_len(record.len()) * usize::try_from(count)?;
+        let mut mapped = MappedFile::zeroed_in_pages(&scratch.path().join("mapped"), len)?;
+        let mut mapped_fresh = MappedFile::zeroed_in_pages(&scratch.path().join("fresh"), len)?;
+        let file = limits::zeroed_file(&scratch.path().join("written"), len)?;
+        let log_bytes = count * (size + BATCH_OVERHEAD);
+        Contest::new("append", size, Unit::RecordsPerSecond)
+            .bare("store to writable pages", || {
+                mapped.make_fresh()?;
+                mapped.make_writable();
+                timed(count, || filled(limits::append(mapped.bytes_mut(), &record, count), len))
+            })
+            .ours("pages ready", &["store to writable pages"], || {
+                let ready = Ready { segments: 1, populate: true, default: false };
+                ours(bench, &record, count, log_bytes, ready)
+            })
+            .bare("store to fresh pages", || {
+                mapped_fresh.make_fresh()?;
+                timed(count, || filled(limits::append(mapped_fresh.bytes_mut(), &record, count), len))
+            })
+            .ours("spares ready", &["store to writable pages", "store to fresh pages"], || {
+                let ready = Ready { segments: 4, populate: false, default: false };
+                ours(bench, &record, count, log_bytes, ready)
+            })
+            .bare("pwrite", || {
+                file.sync_data()?;
+                timed(count, || Ok(limits::append_with_pwrite(&file, &record, count)?))
+            })
+            .ours("defaults", &["store to fresh pages", "pwrite"], || {
+                let ready = Ready { segments: 6, populate: false, default: true };
+                ours(bench, &record, count, log_bytes, ready)
+            })
+            .run(bench)?;
+    }
+    Ok(())
+}
+
+/// Whether a bare program did all its work.
+fn filled(bytes: usize, len: usize) -> Result<()> {
+    if bytes == len { Ok(()) } else { Err(format!("{bytes} of {len} bytes were filled").into()) }
+}
+
+/// Records per second of something that appends `count`.
+pub(super) fn timed(count: u64, run: impl FnOnce() -> Result<()>) -> Result<Sample> {
+    let usage = Usage::now();
+    let began = Instant::now();
+    run()?;
+    let seconds = began.elapsed().as_secs_f64();
+    Ok(Sample::new(count as f64 / seconds).with("cpu_us_per_record", usage.cpu_us_per_record(count)))
+}
+
+/// How much is prepared before the clock starts.
+struct Ready {
+    /// Segments that the records fill.
+    segments: u64,
+    /// Every page of the first is writable.
+    populate: bool,
+    /// Default settings but for the segments' size: two spares, background syncs.
+    default: bool,
+}
+
+fn ours(bench: &Bench, record: &[u8], count: u64, log_bytes: u64, ready: Ready) -> Result<Sample> {
+    let segment_size = (log_bytes / ready.segments + (1 << 20)).next_multiple_of(4096).min(1 << 30);
+    let options = if ready.default {
+        WalOptions::default()
+    } else {
+        WalOptions {
+            sync: SyncPolicy::Never,
+            spare_segments: usize::try_from(ready.segments)?,
+            populate_ahead: segment_size,
+            ..WalOptions::default()
+        }
+    };
+    let scratch = bench.scratch("append-ours")?;
+    let (wal, mut writer) = open(scratch.path(), segment_size, options)?;
+    wal.wait_for_spares();
+    if ready.populate {
+        let before = machine::resident_bytes();
+        writer.append(record)?;
+        // The spare that replaces the one taken, so that preparing it does not run beside the clock.
+        wal.wait_for_spares();
+        wait_until_resident(before, segment_size);
+    }
+    timed(count, || {
+        for _ in 0..count {
+            writer.append(record)?;
+        }
+        Ok(())
+    })
+}
+
+/// Opens a log of its own, for measuring.
+pub(super) fn open(directory: &Path, segment_size: u64, options: WalOptions) -> towline::Result<(Wal, LogWriter)> {
+    let identity = LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: ShardId(0), segment_size };
+    let (wal, mut writer) = Wal::open(directory, identity, options)?;
+    writer.set_epoch(Epoch::FIRST)?;
+    Ok((wal, writer))
+}
+
+/// Waits until the pages that were asked for are there, as far as the system tells.
+fn wait_until_resident(before: Option<u64>, bytes: u64) {
+    let Some(before) = before else { return };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while machine::resident_bytes().is_some_and(|now| now < before + bytes / 100 * 98) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

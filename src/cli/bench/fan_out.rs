@@ -1,0 +1,80 @@
+//! What followers cost the writer: append rates with none, one, two and four of them.
+//!
+//! The limit beside it appends to writable pages while as many bare streams run at full speed, so that what the cores
+//! and the memory have to share is the same on both sides.
+
+use std::time::{Duration, Instant};
+
+use towline::wal::{SyncPolicy, WalOptions};
+
+use super::limits::{self, MappedFile};
+use super::nodes::{Nodes, Settings};
+use super::report::{Contest, Sample, Unit};
+use super::{Bench, Result, streams};
+
+const CASES: [(u16, &str, &str); 4] = [
+    (0, "no followers", "append alone"),
+    (1, "1 follower", "append beside 1 stream"),
+    (2, "2 followers", "append beside 2 streams"),
+    (4, "4 followers", "append beside 4 streams"),
+];
+/// Bytes of what bare streams send and where they go to, again and again.
+const STREAM_LEN: usize = 32 << 20;
+
+pub(super) fn run(bench: &Bench) -> Result<()> {
+    let for_at_least = Duration::from_millis(if bench.quick { 50 } else { 300 });
+    for size in bench.record_sizes(&[1024]) {
+        let record = super::record(size);
+        let count = bench.volume(256 << 20, 32 << 20) / size;
+        let scratch = bench.scratch("fan-out")?;
+        let log = |name: String, len| MappedFile::zeroed_in_pages(&scratch.path().join(name), len);
+        let log_len = limits::slot_len(record.len()) * usize::try_from(count)?;
+        let mut bare_log = log("log".to_owned(), log_len)?;
+        let from = log("from".to_owned(), STREAM_LEN)?;
+        let mut sinks = (0..4).map(|sink| log(format!("to-{sink}"), STREAM_LEN)).collect::<Result<Vec<_>, _>>()?;
+        for (followers, ours, bare) in CASES {
+            Contest::new("fan-out", size, Unit::RecordsPerSecond)
+                .bare(bare, || {
+                    bare_log.make_writable();
+                    let mut sinks: Vec<&mut [u8]> =
+                        sinks.iter_mut().take(usize::from(followers)).map(MappedFile::bytes_mut).collect();
+                    streams::beside_streams(from.bytes(), &mut sinks, || {
+                        append_for(bare_log.bytes_mut(), &record, for_at_least)
+                    })
+                    .map_err(Into::into)
+                })
+                .ours(ours, &[bare], || {
+                    let segment_size = if bench.quick { 16 << 20 } else { 64 << 20 };
+                    let wal = WalOptions {
+                        sync: SyncPolicy::Never,
+                        spare_segments: usize::try_from(count * (size + super::BATCH_OVERHEAD) / segment_size)? + 1,
+                        populate_ahead: segment_size,
+                        ..WalOptions::default()
+                    };
+                    let settings = Settings { wal, ..Settings::with_segments_of(segment_size) };
+                    let (nodes, mut writer) = Nodes::start(bench, followers, settings)?;
+                    let mut last = writer.end().head;
+                    let sample = super::append::timed(count, || {
+                        for _ in 0..count {
+                            last = writer.append(&record)?;
+                        }
+                        Ok(())
+                    })?;
+                    nodes.wait_applied(last)?;
+                    Ok(sample)
+                })
+                .run(bench)?;
+        }
+    }
+    Ok(())
+}
+
+/// Fills `log` again and again. Returns records per second.
+fn append_for(log: &mut [u8], record: &[u8], at_least: Duration) -> Sample {
+    let began = Instant::now();
+    let mut records = 0;
+    while began.elapsed() < at_least {
+        records += limits::append(log, record, u64::MAX) / limits::slot_len(record.len());
+    }
+    Sample::new(records as f64 / began.elapsed().as_secs_f64())
+}

@@ -1,0 +1,78 @@
+//! Leader to follower, live: from the first append to the last record applied at the follower.
+
+use std::time::Instant;
+
+use towline::wal::{SyncPolicy, WalOptions};
+
+use super::limits::{self, MappedFile};
+use super::machine::{self, Usage};
+use super::nodes::{Nodes, Settings};
+use super::recover::rate;
+use super::report::{Contest, Sample, Unit};
+use super::{BATCH_OVERHEAD, Bench, Result, streams};
+
+pub(super) fn run(bench: &Bench) -> Result<()> {
+    for size in bench.record_sizes(if bench.quick { &[1024] } else { &[128, 1024, 16 * 1024] }) {
+        let count = bench.volume(256 << 20, 32 << 20) / size;
+        let record = super::record(size);
+        let bytes = count * size;
+        let scratch = bench.scratch("ship")?;
+        let len = limits::slot_len(record.len()) * usize::try_from(count)?;
+        let mapped = |name| MappedFile::zeroed_in_pages(&scratch.path().join(name), len);
+        let (mut log, mut copy) = (mapped("log")?, mapped("copy")?);
+        let (mut from, mut to) = (mapped("from")?, mapped("to")?);
+        let segment_size = ((count * (size + BATCH_OVERHEAD)) / 4 + (1 << 20)).next_multiple_of(4096).min(64 << 20);
+        let spare_segments = usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 1;
+        Contest::new("ship", size, Unit::MegabytesPerSecond)
+            .bare("append, stream, receive with checksum, pages writable", || {
+                log.make_writable();
+                copy.make_writable();
+                let (usage, began) = (Usage::now(), Instant::now());
+                streams::append_and_stream(log.bytes_mut(), copy.bytes_mut(), &record)?;
+                Ok(rate(bytes, began).with("cpu_us_per_record", usage.cpu_us_per_record(count)))
+            })
+            .bare("stream only, pages writable", || {
+                from.make_writable();
+                to.make_writable();
+                let began = Instant::now();
+                streams::stream(from.bytes(), to.bytes_mut())?;
+                Ok(rate(bytes, began))
+            })
+            .ours(
+                "spares ready",
+                &["append, stream, receive with checksum, pages writable", "stream only, pages writable"],
+                || {
+                    let wal = WalOptions {
+                        sync: SyncPolicy::Never,
+                        spare_segments,
+                        populate_ahead: segment_size,
+                        ..WalOptions::default()
+                    };
+                    ours(bench, Settings { wal, ..Settings::with_segments_of(segment_size) }, &record, count)
+                },
+            )
+            .ours("defaults", &["append, stream, receive with checksum, pages writable"], || {
+                ours(bench, Settings::with_segments_of(segment_size), &record, count)
+            })
+            .run(bench)?;
+    }
+    Ok(())
+}
+
+fn ours(bench: &Bench, settings: Settings, record: &[u8], count: u64) -> Result<Sample> {
+    let (nodes, mut writer) = Nodes::start(bench, 1, settings)?;
+    let (usage, began) = (Usage::now(), Instant::now());
+    let mut last = writer.end().head;
+    for _ in 0..count {
+        last = writer.append(record)?;
+    }
+    let appended = began.elapsed();
+    nodes.wait_applied(last)?;
+    let megabyte = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64 / 1e6);
+    Ok(rate(count * record.len() as u64, began)
+        .with("append_share", Some(appended.as_secs_f64() / began.elapsed().as_secs_f64()))
+        .with("cpu_us_per_record", usage.cpu_us_per_record(count))
+        .with("threads", machine::threads().map(|threads| threads as f64))
+        .with("rss_mb", megabyte(machine::resident_bytes()))
+        .with("anonymous_mb", megabyte(machine::anonymous_bytes())))
+}
