@@ -25,7 +25,7 @@ impl RedbTarget {
         std::fs::create_dir_all(directory).map_err(redb_error)?;
         let open = |shard| -> Result<_> {
             let database = Database::create(directory.join(format!("shard-{shard}.redb"))).map_err(redb_error)?;
-            write(&database, |txn| Ok(drop((txn.open_table(DATA)?, txn.open_table(MARKS)?))))?;
+            write(&database, |txn| txn.open_table(DATA).and(txn.open_table(MARKS).map(drop)).map_err(Into::into))?;
             Ok(Arc::new((database, Mutex::default())))
         };
         Ok(RedbTarget((0..shards).map(open).collect::<Result<_>>()?))
@@ -53,7 +53,8 @@ impl RedbTarget {
             for (key, value) in changes {
                 let _ = if let Some(value) = value { data.insert(key, value)? } else { data.remove(key)? };
             }
-            Ok(drop(txn.open_table(MARKS)?.insert("applied", last.lsn.get())?))
+            txn.open_table(MARKS)?.insert("applied", last.lsn.get())?;
+            Ok(())
         })
     }
 }
@@ -97,7 +98,8 @@ impl ReplicationTarget for RedbTarget {
             drop(txn.open_table(DATA)?);
             let mut marks = txn.open_table(MARKS)?;
             marks.insert("rebuilding", 1)?;
-            Ok(drop(marks.insert("applied", info.base_lsn.get())?))
+            marks.insert("applied", info.base_lsn.get())?;
+            Ok(())
         })?;
         Ok(Box::new(Rebuild { shard: Arc::clone(own), token, base_lsn: info.base_lsn, chunks: 0 }))
     }
@@ -156,7 +158,10 @@ impl BaseSink for Rebuild {
         self.chunks += 1;
         write(&self.shard.0, |txn| {
             let mut data = txn.open_table(DATA)?;
-            puts.into_iter().try_for_each(|(key, value)| Ok(drop(data.insert(key, value)?)))
+            for (key, value) in puts {
+                data.insert(key, value)?;
+            }
+            Ok(())
         })
     }
     fn consistent_from(&self) -> Lsn {
@@ -166,7 +171,10 @@ impl BaseSink for Rebuild {
         check(self.shard.1.lock().unwrap().as_ptr() == Arc::as_ptr(&self.token), "this rebuild is over")?;
         let applied = mark(&self.shard.0, "applied")?;
         check(applied >= achieved.max(self.base_lsn).get(), "the log is not applied up to the end of the rebuild")?;
-        write(&self.shard.0, |txn| Ok(drop(txn.open_table(MARKS)?.remove("rebuilding")?)))?;
+        write(&self.shard.0, |txn| {
+            txn.open_table(MARKS)?.remove("rebuilding")?;
+            Ok(())
+        })?;
         self.cancel();
         Ok(())
     }
@@ -222,7 +230,7 @@ mod tests {
     /// The value that `number` of a shard must have once everything is applied: some are overwritten, some deleted.
     fn expected(shard: ShardId, number: u64) -> Option<Vec<u8>> {
         (number % 5 != 3)
-            .then(|| format!("{shard}:{number}:{}", if number % 3 == 0 { "new" } else { "old" }).into_bytes())
+            .then(|| format!("{shard}:{number}:{}", if number.is_multiple_of(3) { "new" } else { "old" }).into_bytes())
     }
 
     fn append(leader: &Leader, numbers: std::ops::Range<u64>) {
