@@ -472,6 +472,18 @@ mod tests {
     }
 
     #[test]
+    fn a_target_may_keep_its_state_there_before_the_directory_is_made() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("node");
+        std::fs::create_dir_all(path.join(STORE)).unwrap();
+        std::fs::write(path.join(STORE).join("anything"), b"x").unwrap();
+        assert!(DataDir::open(&path).unwrap().is_none());
+        drop(DataDir::create(&path, MANIFEST_OF_TWO).unwrap());
+        assert!(DataDir::open(&path).unwrap().is_some());
+        assert_eq!(std::fs::read(path.join(STORE).join("anything")).unwrap(), b"x");
+    }
+
+    #[test]
     fn a_manifest_survives_its_file_and_every_flipped_bit_and_cut_is_found() {
         let bytes = MANIFEST_OF_TWO.encode();
         assert_eq!(decode(&bytes).unwrap(), MANIFEST_OF_TWO);

@@ -221,3 +221,25 @@ fn split(line: &[u8]) -> (&[u8], Option<&[u8]>) {
         None => (line, None),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_is_two_numbers() {
+        assert!(matches!("16:64".parse(), Ok(Shape { key_len: 16, value_len: 64 })));
+        for text in ["", "16", "16:", ":64", "16:64:1", "a:b", "-1:2", "5000000000:1"] {
+            assert!(text.parse::<Shape>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_is_split_at_its_first_tab() {
+        assert_eq!(split(b"k\tv"), (&b"k"[..], Some(&b"v"[..])));
+        assert_eq!(split(b"k\t\t"), (&b"k"[..], Some(&b"\t"[..])));
+        assert_eq!(split(b"k\t"), (&b"k"[..], Some(&b""[..])));
+        assert_eq!(split(b"k"), (&b"k"[..], None));
+        assert_eq!(split(b""), (&b""[..], None));
+    }
+}
