@@ -6,6 +6,7 @@
 //! | `MANIFEST` | what the directory is: see below; replaced as a whole |
 //! | `replication.ckpt` | applied marks; replaced as a whole |
 //! | `shard-0003/` | the log of shard 3 |
+//! | `store/` | the state of the node's own target, if it keeps it here; nothing in it is looked at |
 //!
 //! `MANIFEST` is made last: a directory without one, in which nothing has been written yet, is as good as empty. A
 //! directory that has a log but no `MANIFEST` is damaged, and is never taken for a new one.
@@ -46,6 +47,9 @@ use crate::wal::segment::{is_valid_size, sync_directory};
 const LOCK: &str = "LOCK";
 const MANIFEST: &str = "MANIFEST";
 const CHECKPOINT: &str = "replication.ckpt";
+/// The directory within a data directory where a node's target may keep its state, before and after the data directory
+/// is made. Whose it is, and that it fits the log, is the target's to check.
+pub const STORE: &str = "store";
 
 const MAGIC: [u8; 8] = *b"TOWLMAN\0";
 /// Version of the format of `MANIFEST`.
@@ -402,6 +406,7 @@ fn refuse_foreign_content(directory: &Path) -> Result<()> {
             || name == "lost+found"
             || name == LOCK
             || name == CHECKPOINT
+            || name == STORE
             || is_temporary(&name)
             || is_shard_directory(&name)
         {
@@ -464,6 +469,18 @@ mod tests {
         let crc = crc32fast::hash(&bytes[..end]);
         bytes[end..].copy_from_slice(&crc.to_le_bytes());
         bytes
+    }
+
+    #[test]
+    fn a_target_may_keep_its_state_there_before_the_directory_is_made() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("node");
+        std::fs::create_dir_all(path.join(STORE)).unwrap();
+        std::fs::write(path.join(STORE).join("anything"), b"x").unwrap();
+        assert!(DataDir::open(&path).unwrap().is_none());
+        drop(DataDir::create(&path, MANIFEST_OF_TWO).unwrap());
+        assert!(DataDir::open(&path).unwrap().is_some());
+        assert_eq!(std::fs::read(path.join(STORE).join("anything")).unwrap(), b"x");
     }
 
     #[test]

@@ -4,15 +4,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use towline::target::LogOnly;
-use towline::{Node, NodeId};
+use towline::data_dir::DataDir;
+use towline::target::{FixedStore, FixedStoreOptions, LogOnly, ReplicationTarget};
+use towline::{Error, Node, NodeId, ShutdownSignal};
 
-use super::{DONE, Outcome};
+use super::{DONE, Outcome, kv};
 
 /// Follow a leader: keep a byte-identical copy of its log, and keep up with it.
 ///
 /// The directory is made at the first contact with the leader, who says how many shards there are. A leader that
 /// goes away is waited for; a refusal that waiting cannot mend ends the command.
+///
+/// Of a leader that keeps a store, the follower keeps the store too: `get` and `scan` read it at any time.
 ///
 /// Example:  towline follower --dir /var/lib/towline-copy --leader 127.0.0.1:7400
 #[derive(Args)]
@@ -27,6 +30,9 @@ pub(super) struct Follower {
     /// This node's id [default: random, kept in the directory]
     #[arg(long)]
     node_id: Option<u64>,
+    /// Keep no store, even if the leader has one
+    #[arg(long)]
+    log_only: bool,
     /// Address at which to answer `status` and `tail` [default: none]
     #[arg(long)]
     listen: Option<String>,
@@ -42,24 +48,59 @@ impl Follower {
         if let Some(node) = self.node_id {
             builder = builder.node_id(NodeId(node));
         }
-        if let Some(address) = self.listen {
+        if let Some(address) = &self.listen {
             builder = builder.listen(address);
         }
-        let follower = match builder.follow(&self.leader, Arc::new(LogOnly)) {
+        let followed = self.store(&stop).and_then(|store| {
+            let target =
+                store.clone().map_or_else(|| Arc::new(LogOnly) as Arc<dyn ReplicationTarget>, |store| store as _);
+            Ok((builder.follow(&self.leader, target)?, store))
+        });
+        let (follower, store) = match followed {
             Err(error) if error.is_shutdown() && stop.is_shutdown() => return Ok(DONE),
             other => other?,
         };
         let manifest = follower.manifest();
         eprintln!(
-            "following {} into {} with {} shards, node {}{}",
+            "following {} into {} with {} shards{}, node {}{}",
             self.leader,
             self.dir.display(),
             manifest.shard_count,
+            kv::describe(store.as_deref()),
             manifest.node,
             follower.local_address().map(|address| format!(", listening at {address}")).unwrap_or_default()
         );
         follower.wait()?;
         follower.shutdown()?;
+        kv::close(store)?;
         Ok(DONE)
+    }
+
+    /// The node's store: the one that is there, or, in a directory that is yet to be made, one like the leader's. The
+    /// choice is made once: a directory that was made without a store keeps the log only.
+    fn store(&self, stop: &ShutdownSignal) -> towline::Result<Option<Arc<FixedStore>>> {
+        if self.log_only {
+            return Ok(None);
+        }
+        if let Some(store) = kv::open_existing(&self.dir)? {
+            return Ok(Some(store));
+        }
+        match DataDir::read_manifest(&self.dir) {
+            Ok(_) => return Ok(None),
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let info = super::ask_topology(&self.leader, stop)?;
+        let options = FixedStoreOptions {
+            key_len: info.key_len,
+            value_len: info.value_len,
+            shard_count: info.shard_count,
+            prefix_bits: info.prefix_bits,
+        };
+        // A store has keys: a leader that tells no length keeps the log only, or another kind of target.
+        if options.key_len == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Arc::new(FixedStore::open(kv::store_path(&self.dir), &options)?)))
     }
 }

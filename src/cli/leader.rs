@@ -1,14 +1,15 @@
 //! `towline leader`.
 
-use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use towline::wal::LogWriter;
-use towline::{Commit, Epoch, Lsn, Node, NodeId, ShardId, ShutdownSignal};
+use towline::target::{FixedStore, ReplicationTarget};
+use towline::{Commit, Epoch, Lsn, Node, NodeBuilder, NodeId, ShardId, ShutdownSignal, Until, WaitStrategy};
 
-use super::progress::Progress;
+use super::input::{RecordLines, Taken, append_stdin};
+use super::kv::{self, KvWriter, Shape};
 use super::{DONE, FAILED, Outcome};
 
 /// Lead: append records and ship them to every follower that connects.
@@ -16,7 +17,12 @@ use super::{DONE, FAILED, Outcome};
 /// With --stdin each line of standard input is a record (without its line break); lines go to the shards in turn.
 /// Without it the leader serves the log that its directory holds.
 ///
-/// Example:  journalctl -f | towline leader --dir /var/lib/towline --shards 4 --stdin --commit durable:1
+/// With --kv the leader keeps a store of keys and values beside its log, and so does every follower. Each line is then
+/// a key, a tab and the value; a key alone deletes it. A directory that has a store is always opened with it.
+///
+/// Examples:
+///   journalctl -f | towline leader --dir /var/lib/towline --shards 4 --stdin --commit durable:1
+///   printf 'boat\tred\n' | towline leader --dir /var/lib/towline --kv 32:200 --stdin --exit-on-eof
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Leader {
@@ -32,13 +38,19 @@ pub(super) struct Leader {
     /// Bytes of a segment of a new directory [default: 16777216]
     #[arg(long)]
     segment_size: Option<u64>,
+    /// Keep a store for keys and values of up to these many bytes, beside the log
+    #[arg(long, value_name = "KEYLEN:VALUELEN")]
+    kv: Option<Shape>,
+    /// Leading bits of a key that choose its shard, of which there are then 2^N [default: a hash of the key chooses]
+    #[arg(long, value_name = "N", requires = "kv", default_value_t = 0, hide_default_value = true)]
+    prefix_bits: u8,
     /// This node's id [default: random, kept in the directory]
     #[arg(long)]
     node_id: Option<u64>,
     /// Leadership term [default: the highest that the directory has accepted]
     #[arg(long)]
     epoch: Option<u64>,
-    /// Read records from standard input, one a line
+    /// Read records from standard input, one a line; with a store, keys and values
     #[arg(long)]
     stdin: bool,
     /// What committed means: synced, received:K, durable:K, applied:K, or synced+ and one of them
@@ -47,7 +59,7 @@ pub(super) struct Leader {
     /// With --stdin: leave at the end of the input once every record is committed, instead of going on serving
     #[arg(long, requires = "stdin")]
     exit_on_eof: bool,
-    /// With --exit-on-eof: give up waiting for the last commits after this many seconds
+    /// When about to leave: give up waiting for the last commits after this many seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     commit_timeout: u64,
     /// Listen on an address that other machines reach, although nothing is encrypted
@@ -57,14 +69,46 @@ pub(super) struct Leader {
 
 /// What became of standard input.
 struct Ingested {
-    lines: u64,
+    records: u64,
     committed: u64,
+    problem: Option<String>,
 }
 
 impl Leader {
     pub(super) fn run(self) -> Outcome {
         let stop = super::stop_at_interrupt()?;
+        let store = kv::open_as_leader(&self.dir, self.kv, self.prefix_bits, self.shards)?;
+        let leader = self.builder(store.as_ref()).lead(&self.listen)?;
+        let manifest = leader.manifest();
+        eprintln!(
+            "leading {} with {} shards{}, node {}, epoch {}, at {}",
+            self.dir.display(),
+            manifest.shard_count,
+            kv::describe(store.as_deref()),
+            manifest.node,
+            manifest.epoch,
+            leader.local_address()
+        );
+        let ingested = if self.stdin { Some(self.ingest(&leader, store.as_ref(), &stop)?) } else { None };
+        let problem = ingested.as_ref().and_then(|ingested| ingested.problem.clone());
+        if !self.exit_on_eof && problem.is_none() {
+            stop.wait();
+        }
+        leader.shutdown()?;
+        kv::close(store)?;
+        if let Some(problem) = problem {
+            return Err(problem.into());
+        }
+        let missing = ingested.is_some_and(|ingested| ingested.committed < ingested.records);
+        Ok(if missing && !stop.is_shutdown() { FAILED } else { DONE })
+    }
+
+    fn builder(&self, store: Option<&Arc<FixedStore>>) -> NodeBuilder {
         let mut builder = Node::builder(&self.dir).commit(self.commit).allow_plaintext(self.allow_plaintext);
+        if let Some(store) = store {
+            builder =
+                builder.target(Arc::clone(store) as Arc<dyn ReplicationTarget>).shards(store.router().shard_count());
+        }
         if let Some(shards) = self.shards {
             builder = builder.shards(shards);
         }
@@ -77,166 +121,83 @@ impl Leader {
         if let Some(epoch) = self.epoch {
             builder = builder.epoch(Epoch(epoch));
         }
-        let leader = builder.lead(&self.listen)?;
-        let manifest = leader.manifest();
-        eprintln!(
-            "leading {} with {} shards, node {}, epoch {}, at {}",
-            self.dir.display(),
-            manifest.shard_count,
-            manifest.node,
-            manifest.epoch,
-            leader.local_address()
-        );
-        let mut code = DONE;
-        if self.stdin {
-            let ingested = self.ingest(&leader, &stop)?;
-            println!("{} of {} records committed ({})", ingested.committed, ingested.lines, self.commit);
-            if ingested.committed < ingested.lines {
-                code = FAILED;
-            }
-        }
-        if !self.exit_on_eof {
-            stop.wait();
-        }
-        leader.shutdown()?;
-        Ok(code)
+        builder
     }
 
-    /// Reads standard input on a thread of its own, so that Ctrl-C need not wait for the next line.
-    fn ingest(&self, leader: &towline::Leader, stop: &ShutdownSignal) -> Result<Ingested, Box<dyn std::error::Error>> {
+    /// Appends standard input, waits until it is committed, and says how much of it is.
+    fn ingest(
+        &self,
+        leader: &towline::Leader,
+        store: Option<&Arc<FixedStore>>,
+        stop: &ShutdownSignal,
+    ) -> Result<Ingested, Box<dyn std::error::Error>> {
         let shards: Vec<_> = (0..leader.shard_count()).map(ShardId).collect();
         let before: Vec<_> =
             shards.iter().map(|&shard| leader.log(shard).map(|log| log.head())).collect::<towline::Result<_>>()?;
-        let writers: Vec<_> = shards.iter().map(|&shard| leader.writer(shard)).collect::<towline::Result<_>>()?;
-        let (result_to, result) = crossbeam_channel::bounded(1);
-        let read = ShutdownSignal::new();
-        let done = read.clone();
-        std::thread::Builder::new().name("tl-stdin".to_owned()).spawn(move || {
-            let mut lines = Lines::new(writers);
-            let result = lines.append_all(&mut std::io::stdin().lock());
-            let _ = result_to.send(result.map(|()| lines.count));
-            done.shutdown();
-        })?;
-        towline::wait_any(&[read.until(), stop.until()], towline::WaitStrategy::Park, None);
-        if let Ok(Err(error)) = result.try_recv() {
-            return Err(error.into());
+        let (taken, idle_deletes) = match store {
+            Some(store) => match KvWriter::new(leader, Arc::clone(store), stop) {
+                Err(error) if error.is_shutdown() && stop.is_shutdown() => (Taken::default(), 0),
+                writer => {
+                    let mut writer = writer?;
+                    (append_stdin(&mut writer, stop)?, writer.idle_deletes)
+                }
+            },
+            None => {
+                let writers = shards.iter().map(|&shard| leader.writer(shard)).collect::<towline::Result<_>>()?;
+                (append_stdin(&mut RecordLines::new(writers), stop)?, 0)
+            }
+        };
+        // Who goes on serving has time.
+        let leaves = self.exit_on_eof || taken.problem.is_some();
+        let deadline = leaves.then(|| Instant::now() + Duration::from_secs(self.commit_timeout));
+        let heads: Vec<_> = shards
+            .iter()
+            .map(|&shard| leader.log(shard).map(|log| (shard, log.head())))
+            .collect::<towline::Result<_>>()?;
+        self.wait_for_commits(leader, &heads, deadline, stop)?;
+        let mut ingested = Ingested { records: 0, committed: 0, problem: taken.problem };
+        for (&(shard, head), &before) in heads.iter().zip(&before) {
+            let commits = leader.commits(shard)?;
+            let committed = match commits.wait(head, self.commit, Some(Instant::now())) {
+                towline::Outcome::Committed => head,
+                _ => commits.committed().min(head),
+            };
+            ingested.records += head.records_since(before);
+            ingested.committed += committed.records_since(before);
         }
-        let deadline = Instant::now() + Duration::from_secs(self.commit_timeout);
-        let mut ingested = Ingested { lines: 0, committed: 0 };
-        for (&shard, &before) in shards.iter().zip(&before) {
-            let head = leader.log(shard)?.head();
-            ingested.lines += head.records_since(before);
-            ingested.committed += self.wait_for(leader, shard, head, deadline, stop)?.records_since(before);
-        }
+        let idle = if idle_deletes == 0 { String::new() } else { format!("; {idle_deletes} deletes found no key") };
+        println!("{} of {} records committed ({}){idle}", ingested.committed, ingested.records, self.commit);
         Ok(ingested)
     }
 
-    /// Waits for the last record of a shard; tells up to where it is committed.
-    fn wait_for(
+    /// Waits until the heads of all shards are committed and the leader's own store shows them, or `stop` is given.
+    fn wait_for_commits(
         &self,
         leader: &towline::Leader,
-        shard: ShardId,
-        head: Lsn,
-        deadline: Instant,
+        heads: &[(ShardId, Lsn)],
+        deadline: Option<Instant>,
         stop: &ShutdownSignal,
-    ) -> towline::Result<Lsn> {
-        let commits = leader.commits(shard)?;
-        // An interrupt ends the waiting, but what is committed by then is counted.
-        let deadline = if self.exit_on_eof && !stop.is_shutdown() { deadline } else { Instant::now() };
-        match commits.wait(head, self.commit, Some(deadline)) {
-            towline::Outcome::Committed => Ok(head),
-            _ => Ok(commits.committed().min(head)),
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let mut waits = Vec::new();
+        for &(shard, head) in heads {
+            waits.push((Arc::clone(leader.commits(shard)?), head));
         }
-    }
-}
-
-/// Splits input into lines and appends them, in turn, to the shards: as many as have arrived make one batch a shard.
-struct Lines {
-    writers: Vec<LogWriter>,
-    count: u64,
-    progress: Progress,
-    bytes: u64,
-}
-
-/// Bytes read at a time.
-const CHUNK: usize = 256 * 1024;
-
-impl Lines {
-    fn new(writers: Vec<LogWriter>) -> Lines {
-        Lines { writers, count: 0, progress: Progress::new("appending", None), bytes: 0 }
-    }
-
-    fn append_all(&mut self, input: &mut impl Read) -> towline::Result<()> {
-        let mut buffer = vec![0; CHUNK];
-        let mut filled = 0;
-        loop {
-            if filled == buffer.len() {
-                // One line longer than the buffer; how long it may get is the log's to say.
-                self.check_line(filled)?;
-                buffer.resize(buffer.len() * 2, 0);
+        let (commit, done) = (self.commit, ShutdownSignal::new());
+        let all = done.clone();
+        // On a thread of its own, which ends with the leader at the latest: an interrupt need not wait for it.
+        std::thread::Builder::new().name("tl-commits".to_owned()).spawn(move || {
+            for (commits, head) in waits {
+                let _ = commits.wait(head, commit, deadline);
             }
-            let read = match input.read(&mut buffer[filled..]) {
-                Ok(read) => read,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(source) => {
-                    return Err(towline::Error::Io { action: "read", path: "standard input".into(), source });
-                }
-            };
-            filled += read;
-            if read == 0 {
-                if filled > 0 {
-                    self.append_lines(&buffer[..filled])?;
-                }
-                return Ok(());
-            }
-            if let Some(end) = buffer[..filled].iter().rposition(|&byte| byte == b'\n') {
-                self.append_lines(&buffer[..end])?;
-                buffer.copy_within(end + 1..filled, 0);
-                filled -= end + 1;
-            }
-            self.bytes += read as u64;
-            self.progress.set(self.bytes);
-        }
-    }
-
-    /// Appends whole lines, given without the last line break.
-    fn append_lines(&mut self, text: &[u8]) -> towline::Result<()> {
-        let shards = self.writers.len();
-        let mut batches = vec![Vec::new(); shards];
-        for line in text.split(|&byte| byte == b'\n') {
-            self.check_line(line.len())?;
-            #[allow(clippy::cast_possible_truncation, reason = "below the number of shards")]
-            batches[(self.count % shards as u64) as usize].push(line);
-            self.count += 1;
-        }
-        for (writer, batch) in self.writers.iter_mut().zip(&batches) {
-            append_in_batches(writer, batch)?;
+            all.shutdown();
+        })?;
+        towline::wait_any(&[done.until(), stop.until()], WaitStrategy::Park, None);
+        for &(shard, head) in heads {
+            let Some(applied) = leader.applied(shard)? else { continue };
+            let shown = Until { mark: applied, at_least: head };
+            let ends = [shown, leader.log(shard)?.until_ended(), stop.until()];
+            towline::wait_any(&ends, WaitStrategy::Park, deadline);
         }
         Ok(())
     }
-
-    fn check_line(&self, len: usize) -> towline::Result<()> {
-        let max = self.writers.first().map_or(0, |writer| writer.log().max_record_len());
-        if len as u64 > max {
-            return Err(towline::Error::RecordTooLarge { len: len as u64, max });
-        }
-        Ok(())
-    }
-}
-
-/// Appends lines as few batches, each small enough to leave room in its segment.
-fn append_in_batches(writer: &mut LogWriter, lines: &[&[u8]]) -> towline::Result<()> {
-    let most = writer.log().max_record_len() / 4;
-    let mut rest = lines;
-    while !rest.is_empty() {
-        let mut bytes = 0;
-        let count = rest.iter().take_while(|line| {
-            bytes += line.len() as u64 + 4;
-            bytes <= most
-        });
-        let (batch, later) = rest.split_at(count.count().max(1));
-        writer.append_batch(batch)?;
-        rest = later;
-    }
-    Ok(())
 }

@@ -5,19 +5,25 @@
 mod bench;
 mod demo;
 mod follower;
+mod get;
+mod input;
 mod inspect;
+mod kv;
 mod leader;
 mod progress;
+mod scan;
 mod status;
 mod tail;
 mod verify;
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use towline::ShutdownSignal;
 use towline::transport::{TcpOptions, TcpTransport};
+use towline::wire::ShardInfo;
 
 /// Done.
 const DONE: u8 = 0;
@@ -45,6 +51,8 @@ enum Command {
     Leader(leader::Leader),
     Follower(follower::Follower),
     Tail(tail::Tail),
+    Get(get::Get),
+    Scan(scan::Scan),
     Status(status::Status),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
@@ -60,6 +68,8 @@ pub fn run() -> ExitCode {
         Command::Leader(command) => command.run(),
         Command::Follower(command) => command.run(),
         Command::Tail(command) => command.run(),
+        Command::Get(command) => command.run(),
+        Command::Scan(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Verify(command) => command.run(),
@@ -92,6 +102,22 @@ fn stop_at_interrupt() -> Result<ShutdownSignal, ctrlc::Error> {
 /// Plain TCP with the usual settings.
 fn tcp() -> Arc<TcpTransport> {
     Arc::new(TcpTransport::new(TcpOptions::default()))
+}
+
+/// Asks what a node's log is made of, until the node answers.
+fn ask_topology(address: &str, stop: &ShutdownSignal) -> towline::Result<ShardInfo> {
+    let mut wait = Duration::from_secs(1);
+    loop {
+        match towline::tail::ask_topology(tcp().as_ref(), address, Duration::from_secs(10)) {
+            Ok(info) => return Ok(info),
+            Err(error) if error.is_permanent() => return Err(error),
+            Err(error) => eprintln!("towline: {error}; trying again in {} s", wait.as_secs()),
+        }
+        if stop.wait_timeout(wait) {
+            return Err(towline::Error::ShutDown);
+        }
+        wait = (wait * 2).min(Duration::from_secs(30));
+    }
 }
 
 /// Bytes for people.

@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use clap::Args;
 use towline::{Lsn, ShardId, ShutdownSignal};
@@ -40,7 +39,7 @@ impl Tail {
         let stop = super::stop_at_interrupt()?;
         let shards = match self.shard {
             Some(shard) => vec![ShardId(shard)],
-            None => (0..self.shard_count(&stop)?).map(ShardId).collect(),
+            None => (0..super::ask_topology(&self.leader, &stop)?.shard_count).map(ShardId).collect(),
         };
         if !self.follow || shards.len() == 1 {
             for shard in shards {
@@ -72,20 +71,6 @@ impl Tail {
             result?;
         }
         Ok(DONE)
-    }
-
-    /// Asks how many shards there are, until the node answers.
-    fn shard_count(&self, stop: &ShutdownSignal) -> towline::Result<u16> {
-        let mut wait = Duration::from_secs(1);
-        loop {
-            match towline::tail::ask_topology(super::tcp().as_ref(), &self.leader, Duration::from_secs(10)) {
-                Ok(info) => return Ok(info.shard_count),
-                Err(error) if error.is_permanent() || stop.is_shutdown() => return Err(error),
-                Err(error) => eprintln!("towline: {error}; trying again"),
-            }
-            let _ = stop.wait_timeout(wait);
-            wait = (wait * 2).min(Duration::from_secs(30));
-        }
     }
 
     fn print(&self, shard: ShardId, stop: &ShutdownSignal) -> Result<(), Box<dyn std::error::Error>> {

@@ -1,0 +1,245 @@
+//! Keys and values: the fixed store of a node, and the way of changes into it.
+//!
+//! A node's store is in `store` within its data directory. What it was made for stands in its files, so whoever finds
+//! one there opens it as it is.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use towline::data_dir::{DataDir, STORE};
+use towline::target::{FixedStore, FixedStoreOptions, FixedStoreReader, ReplicationTarget};
+use towline::wal::LogWriter;
+use towline::{Error, Lsn, ShardId, ShutdownSignal, Until, WaitStrategy, Watermark, wait_any};
+
+use super::input::{Appender, append_in_batches};
+
+/// Longest key and longest value, in bytes, as in `16:64`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    key_len: u32,
+    value_len: u32,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Shape, String> {
+        let parts = text.split_once(':').map(|(key, value)| (key.parse(), value.parse()));
+        let Some((Ok(key_len), Ok(value_len))) = parts else {
+            return Err(
+                "two numbers of bytes are needed, as in 16:64: the longest key and the longest value".to_owned()
+            );
+        };
+        Ok(Shape { key_len, value_len })
+    }
+}
+
+/// Where a node's store is.
+pub(super) fn store_path(directory: &Path) -> PathBuf {
+    directory.join(STORE)
+}
+
+/// Opens a node's store for looking at it; `None` if it has none.
+pub(super) fn look_at_store(directory: &Path) -> towline::Result<Option<FixedStoreReader>> {
+    match FixedStore::open_read_only(store_path(directory)) {
+        Ok(reader) => Ok(Some(reader)),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is wrong with a directory that has no store to look at.
+pub(super) fn no_store(directory: &Path) -> String {
+    format!("{} holds no store; a node has one if its leader was started with --kv", directory.display())
+}
+
+/// Opens the store that a node has already; `None` if it has none.
+pub(super) fn open_existing(directory: &Path) -> towline::Result<Option<Arc<FixedStore>>> {
+    let Some(reader) = look_at_store(directory)? else { return Ok(None) };
+    let topology = reader.topology();
+    let options = FixedStoreOptions {
+        key_len: topology.key_len,
+        value_len: topology.value_len,
+        shard_count: reader.router().shard_count(),
+        prefix_bits: topology.prefix_bits,
+    };
+    Ok(Some(Arc::new(FixedStore::open(store_path(directory), &options)?)))
+}
+
+/// Opens a leader's store: makes it for `shape` if it is not there; if it is, it must have been made for that.
+pub(super) fn open_as_leader(
+    directory: &Path,
+    shape: Option<Shape>,
+    prefix_bits: u8,
+    shards: Option<u16>,
+) -> towline::Result<Option<Arc<FixedStore>>> {
+    let Some(Shape { key_len, value_len }) = shape else { return open_existing(directory) };
+    let shard_count = match DataDir::read_manifest(directory) {
+        Ok(manifest) => manifest.shard_count,
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            shards.unwrap_or(1_u16.checked_shl(prefix_bits.into()).unwrap_or(0))
+        }
+        Err(error) => return Err(error),
+    };
+    let options = FixedStoreOptions { key_len, value_len, shard_count, prefix_bits };
+    Ok(Some(Arc::new(FixedStore::open(store_path(directory), &options)?)))
+}
+
+/// The store, for a line that says what a node does.
+pub(super) fn describe(store: Option<&FixedStore>) -> String {
+    let Some(store) = store else { return String::new() };
+    let shape = store.topology();
+    format!(", keys of up to {} and values of up to {} bytes", shape.key_len, shape.value_len)
+}
+
+/// Closes a store in order, now that its node has stopped.
+pub(super) fn close(store: Option<Arc<FixedStore>>) -> towline::Result<()> {
+    store.and_then(Arc::into_inner).map_or(Ok(()), FixedStore::close)
+}
+
+/// Records that a shard's applier may lag behind before more are appended: what is proposed and not applied is kept in
+/// memory.
+const MOST_PROPOSED: u64 = 64 * 1024;
+
+/// Puts and deletes through the log of a leader whose own target is the store. Changes are proposed one by one and
+/// appended together, so that a batch carries many.
+pub(super) struct KvWriter<'a> {
+    store: Arc<FixedStore>,
+    shards: Vec<KvShard<'a>>,
+    /// Deletes of keys that were not there: they need no record.
+    pub(super) idle_deletes: u64,
+}
+
+struct KvShard<'a> {
+    writer: LogWriter,
+    applied: &'a Watermark,
+    /// Proposed and not appended yet.
+    staged: Vec<Vec<u8>>,
+}
+
+impl<'a> KvWriter<'a> {
+    /// Takes the leader's writers, and waits until its store has applied all of the log.
+    ///
+    /// # Errors
+    ///
+    /// What ended applying; [`Error::ShutDown`] if `stop` is given meanwhile.
+    pub(super) fn new(
+        leader: &'a towline::Leader,
+        store: Arc<FixedStore>,
+        stop: &ShutdownSignal,
+    ) -> towline::Result<KvWriter<'a>> {
+        let mut shards = Vec::new();
+        for shard in (0..leader.shard_count()).map(ShardId) {
+            let missing = || Error::Invalid { reason: "the leader has no target".into() };
+            let applied = leader.applied(shard)?.ok_or_else(missing)?;
+            let log = leader.log(shard)?;
+            let replayed = Until { mark: applied, at_least: log.head() };
+            wait_any(&[replayed, log.until_ended(), stop.until()], WaitStrategy::Park, None);
+            if stop.is_shutdown() {
+                return Err(Error::ShutDown);
+            }
+            if !replayed.holds() {
+                return Err(log.end_reason());
+            }
+            shards.push(KvShard { writer: leader.writer(shard)?, applied, staged: Vec::new() });
+        }
+        // Nothing of an earlier leadership counts: what it proposed is in the log and applied, or it is nowhere.
+        store.abandon_proposals()?;
+        Ok(KvWriter { store, shards, idle_deletes: 0 })
+    }
+
+    /// Proposes to set a key's value, or to delete the key.
+    pub(super) fn propose(&mut self, key: &[u8], value: Option<&[u8]>) -> towline::Result<()> {
+        let shards = &mut self.shards;
+        let stage = |shard: ShardId, record: &[u8]| {
+            let shard = &mut shards[usize::from(shard.get())];
+            shard.staged.push(record.to_vec());
+            Ok(Lsn(shard.writer.end().head.get() + shard.staged.len() as u64))
+        };
+        match value {
+            Some(value) => self.store.propose_put(key, value, stage).map(drop),
+            None => {
+                let idle = self.store.propose_delete(key, stage)?.is_none();
+                self.idle_deletes += u64::from(idle);
+                Ok(())
+            }
+        }
+    }
+
+    /// Appends what was proposed. After an error this writer is of no use any more.
+    pub(super) fn flush(&mut self) -> towline::Result<()> {
+        for shard in &mut self.shards {
+            let log = Arc::clone(shard.writer.log());
+            let lagging = Lsn(log.head().get().saturating_sub(MOST_PROPOSED));
+            let near = Until { mark: shard.applied, at_least: lagging };
+            wait_any(&[near, log.until_ended()], WaitStrategy::Park, None);
+            if let Err(error) = append_in_batches(&mut shard.writer, &shard.staged) {
+                // The LSNs that the rest was promised will never be, or will be others'.
+                self.store.abandon_proposals()?;
+                return Err(error);
+            }
+            shard.staged.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Each line is a key, a tab and the value; a key alone deletes it.
+impl Appender for KvWriter<'_> {
+    fn longest(&self) -> usize {
+        let topology = self.store.topology();
+        usize::try_from(u64::from(topology.key_len) + 1 + u64::from(topology.value_len)).unwrap_or(usize::MAX)
+    }
+
+    fn check(&self, line: &[u8]) -> Result<(), String> {
+        let topology = self.store.topology();
+        let (key, value) = split(line);
+        if key.is_empty() {
+            return Err("its key is empty".to_owned());
+        }
+        for (what, len, most) in
+            [("key", key.len(), topology.key_len), ("value", value.map_or(0, <[u8]>::len), topology.value_len)]
+        {
+            if len as u64 > u64::from(most) {
+                return Err(format!("its {what} has {len} bytes or more, and may have {most}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, lines: &[&[u8]]) -> towline::Result<()> {
+        let proposed = lines.iter().map(|line| split(line)).try_for_each(|(key, value)| self.propose(key, value));
+        // What was proposed before a failure has its LSNs: it is appended all the same.
+        self.flush().and(proposed)
+    }
+}
+
+fn split(line: &[u8]) -> (&[u8], Option<&[u8]>) {
+    match line.iter().position(|&byte| byte == b'\t') {
+        Some(tab) => (&line[..tab], Some(&line[tab + 1..])),
+        None => (line, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_is_two_numbers() {
+        assert!(matches!("16:64".parse(), Ok(Shape { key_len: 16, value_len: 64 })));
+        for text in ["", "16", "16:", ":64", "16:64:1", "a:b", "-1:2", "5000000000:1"] {
+            assert!(text.parse::<Shape>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_is_split_at_its_first_tab() {
+        assert_eq!(split(b"k\tv"), (&b"k"[..], Some(&b"v"[..])));
+        assert_eq!(split(b"k\t\t"), (&b"k"[..], Some(&b"\t"[..])));
+        assert_eq!(split(b"k\t"), (&b"k"[..], Some(&b""[..])));
+        assert_eq!(split(b"k"), (&b"k"[..], None));
+        assert_eq!(split(b""), (&b""[..], None));
+    }
+}
