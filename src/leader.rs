@@ -47,6 +47,7 @@ pub struct Leader {
     writers: Mutex<Vec<Option<LogWriter>>>,
     wals: Vec<Wal>,
     directory: Arc<DataDir>,
+    checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
 }
 
@@ -68,11 +69,12 @@ impl Leader {
             })
             .collect();
         let stop = ShutdownSignal::new();
-        let checkpointer = Checkpointer {
-            path: directory.checkpoint_path(),
-            shards: wals.iter().map(|wal| CheckpointShard { log: Arc::clone(wal.log()), applied: None }).collect(),
-            stop: stop.clone(),
-        };
+        let checkpointer = Checkpointer::new(
+            directory.checkpoint_path(),
+            wals.iter().map(|wal| CheckpointShard { log: Arc::clone(wal.log()), applied: None }).collect(),
+            stop.clone(),
+            checkpoint,
+        );
         let listener = builder.make_transport().listen(address)?;
         let address = listener.local_address();
         let threads = Arc::new(Threads::default());
@@ -90,9 +92,10 @@ impl Leader {
             writers: Mutex::new(writers.into_iter().map(Some).collect()),
             wals,
             directory,
+            checkpointer: Arc::clone(&checkpointer),
             threads,
         };
-        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         Server::listen(&server, listener)?;
         Ok(leader)
     }
@@ -184,6 +187,7 @@ impl Leader {
         for wal in self.wals.drain(..) {
             result = result.and(wal.close());
         }
+        self.checkpointer.finish();
         result
     }
 }

@@ -490,7 +490,9 @@ impl Stream<'_> {
                 FrameKind::Heartbeat => {
                     receiver.receive_message_body(header)?;
                 }
-                FrameKind::Error => return Err(crate::receiver::refusal(self.peer, receiver.receive_message_body(header)?)),
+                FrameKind::Error => {
+                    return Err(crate::receiver::refusal(self.peer, receiver.receive_message_body(header)?));
+                }
                 other => return Err(Error::protocol(self.peer, format!("{other:?} is not for a leader"))),
             }
         }
