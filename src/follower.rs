@@ -380,7 +380,7 @@ fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) 
             Err(error) => error,
         };
         // A name that does not resolve is a mistake; an address where nobody listens yet is not.
-        if error.is_permanent() {
+        if error.is_permanent() || error.is_unresolved() {
             return Err(error);
         }
         let wait = backoff.next();

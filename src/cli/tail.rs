@@ -80,7 +80,7 @@ impl Tail {
         loop {
             match towline::tail::ask_topology(super::tcp().as_ref(), &self.leader, Duration::from_secs(10)) {
                 Ok(info) => return Ok(info.shard_count),
-                Err(error) if error.is_permanent() || stop.is_shutdown() => return Err(error),
+                Err(error) if error.is_permanent() || error.is_unresolved() || stop.is_shutdown() => return Err(error),
                 Err(error) => eprintln!("towline: {error}; trying again"),
             }
             let _ = stop.wait_timeout(wait);
