@@ -141,11 +141,15 @@ fn a_restarted_follower_goes_on_where_it_stopped(net: &Net) {
     let target = Checked::new(2);
     for round in 1..=4 {
         let follower = net.follow(&at(1), 1, &target);
-        writers.iter_mut().for_each(|writer| drop(append(writer, 300)));
+        for writer in writers.iter_mut() {
+            append(writer, 300);
+        }
         catch_up(&leader, &follower);
         follower.shutdown().unwrap();
         // What is appended while it is away comes in the next round.
-        writers.iter_mut().for_each(|writer| drop(append(writer, 100)));
+        for writer in writers.iter_mut() {
+            append(writer, 100);
+        }
         assert_eq!(target.last(S0), Lsn(round * 400 - 100));
     }
     let follower = net.follow(&at(1), 1, &target);
@@ -207,7 +211,9 @@ fn a_target_that_overwrites_in_place_keeps_up(net: &Net) {
     let follower = net.follow(&at(1), 1, &target);
     let mut writers = writers(&leader);
     for _ in 0..30 {
-        writers.iter_mut().for_each(|writer| drop(append(writer, 100)));
+        for writer in writers.iter_mut() {
+            append(writer, 100);
+        }
         for (shard, writer) in shards(2).zip(&writers) {
             reach(follower.applied(shard).unwrap(), writer.end().head, "applying");
             let log = follower.log(shard).unwrap();
@@ -233,7 +239,9 @@ fn followers_come_back_to_a_restarted_leader(net: &Net) {
         leader = net.lead(&at(0), 2);
         assert_eq!(leader.manifest(), cluster);
     }
-    writers(&leader).iter_mut().for_each(|writer| drop(append(writer, 50)));
+    for writer in &mut writers(&leader) {
+        append(writer, 50);
+    }
     followers.iter().for_each(|follower| catch_up(&leader, follower));
     leader.shutdown().unwrap();
     for (follower, (node, target)) in followers.into_iter().zip((1..).zip(&targets)) {
