@@ -1,5 +1,5 @@
 //! Whole processes that are killed without warning: what was acknowledged is there when they come back.
-#![cfg(unix)]
+#![cfg(all(unix, feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

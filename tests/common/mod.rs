@@ -5,6 +5,7 @@
 
 pub mod json;
 pub mod net;
+#[cfg(feature = "cli")]
 pub mod process;
 pub mod raw;
 
@@ -60,7 +61,7 @@ pub fn append(writer: &mut LogWriter, count: u64) -> Lsn {
     let last = Lsn(writer.end().head.get() + count);
     let mut next = writer.end().head.next();
     while next <= last {
-        let together = if next.get() % 3 == 0 { (last.get() - next.get() + 1).min(5) } else { 1 };
+        let together = if next.get().is_multiple_of(3) { (last.get() - next.get() + 1).min(5) } else { 1 };
         let records: Vec<_> = (0..together).map(|more| record(shard, Lsn(next.get() + more))).collect();
         let appended = match records.as_slice() {
             [one] => writer.append(one).unwrap(),
