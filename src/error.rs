@@ -265,6 +265,13 @@ impl Error {
         matches!(self, Error::ShutDown)
     }
 
+    /// Whether a name did not resolve: most likely a mistake when it is met for the first time, and most likely a
+    /// failure that passes once the peer has been reached.
+    #[must_use]
+    pub fn is_unresolved(&self) -> bool {
+        matches!(self, Error::Network { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether trying again without changing anything can never succeed.
     #[must_use]
     pub const fn is_permanent(&self) -> bool {

@@ -50,6 +50,7 @@ pub struct Leader {
     writers: Mutex<Vec<Option<LogWriter>>>,
     wals: Vec<Wal>,
     directory: Arc<DataDir>,
+    checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
     /// By shard: up to where the node's own target has applied; none without a target.
     applied: Vec<Option<Arc<Watermark>>>,
@@ -58,9 +59,9 @@ pub struct Leader {
 impl Leader {
     pub(crate) fn start(builder: NodeBuilder, address: &str) -> Result<Leader> {
         let directory = Arc::new(builder.open_as_leader()?);
-        let manifest = directory.manifest();
-        check_shard_count(manifest.shard_count)?;
+        check_shard_count(directory.manifest().shard_count)?;
         let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        let manifest = directory.manifest();
         for writer in &mut writers {
             writer.set_epoch(manifest.epoch)?;
         }
@@ -83,8 +84,7 @@ impl Leader {
             log: Arc::clone(wal.log()),
             applied: applied.clone().zip(builder.target.clone()),
         });
-        let checkpointer =
-            Checkpointer { path: directory.checkpoint_path(), shards: kept.collect(), stop: stop.clone() };
+        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept.collect(), stop.clone(), checkpoint);
         let appliers: Vec<_> = (wals.iter().zip(&applied))
             .filter_map(|(wal, applied)| {
                 let (target, applied) = builder.target.clone().zip(applied.clone())?;
@@ -110,10 +110,11 @@ impl Leader {
             writers: Mutex::new(writers.into_iter().map(Some).collect()),
             wals,
             directory,
+            checkpointer: Arc::clone(&checkpointer),
             threads,
             applied,
         };
-        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         for applier in appliers {
             let server = Arc::clone(&server);
             leader.threads.spawn(format!("tl-apply-s{}", applier.shard), move || {
@@ -224,6 +225,7 @@ impl Leader {
         for wal in self.wals.drain(..) {
             result = result.and(wal.close());
         }
+        self.checkpointer.finish();
         result
     }
 }

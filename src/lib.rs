@@ -88,3 +88,8 @@ pub use types::{
     Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, ParseSegmentIdError, RegionId, ShardId, WalSegmentId,
 };
 pub use watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
+
+/// The examples of the README are compiled with the others.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -107,7 +107,6 @@ impl Receiver {
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms)).saturating_mul(3);
         receiver.set_timeout(Some(self.node.options.peer_timeout.max(slowest)))?;
-        self.writer.set_max_epoch(info.epoch);
         let lane = AckLane::new(self, sender, info.epoch, info.session);
         let shard = self.shard;
         std::thread::scope(|scope| {
@@ -232,6 +231,11 @@ impl Receiver {
             let len = window.len() as u64;
             offset += len;
             lane.take_in(&mut self.writer, len).map_err(blame(peer))?;
+            let epoch = self.writer.end().epoch;
+            if epoch > self.node.manifest().epoch {
+                // The leader goes on under a newer term. Should the node stop right here, the log says so too.
+                self.node.accept_epoch(epoch)?;
+            }
         }
         Ok(total)
     }

@@ -62,7 +62,8 @@ impl Tail {
                 return Ok(reading.last);
             }
             let Err(error) = result else { continue };
-            if error.is_permanent() || matches!(error, Error::Protocol { .. }) {
+            let never_reached = error.is_unresolved() && reading.last == self.from.previous();
+            if error.is_permanent() || never_reached || matches!(error, Error::Protocol { .. }) {
                 return Err(error);
             }
             if reading.last > before && began.elapsed() > Duration::from_secs(10) {

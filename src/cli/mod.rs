@@ -110,7 +110,7 @@ fn ask_topology(address: &str, stop: &ShutdownSignal) -> towline::Result<ShardIn
     loop {
         match towline::tail::ask_topology(tcp().as_ref(), address, Duration::from_secs(10)) {
             Ok(info) => return Ok(info),
-            Err(error) if error.is_permanent() => return Err(error),
+            Err(error) if error.is_permanent() || error.is_unresolved() => return Err(error),
             Err(error) => eprintln!("towline: {error}; trying again in {} s", wait.as_secs()),
         }
         if stop.wait_timeout(wait) {

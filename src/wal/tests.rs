@@ -388,10 +388,6 @@ fn a_leader_may_replace_a_segment_in_which_it_wrote_nothing() {
         sink.ingest_filled(4096).unwrap();
         assert_eq!(follower.log().segments().last().unwrap().header().epoch, Epoch(epoch));
     }
-    sink.set_max_epoch(Epoch(2));
-    let window = sink.ingest_window(end.head.next(), 0, 4096).unwrap();
-    window.copy_from_slice(&header(3).encode());
-    assert!(sink.ingest_filled(4096).is_err(), "an epoch that was not agreed on");
     // A seal without records would give its successor the same name.
     let (segment, offset) = sink.ingest_position();
     let at = Expected { first_lsn: end.head.next(), chain: sink_chain(&seal), epoch: Epoch(2) };

@@ -61,8 +61,6 @@ pub struct LogWriter {
     arrived: u64,
     /// Bytes handed out behind those, to be filled (follower only).
     window: u64,
-    /// The newest epoch that segments from a leader may have.
-    max_epoch: Epoch,
     /// A header page that is still arriving (follower only).
     header_page: Vec<u8>,
     /// Whether what is arriving is a header page: of the next segment, or once more of an open one without batches.
@@ -107,7 +105,6 @@ impl LogWriter {
             frame: Vec::new(),
             arrived: 0,
             window: 0,
-            max_epoch: Epoch(u64::MAX),
             header_page: Vec::new(),
             header_due: false,
             populate_at: 0,
@@ -149,11 +146,6 @@ impl LogWriter {
         }
         self.epoch = epoch;
         Ok(())
-    }
-
-    /// The newest epoch that [ingested](Self::ingest_filled) segments may have: what has been agreed with the leader.
-    pub fn set_max_epoch(&mut self, epoch: Epoch) {
-        self.max_epoch = epoch;
     }
 
     /// Appends one record and returns its LSN at once: it is in the mapped log, and readers see it. It is on stable
@@ -379,7 +371,7 @@ impl LogWriter {
         let due = SegmentHeader {
             id: WalSegmentId { region: identity.region, shard: identity.shard, first_lsn: self.next_lsn },
             cluster: identity.cluster,
-            epoch: header.epoch.max(self.epoch).min(self.max_epoch),
+            epoch: header.epoch.max(self.epoch),
             chain_before: self.chain,
             segment_size: identity.segment_size,
         };

@@ -1,0 +1,87 @@
+//! A follower made of frames, for what a real one would not do.
+
+use towline::transport::Connection;
+use towline::wal::LogEnd;
+use towline::wire::{Ack, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest, WalDataHeader};
+use towline::{Chain, Error, Lsn, Manifest, NodeId, RefusalCode, ShardId};
+
+/// The request of a follower of the node with `manifest`, whose log is empty. Change what should be different.
+pub fn follow_request(manifest: &Manifest, node: u64, shard: ShardId) -> SyncRequest {
+    SyncRequest {
+        versions: PROTOCOL_VERSIONS,
+        purpose: Purpose::Follow,
+        cluster: manifest.cluster,
+        node: NodeId(node),
+        region: manifest.region,
+        shard,
+        shard_count: manifest.shard_count,
+        segment_size: manifest.segment_size,
+        epoch: manifest.epoch,
+        received: Lsn::ZERO,
+        durable: Lsn::ZERO,
+        applied: Lsn::ZERO,
+        chain: Chain::genesis(manifest.cluster, manifest.region, shard),
+        from: Lsn::ZERO,
+    }
+}
+
+/// The same with a log that ends like another.
+pub fn continuing(request: SyncRequest, end: LogEnd) -> SyncRequest {
+    SyncRequest { received: end.head, durable: end.head, applied: end.head, chain: end.chain, ..request }
+}
+
+/// Sends a request and takes the answer.
+pub fn ask(connection: &mut Connection, request: SyncRequest) -> towline::Result<ShardInfo> {
+    connection.sender.send_message(&Message::SyncRequest(request))?;
+    match connection.receiver.receive_message()? {
+        Message::ShardInfo(info) => Ok(info),
+        Message::Error(refusal) => Err(refusal.from_peer(connection.peer.clone())),
+        other => panic!("{other:?} answers a request"),
+    }
+}
+
+/// A request that must be refused: the code and the sentence.
+pub fn refused(connection: &mut Connection, request: SyncRequest) -> (RefusalCode, String) {
+    match ask(connection, request) {
+        Err(Error::Refused { code, reason, .. }) => (code, reason),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// The next log bytes of a stream: where they belong, and what they are.
+pub fn next_data(connection: &mut Connection) -> towline::Result<(WalDataHeader, Vec<u8>)> {
+    loop {
+        let header = connection.receiver.receive_header()?;
+        if header.kind != FrameKind::WalData {
+            connection.receiver.receive_message_body(header)?;
+            continue;
+        }
+        let mut fields = [0; WalDataHeader::LEN];
+        connection.receiver.receive_exact(&mut fields)?;
+        let mut bytes = vec![0; connection.receiver.remaining() as usize];
+        connection.receiver.receive_exact(&mut bytes)?;
+        return Ok((WalDataHeader::decode(&fields).unwrap(), bytes));
+    }
+}
+
+/// Acknowledges everything up to `lsn` on a stream.
+pub fn acknowledge(connection: &mut Connection, info: &ShardInfo, lsn: Lsn) -> towline::Result<()> {
+    connection.sender.send_message(&Message::Ack(Ack {
+        received: lsn,
+        durable: lsn,
+        applied: lsn,
+        chain: Chain(0),
+        epoch: info.epoch,
+        session: info.session,
+    }))
+}
+
+/// Reads a stream to its end, which must come, and tells what ended it.
+pub fn read_to_end(connection: &mut Connection) -> Error {
+    loop {
+        if let Err(error) = next_data(connection) {
+            assert!(!error.is_timeout(), "the stream stayed open: {error}");
+            return error;
+        }
+    }
+}
