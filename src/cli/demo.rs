@@ -97,13 +97,18 @@ impl Demo {
     }
 
     fn run_in(&self, directory: &Path, stop: &ShutdownSignal) -> Outcome {
-        let leader =
-            Node::builder(directory.join("leader")).shards(self.shards).commit(self.commit).lead("127.0.0.1:0")?;
+        // Every byte is kept, so that all of it can be compared at the end.
+        let leader = Node::builder(directory.join("leader"))
+            .shards(self.shards)
+            .commit(self.commit)
+            .max_wal_bytes(None)
+            .lead("127.0.0.1:0")?;
         let mut followers = Vec::new();
         for number in 1..=self.followers {
             let target = Arc::new(Checking::new(self.shards));
             let follower = Node::builder(directory.join(format!("follower-{number}")))
                 .node_id(NodeId(u64::from(number)))
+                .max_wal_bytes(None)
                 .follow(leader.local_address(), Arc::clone(&target) as Arc<dyn ReplicationTarget>)?;
             followers.push((follower, target));
         }

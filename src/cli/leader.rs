@@ -38,6 +38,9 @@ pub(super) struct Leader {
     /// Leadership term [default: the highest that the directory has accepted]
     #[arg(long)]
     epoch: Option<u64>,
+    /// Most bytes of log that each shard keeps, whoever still needs them; 0 for no bound [default: 1073741824]
+    #[arg(long, value_name = "BYTES")]
+    max_wal_bytes: Option<u64>,
     /// Read records from standard input, one a line
     #[arg(long)]
     stdin: bool,
@@ -73,6 +76,9 @@ impl Leader {
         }
         if let Some(node) = self.node_id {
             builder = builder.node_id(NodeId(node));
+        }
+        if let Some(bytes) = self.max_wal_bytes {
+            builder = builder.max_wal_bytes(bytes);
         }
         if let Some(epoch) = self.epoch {
             builder = builder.epoch(Epoch(epoch));
