@@ -11,7 +11,9 @@
 //! | this node's own target | it has applied it durably | holds it, and is asked to hurry |
 //!
 //! So a follower that is slow, stopped or gone for ever neither fills the disk nor slows anybody: appends never wait
-//! for retention. Segments begin to go a reserve below the bound, so that the log stays under it while they do.
+//! for retention. Segments begin to go a reserve below the bound, so that the log stays under it while they do. What is
+//! not on stable storage yet stays in any case: a writer that waits for no sync and is faster than the disk can exceed
+//! the bound by what the disk is behind.
 //!
 //! One thread a node does this. It waits for a new segment, for a follower that leaves one behind, for a pin that
 //! moves, and for the checkpoint; between those it does nothing.
@@ -47,10 +49,10 @@ impl Default for RetentionOptions {
 }
 
 impl RetentionOptions {
-    /// Above this many bytes segments go whoever needs them: the bound less a reserve of a sixteenth of it, or of a
-    /// segment if that is more.
+    /// Above this many bytes segments go whoever needs them: the bound less a reserve of an eighth of it, or of two
+    /// segments if that is more.
     fn limit(&self, segment_size: u64) -> Option<u64> {
-        self.max_wal_bytes.map(|max| max.saturating_sub((max / 16).max(segment_size)).max(segment_size))
+        self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(2 * segment_size)).max(segment_size))
     }
 }
 
@@ -216,17 +218,24 @@ impl ShardRetention {
         self.wake.advance(self.wake.load().next());
     }
 
-    /// Gives up what is to go now. Says who lost their place, and whether the target has to save what it applied first.
+    /// Gives up what is to go now, until nothing is. Says who lost their place, and what the rest waits for.
     fn release(&self) -> Released {
+        let mut released = self.release_once();
+        while released.again {
+            let more = self.release_once();
+            released.laggards.extend(more.laggards);
+            released = Released { any: true, laggards: released.laggards, ..more };
+        }
+        released
+    }
+
+    fn release_once(&self) -> Released {
         // Whoever moves from here on looks at this first, and wakes the thread.
         let sealed: Vec<Lsn> = self.log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
         self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
         let forced = self.forced(sealed.len());
-        if let Some(last) = forced.checked_sub(1).and_then(|index| sealed.get(index))
-            && let Err(error) = self.log.wait_synced(*last, None)
-        {
-            log::debug!("shard {}: nothing is released: {error}", self.log.shard());
-            return Released::default();
+        if let Some(last) = forced.checked_sub(1).and_then(|index| sealed.get(index)) {
+            self.log.want_synced(*last);
         }
         let mut released = Released::default();
         let plan = {
@@ -243,15 +252,16 @@ impl ShardRetention {
             }
             plan
         };
+        released.waits_for_sync = plan.waits_for_sync;
         released.waits_for_target = plan.waits_for_target;
-        if let Some(through) = plan.through
-            && let Err(error) = self.log.release_through(through, plan.reason)
-        {
-            log::error!("shard {}: a segment was not released: {error}", self.log.shard());
+        released.hurry = plan.hurry;
+        if let Some(through) = plan.through {
+            match self.log.release_through(through, plan.reason) {
+                // What is awaited then is another segment, and somebody may have left that one behind meanwhile.
+                Ok(count) => (released.any, released.again) = (count > 0, count > 0),
+                Err(error) => log::error!("shard {}: a segment was not released: {error}", self.log.shard()),
+            }
         }
-        released.any = plan.through.is_some();
-        let oldest = self.log.segments().first().and_then(|segment| segment.sealed_last_lsn());
-        self.awaited.store(oldest.map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
         released
     }
 
@@ -275,9 +285,12 @@ impl ShardRetention {
         let spare = self.log.retained_bytes().saturating_sub(self.options.min_wal_bytes) / size;
         let spare = usize::try_from(spare).unwrap_or(usize::MAX);
         let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
-        let unneeded = upto(unneeded.min(self.log.synced().load())).min(spare);
+        let unneeded = upto(unneeded).min(spare);
+        let synced = upto(self.log.synced().load());
         let applied = self.applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
-        let count = forced.max(unneeded).min(applied);
+        let wanted = forced.max(unneeded);
+        let count = wanted.min(synced).min(applied);
+        let next = sealed.get(count).copied().filter(|_| count < wanted);
         Plan {
             through: count.checked_sub(1).and_then(|index| sealed.get(index)).copied(),
             reason: if count > unneeded {
@@ -285,7 +298,9 @@ impl ShardRetention {
             } else {
                 "no follower, pin or target needs it"
             },
-            waits_for_target: (forced > applied).then(|| sealed.get(forced - 1).copied()).flatten(),
+            waits_for_sync: next.filter(|_| synced == count),
+            waits_for_target: next.filter(|_| applied == count),
+            hurry: forced > applied,
         }
     }
 
@@ -312,16 +327,23 @@ impl ShardRetention {
 struct Plan {
     through: Option<Lsn>,
     reason: &'static str,
-    /// More would go if the target had durably applied up to here.
+    /// One more would go if it were synced up to here.
+    waits_for_sync: Option<Lsn>,
+    /// One more would go if the target had durably applied up to here.
     waits_for_target: Option<Lsn>,
+    /// The log is too large because of the target.
+    hurry: bool,
 }
 
 /// What became of one look at a shard.
 #[derive(Default)]
 struct Released {
     any: bool,
+    again: bool,
     laggards: Vec<NodeId>,
+    waits_for_sync: Option<Lsn>,
     waits_for_target: Option<Lsn>,
+    hurry: bool,
 }
 
 /// The thread that gives up log.
@@ -346,14 +368,14 @@ impl Retainer {
             let mut any = false;
             for host in &self.hosts {
                 let retention = host.retention();
-                awaited.push((retention.log.opened().load().next(), None));
+                let opened = retention.log.opened().load().next();
                 let released = retention.release();
+                awaited.push([Some(opened), released.waits_for_sync, released.waits_for_target]);
                 any |= released.any;
                 for node in released.laggards {
                     host.place_lost(node);
                 }
-                if let (Some(_), Some(last)) = (released.waits_for_target, awaited.last_mut()) {
-                    last.1 = released.waits_for_target;
+                if released.hurry {
                     self.hurry.advance(self.hurry.load().next());
                 }
             }
@@ -366,13 +388,13 @@ impl Retainer {
         self.save();
     }
 
-    fn wait(&self, wake: Lsn, awaited: &[(Lsn, Option<Lsn>)]) {
+    fn wait(&self, wake: Lsn, awaited: &[[Option<Lsn>; 3]]) {
         let mut conditions = vec![self.stop.until(), self.wake.until(wake)];
-        for (host, &(opened, applied)) in self.hosts.iter().zip(awaited) {
-            conditions.push(Until { mark: host.retention().log.opened(), at_least: opened });
-            if let Some((mark, at_least)) = host.retention().applied.as_deref().zip(applied) {
-                conditions.push(Until { mark, at_least });
-            }
+        for (host, awaited) in self.hosts.iter().zip(awaited) {
+            let retention = host.retention();
+            let marks = [Some(retention.log.opened()), Some(retention.log.synced()), retention.applied.as_deref()];
+            let both = marks.into_iter().zip(awaited).filter_map(|(mark, at_least)| mark.zip(*at_least));
+            conditions.extend(both.map(|(mark, at_least)| Until { mark, at_least }));
         }
         wait_any(&conditions, WaitStrategy::Park, None);
     }

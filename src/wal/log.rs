@@ -377,7 +377,7 @@ impl Log {
     /// One sync of everything written so far, then a turn for those it did not cover.
     fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) -> Result<()> {
         let written = self.written.load();
-        let result = self.sync_segments(&mut position);
+        let result = self.sync_segments(&mut position, written);
         match &result {
             Ok(()) => {
                 self.synced.advance(written);
@@ -389,7 +389,8 @@ impl Log {
         result
     }
 
-    fn sync_segments(&self, position: &mut SyncPosition) -> Result<()> {
+    /// Syncs up to `written`, and whatever more the segments up to there hold.
+    fn sync_segments(&self, position: &mut SyncPosition, written: Lsn) -> Result<()> {
         loop {
             let Some(segment) = self.segment_beginning(position.segment) else { return Ok(()) };
             let sealed = segment.sealed_last_lsn();
@@ -405,6 +406,11 @@ impl Log {
             }
             let Some(last_lsn) = sealed else { return Ok(()) };
             *position = SyncPosition { segment: last_lsn.next(), offset: 0 };
+            // At once, and no further than asked: a writer that keeps ahead must not keep what is done from counting.
+            self.synced.advance(last_lsn);
+            if last_lsn >= written {
+                return Ok(());
+            }
         }
     }
 
