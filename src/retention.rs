@@ -407,3 +407,18 @@ impl Retainer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_is_an_eighth_or_two_segments_and_leaves_one() {
+        let limit = |max, size| RetentionOptions { max_wal_bytes: max, min_wal_bytes: 0 }.limit(size);
+        assert_eq!(limit(None, 16), None);
+        assert_eq!(limit(Some(1600), 16), Some(1400));
+        assert_eq!(limit(Some(160), 16), Some(128));
+        assert_eq!(limit(Some(40), 16), Some(16));
+        assert_eq!(limit(Some(1), 16), Some(16));
+    }
+}

@@ -66,7 +66,7 @@ fn append_segments(leader: &Leader, writer: &mut towline::wal::LogWriter, segmen
 struct Stuck(Mutex<Receiver<()>>);
 
 impl Stuck {
-    fn new() -> (Sender<()>, Arc<dyn ReplicationTarget>) {
+    fn with_release() -> (Sender<()>, Arc<dyn ReplicationTarget>) {
         let (go, wait) = channel();
         (go, Arc::new(Stuck(Mutex::new(wait))))
     }
@@ -245,7 +245,7 @@ fn laggards_neither_fill_the_disk_nor_stop_appends() {
     wait_for(&leader, first, "durable:1");
     stopped.shutdown().unwrap();
     let mut silent = ask(&leader, request(&leader, 3)).ok().unwrap();
-    let (go, stuck) = Stuck::new();
+    let (go, stuck) = Stuck::with_release();
     let stuck = follow(&leader, &of("stuck"), 4, stuck);
     // Dropped before the follower, whose end waits for its target.
     let go = go;
@@ -306,6 +306,24 @@ fn log_is_kept_for_the_followers_of_an_earlier_run() {
     eventually("being given up", || leader.log(SHARD).unwrap().tail() > last);
     leader.forget_follower(NodeId(2)).unwrap();
     assert_eq!(shard_status(&leader).followers, []);
+}
+
+#[test]
+fn a_follower_bounds_its_own_log_by_what_it_has_applied() {
+    let directory = tempfile::tempdir().unwrap();
+    let of = |name: &str| directory.path().join(name);
+    let leader = small(&of("leader")).max_wal_bytes(None).lead("127.0.0.1:0").unwrap();
+    let mut writer = leader.writer(SHARD).unwrap();
+    let follower = follow(&leader, &of("follower"), 2, Arc::new(LogOnly));
+    let last = append_segments(&leader, &mut writer, 3 * BOUND / SEGMENT);
+    wait_for(&leader, last, "applied:1");
+    wait_for(&leader, last, "durable:1");
+    eventually("keeping within the bound", || follower.log(SHARD).unwrap().retained_bytes() <= BOUND);
+    assert!(follower.log(SHARD).unwrap().retained_bytes() > BOUND / 2, "no more than needed");
+    assert_eq!(shard_status(&leader).mode, Mode::PublishHealthy);
+    assert_eq!(follower.status().shards[0].mode, Mode::ReplicaReady);
+    leader.shutdown().unwrap();
+    eventually("noticing", || follower.status().shards[0].reason == Some(Reason::AwaitingReceiverReady));
 }
 
 #[test]
