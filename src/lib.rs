@@ -25,7 +25,8 @@
 //! | [`target`] | the applier hands the records to the state machine, in order |
 //! | [`commit`] | acknowledgements come back, and whoever waits for the record's commit wakes |
 //!
-//! Around it: a [`Node`] leads or follows; [`data_dir`] and [`replication`] keep what must survive a restart;
+//! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and retention bounds what
+//! each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart;
 //! [`status`] and [`tail`] look in from outside; [`shutdown`] ends everything at once.
 //!
 //! # Example
