@@ -5,6 +5,7 @@
 //! | `LOCK` | empty; locked by the process that uses the directory, for as long as it does |
 //! | `MANIFEST` | what the directory is: see below; replaced as a whole |
 //! | `replication.ckpt` | applied marks; replaced as a whole |
+//! | `followers` | the followers known to a leader; replaced as a whole |
 //! | `shard-0003/` | the log of shard 3 |
 //! | `store/` | the state of the node's own target, if it keeps it here; nothing in it is looked at |
 //!
@@ -50,6 +51,7 @@ const CHECKPOINT: &str = "replication.ckpt";
 /// The directory within a data directory where a node's target may keep its state, before and after the data directory
 /// is made. Whose it is, and that it fits the log, is the target's to check.
 pub const STORE: &str = "store";
+const FOLLOWERS: &str = "followers";
 
 const MAGIC: [u8; 8] = *b"TOWLMAN\0";
 /// Version of the format of `MANIFEST`.
@@ -290,6 +292,11 @@ impl DataDir {
         self.path.join(CHECKPOINT)
     }
 
+    /// Where the list of known followers is kept.
+    pub(crate) fn followers_path(&self) -> PathBuf {
+        self.path.join(FOLLOWERS)
+    }
+
     /// Accepts an epoch: it is on stable storage on return, and nothing older will be accepted again. Accepting the
     /// present one changes nothing. On an error the present one stays in force.
     ///
@@ -388,7 +395,9 @@ fn names(directory: &Path) -> Result<Vec<String>> {
 fn refuse_orphaned_logs(directory: &Path) -> Result<()> {
     let manifest = directory.join(MANIFEST);
     for name in names(directory)? {
-        let is_data = name == CHECKPOINT || (is_shard_directory(&name) && !is_empty_directory(&directory.join(&name))?);
+        let is_data = name == CHECKPOINT
+            || name == FOLLOWERS
+            || (is_shard_directory(&name) && !is_empty_directory(&directory.join(&name))?);
         if is_data {
             let reason = format!("it is missing, though {name} holds data; restore it, or choose another directory");
             return Err(Error::corrupt(manifest, 0, None, reason));
@@ -407,6 +416,7 @@ fn refuse_foreign_content(directory: &Path) -> Result<()> {
             || name == LOCK
             || name == CHECKPOINT
             || name == STORE
+            || name == FOLLOWERS
             || is_temporary(&name)
             || is_shard_directory(&name)
         {
@@ -430,7 +440,7 @@ fn is_empty_directory(path: &Path) -> Result<bool> {
 
 /// Whether it is what a crash leaves of a file that was being replaced.
 fn is_temporary(name: &str) -> bool {
-    name.ends_with(".tmp") && [MANIFEST, CHECKPOINT].iter().any(|file| name.starts_with(file))
+    name.ends_with(".tmp") && [MANIFEST, CHECKPOINT, FOLLOWERS].iter().any(|file| name.starts_with(file))
 }
 
 fn remove_temporary_files(directory: &Path) -> Result<()> {

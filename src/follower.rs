@@ -8,11 +8,12 @@
 //! | `tl-ack-s…` | one a shard while connected | waiting for the synced or the applied mark |
 //! | `tl-apply-s…` | one a shard | waiting for the written mark, or in the target |
 //! | `tl-ckpt` | one | waiting for marks |
+//! | `tl-retain` | one | waiting for a new segment, or for the checkpoint |
 //! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
 //! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -21,10 +22,12 @@ use crate::backoff::Backoff;
 use crate::commit::Commits;
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
+use crate::host::Host;
 use crate::limits::MAX_SHARDS;
 use crate::node::{
-    CheckpointShard, Checkpointer, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
+    CheckpointShard, Checkpointer, Hosting, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
 };
+use crate::protocol;
 use crate::receiver::{Receiver, exchange};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
@@ -44,6 +47,8 @@ pub(crate) struct Following {
     transport: Arc<dyn Transport>,
     leader: String,
     target: Arc<dyn ReplicationTarget>,
+    /// By shard: told of each epoch that is accepted.
+    hosts: Vec<Arc<Host>>,
     /// What ended following for good, if anything did: the first failure that trying again cannot mend.
     failure: Mutex<Option<Error>>,
 }
@@ -58,7 +63,9 @@ impl Following {
     }
 
     pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
-        self.directory.accept_epoch(epoch)
+        self.directory.accept_epoch(epoch)?;
+        self.hosts.iter().for_each(|host| host.assign(protocol::Role::Follower, epoch));
+        Ok(())
     }
 
     /// The leader must still be the one that the directory was made for.
@@ -105,18 +112,22 @@ impl Following {
 }
 
 /// How following goes for one shard, for those who ask.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct ShardState {
     connected: AtomicBool,
     leader_head: AtomicU64,
     heard_at_ms: AtomicU64,
     applied: Mutex<Option<Arc<Watermark>>>,
     error: Mutex<Option<String>>,
+    host: OnceLock<Arc<Host>>,
 }
 
 impl ShardState {
     pub(crate) fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
+        if let Some(host) = self.host.get() {
+            host.set_receiving(connected);
+        }
         if connected {
             *self.error.lock() = None;
         }
@@ -177,15 +188,6 @@ impl Follower {
         builder.check_settings(&directory)?;
         let directory = Arc::new(directory);
         let OpenLogs { wals, writers, checkpoint } = open_logs(&directory, &builder.options)?;
-        let following = Arc::new(Following {
-            options: builder.options.clone(),
-            stop: stop.clone(),
-            directory: Arc::clone(&directory),
-            transport: Arc::clone(&transport),
-            leader: leader.to_owned(),
-            target: Arc::clone(&target),
-            failure: Mutex::default(),
-        });
         let threads = Arc::new(Threads::default());
         let mut applied_marks = Vec::new();
         let mut states = Vec::new();
@@ -196,9 +198,28 @@ impl Follower {
             applied_marks.push(applied);
             states.push(state);
         }
-        let shards = wals.iter().zip(&states).map(|(wal, state)| ServerShard {
+        let kept = wals.iter().zip(&applied_marks).map(|(wal, applied)| {
+            CheckpointShard::new(Arc::clone(wal.log()), Some((Arc::clone(applied), Arc::clone(&target))))
+        });
+        let kept: Vec<_> = kept.collect();
+        let hosting = Hosting::new(&builder, &directory, protocol::Role::Follower, &kept, &stop)?;
+        for (state, host) in states.iter().zip(&hosting.hosts) {
+            let _ = state.host.set(Arc::clone(host));
+        }
+        let following = Arc::new(Following {
+            options: builder.options.clone(),
+            stop: stop.clone(),
+            directory: Arc::clone(&directory),
+            transport: Arc::clone(&transport),
+            leader: leader.to_owned(),
+            target: Arc::clone(&target),
+            hosts: hosting.hosts.clone(),
+            failure: Mutex::default(),
+        });
+        let shards = wals.iter().zip(&states).zip(&hosting.hosts).map(|((wal, state), host)| ServerShard {
             log: Arc::clone(wal.log()),
             commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
+            host: Arc::clone(host),
             following: Some(Arc::clone(state)),
             target: Some(Arc::clone(&target)),
         });
@@ -211,16 +232,7 @@ impl Follower {
             stop.clone(),
             Arc::clone(&threads),
         ));
-        let of_shard = |(wal, applied): (&Wal, &Arc<Watermark>)| CheckpointShard {
-            log: Arc::clone(wal.log()),
-            applied: Some((Arc::clone(applied), Arc::clone(&target))),
-        };
-        let checkpointer = Checkpointer::new(
-            directory.checkpoint_path(),
-            wals.iter().zip(&applied_marks).map(of_shard).collect(),
-            stop,
-            checkpoint,
-        );
+        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, hosting.hurry(), stop, checkpoint);
         let mut follower = Follower {
             following,
             server,
@@ -232,6 +244,7 @@ impl Follower {
         };
         follower.start_threads(writers, &states, &target)?;
         follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
+        hosting.start(&follower.threads)?;
         if let Some(address) = &builder.listen {
             let listener = transport.listen(address)?;
             follower.address = Some(listener.local_address());

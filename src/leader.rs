@@ -8,6 +8,8 @@
 //! | `tl-peer-…` | one a connection | reading: first the request, then acknowledgements |
 //! | `tl-ship-…` | one a follower and shard | waiting for `written`, or writing to its socket |
 //! | `tl-ckpt` | one | waiting for marks |
+//! | `tl-proto` | one | waiting for the earliest deadline of a session |
+//! | `tl-retain` | one | waiting for a new segment, or for a follower that leaves one behind |
 //! | `tl-apply-s…` | one a shard, if the leader has a target | waiting for `written`, or in the target |
 //! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
 //!
@@ -22,7 +24,11 @@ use crate::applier::Applier;
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
-use crate::node::{CheckpointShard, Checkpointer, NodeBuilder, OpenLogs, Threads, check_shard_count, open_logs};
+use crate::node::{
+    CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, check_shard_count, open_logs,
+};
+use crate::protocol;
+use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
@@ -65,26 +71,28 @@ impl Leader {
         for writer in &mut writers {
             writer.set_epoch(manifest.epoch)?;
         }
-        let shards: Vec<_> = wals
-            .iter()
-            .map(|wal| ServerShard {
-                log: Arc::clone(wal.log()),
-                commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
-                following: None,
-                target: builder.target.clone(),
-            })
-            .collect();
         let stop = ShutdownSignal::new();
         let mut applied = Vec::new();
         for wal in &wals {
             let target = builder.target.as_ref();
             applied.push(target.map(|t| NodeBuilder::applied_of(t.as_ref(), wal.log(), &checkpoint)).transpose()?);
         }
-        let kept = wals.iter().zip(&applied).map(|(wal, applied)| CheckpointShard {
-            log: Arc::clone(wal.log()),
-            applied: applied.clone().zip(builder.target.clone()),
+        let kept = wals.iter().zip(&applied).map(|(wal, applied)| {
+            CheckpointShard::new(Arc::clone(wal.log()), applied.clone().zip(builder.target.clone()))
         });
-        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept.collect(), stop.clone(), checkpoint);
+        let kept: Vec<_> = kept.collect();
+        let hosting = Hosting::new(&builder, &directory, protocol::Role::Leader, &kept, &stop)?;
+        let hurry = hosting.hurry();
+        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, hurry, stop.clone(), checkpoint);
+        let shards: Vec<_> = (wals.iter().zip(&hosting.hosts))
+            .map(|(wal, host)| ServerShard {
+                log: Arc::clone(wal.log()),
+                commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
+                host: Arc::clone(host),
+                following: None,
+                target: builder.target.clone(),
+            })
+            .collect();
         let appliers: Vec<_> = (wals.iter().zip(&applied))
             .filter_map(|(wal, applied)| {
                 let (target, applied) = builder.target.clone().zip(applied.clone())?;
@@ -115,6 +123,7 @@ impl Leader {
             applied,
         };
         leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
+        hosting.start(&leader.threads)?;
         for applier in appliers {
             let server = Arc::clone(&server);
             leader.threads.spawn(format!("tl-apply-s{}", applier.shard), move || {
@@ -200,6 +209,26 @@ impl Leader {
     /// [`Error::Invalid`] if there is no such shard. How the waiting ended is the [`Outcome`].
     pub fn wait(&self, shard: ShardId, lsn: Lsn, commit: Commit, deadline: Option<Instant>) -> Result<Outcome> {
         Ok(self.commits(shard)?.wait(lsn, commit, deadline))
+    }
+
+    /// Keeps a shard's log from `lsn` on for as long as the pin lives, within the shard's bound. Owner and reason are for
+    /// those who look at the status.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard; [`Error::NotRetained`] if `lsn` has been given up already.
+    pub fn pin(&self, shard: ShardId, owner: impl Into<String>, reason: impl Into<String>, lsn: Lsn) -> Result<Pin> {
+        self.server.shard(shard)?.host.retention().pin(owner, reason, lsn)
+    }
+
+    /// Forgets a follower that will not come back: no log is kept for it, and it ends its streams. It is remembered anew
+    /// if it asks to follow again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if that could not be written down: it is then remembered when the node starts again.
+    pub fn forget_follower(&self, node: NodeId) -> Result<()> {
+        self.server.forget_follower(node)
     }
 
     /// What the node says about itself now.

@@ -25,7 +25,8 @@
 //! | [`target`] | the applier hands the records to the state machine, in order |
 //! | [`commit`] | acknowledgements come back, and whoever waits for the record's commit wakes |
 //!
-//! Around it: a [`Node`] leads or follows; [`data_dir`] and [`replication`] keep what must survive a restart;
+//! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and retention bounds what
+//! each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart;
 //! [`status`] and [`tail`] look in from outside; [`shutdown`] ends everything at once.
 //!
 //! # Example
@@ -55,13 +56,16 @@ pub mod commit;
 pub mod data_dir;
 pub mod error;
 mod follower;
+mod host;
 mod leader;
 pub mod limits;
 mod node;
 pub mod protocol;
 pub mod rebuild;
 mod receiver;
+mod registry;
 pub mod replication;
+mod retention;
 mod server;
 mod shipper;
 pub mod shutdown;
@@ -82,6 +86,7 @@ pub use follower::Follower;
 pub use leader::Leader;
 pub use node::{Node, NodeBuilder};
 pub use replication::{Checkpoint, CheckpointEntry, CheckpointError, ReplicationState};
+pub use retention::{Pin, PinStatus};
 pub use shutdown::{ShutdownGuard, ShutdownSignal};
 pub use tail::Tail;
 pub use types::{

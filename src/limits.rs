@@ -16,6 +16,12 @@ pub const MIN_SEGMENT_SIZE: u64 = 64 * 1024;
 pub const MAX_SEGMENT_SIZE: u64 = 1024 * 1024 * 1024;
 /// Segment size unless asked otherwise. An idle shard keeps three such files: the open one and two spares.
 pub const DEFAULT_SEGMENT_SIZE: u64 = 16 * 1024 * 1024;
+/// Bytes of segments that a shard keeps at most, unless asked otherwise: enough for a follower that is away for a
+/// while, small enough for a small disk.
+pub const DEFAULT_MAX_WAL_BYTES: u64 = 1024 * 1024 * 1024;
+/// Bytes of segments that a shard keeps although nobody needs them, unless asked otherwise: a follower that comes back
+/// from a crash may have forgotten some of what it had acknowledged as applied.
+pub const DEFAULT_MIN_WAL_BYTES: u64 = 128 * 1024 * 1024;
 /// Shards of one node.
 pub const MAX_SHARDS: u16 = 1024;
 
@@ -63,6 +69,7 @@ pub const fn max_record_len(segment_size: u64) -> u64 {
     segment_size - SEGMENT_HEADER_LEN - 2 * BATCH_HEADER_LEN - RECORD_HEADER_LEN
 }
 
+const _: () = assert!(DEFAULT_MIN_WAL_BYTES < DEFAULT_MAX_WAL_BYTES);
 const _: () = assert!(SEGMENT_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
 const _: () = assert!(BATCH_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
 const _: () = assert!(MIN_SEGMENT_SIZE.is_multiple_of(PAGE_LEN), "segments are whole pages");

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -14,15 +14,19 @@ use crate::commit::Commit;
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
 use crate::follower::Follower;
+use crate::host::{Clock, Host, HostSettings, OnProjection};
 use crate::leader::Leader;
 use crate::limits::{DEFAULT_SEGMENT_SIZE, MAX_CONNECTIONS, MAX_SHARDS};
+use crate::protocol::{self, Projection, SessionLimits};
+use crate::registry::Registry;
 use crate::replication::{Checkpoint, CheckpointEntry};
+use crate::retention::{Retainer, RetentionOptions, ShardRetention};
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::transport::{TcpOptions, TcpTransport, Transport};
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
 use crate::wal::{Log, LogIdentity, LogWriter, Wal, WalOptions, unix_ms};
-use crate::watermark::{Until, Watermark, wait_any};
+use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
 
 /// Where everything begins.
 #[derive(Debug)]
@@ -43,6 +47,8 @@ impl Node {
             allow_plaintext: false,
             listen: None,
             target: None,
+            members: None,
+            on_projection: None,
             stop: ShutdownSignal::new(),
         }
     }
@@ -60,6 +66,8 @@ pub(crate) struct NodeOptions {
     pub(crate) backoff_base: Duration,
     pub(crate) backoff_cap: Duration,
     pub(crate) max_connections: usize,
+    pub(crate) retention: RetentionOptions,
+    pub(crate) sessions: SessionLimits,
 }
 
 impl Default for NodeOptions {
@@ -74,6 +82,8 @@ impl Default for NodeOptions {
             backoff_base: Duration::from_secs(1),
             backoff_cap: Duration::from_secs(30),
             max_connections: MAX_CONNECTIONS,
+            retention: RetentionOptions::default(),
+            sessions: SessionLimits::default(),
         }
     }
 }
@@ -92,6 +102,8 @@ pub struct NodeBuilder {
     allow_plaintext: bool,
     pub(crate) listen: Option<String>,
     pub(crate) target: Option<Arc<dyn ReplicationTarget>>,
+    members: Option<Arc<[NodeId]>>,
+    on_projection: Option<OnProjection>,
     stop: ShutdownSignal,
 }
 
@@ -181,6 +193,51 @@ impl NodeBuilder {
     pub fn reconnect(mut self, base: Duration, cap: Duration) -> Self {
         self.options.backoff_base = base;
         self.options.backoff_cap = cap;
+        self
+    }
+
+    /// The most bytes of segments that each shard keeps; `None` for no bound. Default: 1 GiB
+    /// ([`DEFAULT_MAX_WAL_BYTES`](crate::limits::DEFAULT_MAX_WAL_BYTES)).
+    ///
+    /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be rebuilt.
+    /// Segments begin to go somewhat below the bound, so that the log stays under it; a segment may be open and spares
+    /// stand ready beside that. What this node's own target has not applied durably is kept in any case.
+    #[must_use]
+    pub fn max_wal_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
+        self.options.retention.max_wal_bytes = bytes.into().filter(|&bytes| bytes > 0);
+        self
+    }
+
+    /// Bytes of segments that each shard keeps although nobody needs them, within the bound above: a follower that comes
+    /// back from a crash may have forgotten some of what it had applied. Default: 128 MiB
+    /// ([`DEFAULT_MIN_WAL_BYTES`](crate::limits::DEFAULT_MIN_WAL_BYTES)).
+    #[must_use]
+    pub fn min_wal_bytes(mut self, bytes: u64) -> Self {
+        self.options.retention.min_wal_bytes = bytes;
+        self
+    }
+
+    /// How long a follower's recovery may take, and how long it may stand still. Default: see [`SessionLimits`].
+    #[must_use]
+    pub fn session_limits(mut self, limits: SessionLimits) -> Self {
+        self.options.sessions = limits;
+        self
+    }
+
+    /// The followers that a leader has, and no others. Log is kept for them from the beginning, and the others that the
+    /// directory remembers are forgotten. Default: whoever of the same cluster asks may follow, and is remembered.
+    #[must_use]
+    pub fn followers(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
+        self.members = Some(nodes.into_iter().collect());
+        self
+    }
+
+    /// Called with how a shard stands whenever that changes in more than its numbers: mode, reason, sessions. Calls come
+    /// in order for each shard, from threads of the node, and should be short. The callback may ask the node for its
+    /// status.
+    #[must_use]
+    pub fn on_projection(mut self, callback: impl Fn(&Projection) + Send + Sync + 'static) -> Self {
+        self.on_projection = Some(Arc::new(callback));
         self
     }
 
@@ -347,6 +404,75 @@ fn random() -> u64 {
     hasher.finish() | 1
 }
 
+/// What decides about the shards of a node, and what it keeps of their logs.
+pub(crate) struct Hosting {
+    /// By shard.
+    pub(crate) hosts: Vec<Arc<Host>>,
+    /// Only a leader's sessions run out of time.
+    clock: Option<Arc<Clock>>,
+    retainer: Retainer,
+}
+
+impl Hosting {
+    /// Hosts for these logs, in their role. `shards` says of each what its target has saved.
+    pub(crate) fn new(
+        builder: &NodeBuilder,
+        directory: &DataDir,
+        role: protocol::Role,
+        shards: &[CheckpointShard],
+        stop: &ShutdownSignal,
+    ) -> Result<Hosting> {
+        let manifest = directory.manifest();
+        let registry = Arc::new(Registry::open(&directory.followers_path(), manifest.shard_count)?);
+        let leads = role == protocol::Role::Leader;
+        if let Some(members) = builder.members.as_ref().filter(|_| leads) {
+            registry.retain(|node| members.contains(&node))?;
+            for &node in members.iter() {
+                registry.add(node)?;
+            }
+        }
+        let clock = Arc::new(Clock::new());
+        let settings = HostSettings {
+            node: manifest.node,
+            limits: builder.options.sessions,
+            commit: builder.options.commit,
+            members: builder.members.clone(),
+            first_session: if leads { registry.first_session(manifest.epoch)? } else { 1 },
+            on_projection: builder.on_projection.clone(),
+            clock: Arc::clone(&clock),
+        };
+        let wake = Arc::new(Watermark::default());
+        let hosts: Vec<_> = shards
+            .iter()
+            .map(|shard| {
+                let applied = shard.applied.as_ref().map(|_| Arc::clone(&shard.saved));
+                let (log, options) = (Arc::clone(&shard.log), builder.options.retention);
+                let retention = ShardRetention::new(log, options, Arc::clone(&registry), applied, Arc::clone(&wake));
+                Arc::new(Host::new(settings.clone(), Arc::clone(&shard.log), Arc::new(retention)))
+            })
+            .collect();
+        hosts.iter().for_each(|host| host.assign(role, manifest.epoch));
+        let retainer =
+            Retainer { hosts: hosts.clone(), wake, hurry: Arc::new(Watermark::default()), stop: stop.clone() };
+        Ok(Hosting { hosts, clock: leads.then_some(clock), retainer })
+    }
+
+    /// What has the checkpoint written at once when it moves.
+    pub(crate) fn hurry(&self) -> Arc<Watermark> {
+        Arc::clone(&self.retainer.hurry)
+    }
+
+    /// Starts the threads.
+    pub(crate) fn start(self, threads: &Threads) -> Result<()> {
+        let Hosting { hosts, clock, retainer } = self;
+        let stop = retainer.stop.clone();
+        if let Some(clock) = clock {
+            threads.spawn("tl-proto".to_owned(), move || clock.run(&hosts, &stop))?;
+        }
+        threads.spawn("tl-retain".to_owned(), move || retainer.run())
+    }
+}
+
 /// The logs of a node, open, with what its checkpoint says.
 pub(crate) struct OpenLogs {
     pub(crate) wals: Vec<Wal>,
@@ -394,6 +520,8 @@ pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<Op
 pub(crate) struct Checkpointer {
     path: PathBuf,
     shards: Vec<CheckpointShard>,
+    /// Moves when somebody waits for what the checkpoint would say.
+    hurry: Arc<Watermark>,
     stop: ShutdownSignal,
     /// What stands in the file.
     saved: Mutex<Checkpoint>,
@@ -404,6 +532,16 @@ pub(crate) struct CheckpointShard {
     pub(crate) log: Arc<Log>,
     /// Up to where the target has applied, and the target; none on a node without one.
     pub(crate) applied: Option<(Arc<Watermark>, Arc<dyn ReplicationTarget>)>,
+    /// Up to where it has applied durably. Moved by the checkpointer.
+    pub(crate) saved: Arc<Watermark>,
+}
+
+impl CheckpointShard {
+    /// Applying begins where the target is durable.
+    pub(crate) fn new(log: Arc<Log>, applied: Option<(Arc<Watermark>, Arc<dyn ReplicationTarget>)>) -> CheckpointShard {
+        let saved = applied.as_ref().map_or(Lsn::ZERO, |(applied, _)| applied.load());
+        CheckpointShard { log, applied, saved: Arc::new(Watermark::new(saved)) }
+    }
 }
 
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
@@ -412,17 +550,21 @@ impl Checkpointer {
     pub(crate) fn new(
         path: PathBuf,
         shards: Vec<CheckpointShard>,
+        hurry: Arc<Watermark>,
         stop: ShutdownSignal,
         saved: Checkpoint,
     ) -> Arc<Checkpointer> {
-        Arc::new(Checkpointer { path, shards, stop, saved: Mutex::new(saved) })
+        Arc::new(Checkpointer { path, shards, hurry, stop, saved: Mutex::new(saved) })
     }
 
     pub(crate) fn run(&self) {
         while !self.stop.is_shutdown() {
             let saved = self.saved.lock().clone();
+            let hurry = self.hurry.load().next();
             self.wait_for_movement(&saved);
-            if !self.stop.wait_timeout(CHECKPOINT_INTERVAL) {
+            let conditions = [self.stop.until(), self.hurry.until(hurry)];
+            wait_any(&conditions, WaitStrategy::Park, Instant::now().checked_add(CHECKPOINT_INTERVAL));
+            if !self.stop.is_shutdown() {
                 self.save_or_say();
             }
         }
@@ -453,7 +595,7 @@ impl Checkpointer {
                 conditions.push(Until { mark: applied, at_least: entry.applied.next() });
             }
         }
-        wait_any(&conditions, crate::watermark::WaitStrategy::Park, None);
+        wait_any(&conditions, WaitStrategy::Park, None);
     }
 
     /// Makes what is applied durable in the target first, so that the checkpoint never says more than the target has.
@@ -482,6 +624,10 @@ impl Checkpointer {
         if checkpoint != *saved {
             checkpoint.save(&self.path)?;
             *saved = checkpoint;
+        }
+        for shard in &self.shards {
+            let entry = saved.entries.get(&shard.log.shard()).copied().unwrap_or_default();
+            shard.saved.advance(entry.applied);
         }
         Ok(())
     }

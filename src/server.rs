@@ -1,28 +1,29 @@
 //! What a node answers to those who connect: followers, readers of the log, and who asks how it is.
 //!
-//! Each connection has a thread. It reads the request, within the handshake time-out, and decides; a follower's
-//! thread then starts the shipper and goes on reading acknowledgements. Nothing that a peer sends makes a node do
+//! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
+//! all; how a follower recovers is decided by the shard's [`Host`] alone. A follower's thread then starts the shipper and
+//! goes on reading acknowledgements. Nothing that a peer sends makes a node do
 //! more than its limits allow: frames have a maximum length by type, connections a maximum number.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-use parking_lot::Mutex;
 
 use crate::commit::{Commits, FollowerMarks};
 use crate::data_dir::DataDir;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
+use crate::protocol::{FailureReason, SessionKind as Recovery};
 use crate::shipper::Shipper;
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
-use crate::wal::{Log, LogPosition, LogReader, unix_ms};
+use crate::wal::{Log, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
@@ -32,6 +33,8 @@ use crate::wire::{
 pub(crate) struct ServerShard {
     pub(crate) log: Arc<Log>,
     pub(crate) commits: Arc<Commits>,
+    /// Who decides about its followers.
+    pub(crate) host: Arc<Host>,
     /// On a follower: how following goes.
     pub(crate) following: Option<Arc<ShardState>>,
     /// What the log is applied to on this node, if anything.
@@ -51,13 +54,14 @@ pub(crate) struct Server {
     stop: ShutdownSignal,
     threads: Arc<Threads>,
     connections: AtomicUsize,
-    sessions: AtomicU64,
-    /// The stream that serves each (follower, shard) now; a newer one takes over.
-    streams: Mutex<Vec<(NodeId, ShardId, SessionId, ShutdownSignal)>>,
 }
 
-/// A request that is refused: what the peer is told.
-struct Refusal(RefusalCode, String);
+/// What a request gets: the answer, and what is then shipped to whom.
+struct Answer {
+    info: ShardInfo,
+    reader: Option<LogReader>,
+    stream: Option<StreamKey>,
+}
 
 impl Server {
     #[allow(clippy::too_many_arguments, reason = "each is a different thing that both roles have")]
@@ -80,9 +84,6 @@ impl Server {
             stop,
             threads,
             connections: AtomicUsize::new(0),
-            // Sessions of an earlier run are not taken for those of this one.
-            sessions: AtomicU64::new(unix_ms() << 16),
-            streams: Mutex::default(),
         }
     }
 
@@ -168,12 +169,14 @@ impl Server {
         };
         receiver.set_deadline(None)?;
         let answer = server.check(&request).and_then(|version| match request.purpose {
-            Purpose::Topology => server.describe(&request, version).map(|info| (info, None)),
-            Purpose::Follow => server.start_following(&request, version),
+            Purpose::Topology => {
+                server.describe(&request, version).map(|info| Answer { info, reader: None, stream: None })
+            }
+            Purpose::Follow => server.start_following(&request, version, &peer, &over),
             Purpose::Tail => server.start_tail(&request, version),
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
-        let (info, reader) = match answer {
+        let Answer { info, reader, stream } = match answer {
             Ok(answer) => answer,
             Err(refusal) => {
                 log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
@@ -181,12 +184,13 @@ impl Server {
                 return Ok(());
             }
         };
+        let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
         sender.send_message(&Message::ShardInfo(info))?;
         let Some(reader) = reader else { return Ok(()) };
-        let stream = Stream { server, peer: &peer, request, info, over };
-        match request.purpose {
-            Purpose::Follow => stream.serve_follower(reader, sender, receiver.as_mut()),
-            _ => stream.serve_tail(reader, sender, receiver.as_mut()),
+        let agreed = Stream { server, peer: &peer, request, info, over };
+        match stream {
+            Some(stream) => agreed.serve_follower(stream, reader, sender, receiver.as_mut()),
+            None => agreed.serve_tail(reader, sender, receiver.as_mut()),
         }
     }
 
@@ -254,8 +258,50 @@ impl Server {
         })
     }
 
-    /// Decides where a follower goes on, or why it cannot.
-    fn start_following(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Option<LogReader>), Refusal> {
+    /// Checks that the follower is one of this log at all, and has the shard's host decide how it goes on.
+    fn start_following(
+        &self,
+        request: &SyncRequest,
+        version: u16,
+        peer: &str,
+        over: &ShutdownSignal,
+    ) -> Result<Answer, Refusal> {
+        self.check_follower(request)?;
+        let shard = self.shard(request.shard).map_err(internal)?;
+        let admitted = shard.host.admit(request, peer, over)?;
+        let answer = match (admitted.session.kind, admitted.place) {
+            (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(shard, &admitted, request),
+            (kind, Some(place)) => self.describe(request, version).map(|info| Answer {
+                info: ShardInfo {
+                    session: SessionId(admitted.session.id.0),
+                    session_kind: if kind == Recovery::KeepUp { SessionKind::KeepUp } else { SessionKind::CatchUp },
+                    start: request.received.next(),
+                    target: admitted.session.target,
+                    start_segment: place.segment,
+                    start_offset: place.offset,
+                    ..info
+                },
+                reader: Some(shard.log.reader_at(place)),
+                stream: Some(admitted.stream),
+            }),
+        };
+        answer.inspect_err(|_| shard.host.stream_ended(admitted.stream))
+    }
+
+    /// Begins a rebuild that the shard's host has issued: the follower gets a base and the log after it. Without a base
+    /// to give, the session fails and the follower is told what is retained.
+    fn start_rebuild(
+        &self,
+        shard: &ServerShard,
+        admitted: &Admitted,
+        request: &SyncRequest,
+    ) -> Result<Answer, Refusal> {
+        shard.host.decline(admitted.stream, FailureReason::BaseUnavailable);
+        Err(shard.host.not_retained(request, shard.log.tail(), shard.log.head()))
+    }
+
+    /// Whether the follower can follow this node and this log, wherever it stands.
+    fn check_follower(&self, request: &SyncRequest) -> Result<(), Refusal> {
         if self.role != Role::Leader {
             return Err(Refusal(
                 RefusalCode::WrongRole,
@@ -298,25 +344,11 @@ impl Server {
                 ),
             ));
         }
-        let shard = self.shard(request.shard).map_err(internal)?;
-        shard.commits.follower(request.node).map_err(internal)?;
-        let log = &shard.log;
-        let place = place_for(log, request)?;
-        let info = self.describe(request, version)?;
-        let caught_up = request.received == info.head && request.received > Lsn::ZERO;
-        let info = ShardInfo {
-            session: SessionId(self.sessions.fetch_add(1, Ordering::Relaxed)),
-            session_kind: if caught_up { SessionKind::KeepUp } else { SessionKind::CatchUp },
-            start: request.received.next(),
-            target: info.head,
-            start_segment: place.segment,
-            start_offset: place.offset,
-            ..info
-        };
-        Ok((info, Some(log.reader_at(place))))
+        self.shard(request.shard).map_err(internal)?.commits.follower(request.node).map_err(internal)?;
+        Ok(())
     }
 
-    fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Option<LogReader>), Refusal> {
+    fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<Answer, Refusal> {
         let log = &self.shard(request.shard).map_err(internal)?.log;
         let from = if request.from == Lsn::ZERO { log.tail() } else { request.from };
         let place = log.position_before(from).map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
@@ -328,7 +360,7 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok((info, Some(log.reader_at(place))))
+        Ok(Answer { info, reader: Some(log.reader_at(place)), stream: None })
     }
 
     fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {
@@ -347,6 +379,15 @@ impl Server {
         }
     }
 
+    /// Takes a follower out of every shard, and what is known of it out of the directory.
+    pub(crate) fn forget_follower(&self, node: NodeId) -> Result<()> {
+        self.shards.iter().for_each(|shard| shard.host.forget(node));
+        let Some(shard) = self.shards.first() else { return Ok(()) };
+        let forgotten = shard.host.retention().registry().retain(|known| known != node);
+        self.shards.iter().for_each(|shard| shard.host.retention().poke());
+        forgotten
+    }
+
     /// What the node says about itself now.
     pub(crate) fn status(&self) -> Status {
         Status::collect(self.role, self.directory.manifest(), self.started.elapsed(), &self.shards)
@@ -357,64 +398,11 @@ impl Server {
     pub(crate) fn drain(&self) {
         let deadline = Instant::now().checked_add(self.options.drain_timeout);
         self.draining.shutdown();
-        let streams: Vec<_> = self.streams.lock().iter().map(|stream| stream.3.clone()).collect();
-        for over in streams {
+        for over in self.shards.iter().flat_map(|shard| shard.host.streams()) {
             let _ =
                 over.wait_timeout(deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now())));
         }
         self.stop.shutdown();
-    }
-
-    /// Makes this stream the one of its follower and shard; the one before it ends.
-    fn take_over(&self, node: NodeId, shard: ShardId, session: SessionId, over: &ShutdownSignal) {
-        let mut streams = self.streams.lock();
-        let before: Vec<_> = streams.extract_if(.., |stream| (stream.0, stream.1) == (node, shard)).collect();
-        streams.push((node, shard, session, over.clone()));
-        drop(streams);
-        for stream in before {
-            log::info!("node {node}, shard {shard}: a newer stream takes over");
-            stream.3.shutdown();
-        }
-    }
-
-    fn stream_ended(&self, session: SessionId) {
-        self.streams.lock().retain(|stream| stream.2 != session);
-    }
-}
-
-/// Finds where the follower's log goes on, if its history is a beginning of this log's.
-fn place_for(log: &Arc<Log>, request: &SyncRequest) -> Result<LogPosition, Refusal> {
-    let (tail, head) = (log.tail(), log.head());
-    let next = request.received.next();
-    if request.received > head {
-        return Err(Refusal(
-            RefusalCode::LeaderBehind,
-            format!(
-                "you have shard {} up to LSN {}, but this leader only up to {head} under the same epoch: \
-                 it has lost data, and nothing is overwritten; make a node with the longer log the leader",
-                request.shard, request.received
-            ),
-        ));
-    }
-    if next < tail {
-        return Err(Refusal(
-            RefusalCode::NotRetained,
-            format!(
-                "LSN {next} of shard {} is no longer retained (LSN {tail} to {head} are); start with a copy of a newer state",
-                request.shard
-            ),
-        ));
-    }
-    match log.position_after(request.received, request.chain) {
-        Ok(Some(place)) => Ok(place),
-        Ok(None) => Err(Refusal(
-            RefusalCode::Diverged,
-            format!(
-                "at LSN {} of shard {} your history (chain {:08x}) is not this leader's; nothing is overwritten",
-                request.received, request.shard, request.chain.0
-            ),
-        )),
-        Err(error) => Err(internal(error)),
     }
 }
 
@@ -431,6 +419,7 @@ impl Stream<'_> {
     /// Starts the shipper and reads acknowledgements until the stream ends.
     fn serve_follower(
         &self,
+        stream: StreamKey,
         reader: LogReader,
         sender: Box<dyn FrameSender>,
         receiver: &mut dyn FrameReceiver,
@@ -438,11 +427,12 @@ impl Stream<'_> {
         let SyncRequest { node, shard, received, durable, applied, .. } = self.request;
         let commits = &self.server.shard(shard)?.commits;
         let follower = commits.follower(node)?;
-        self.server.take_over(node, shard, self.info.session, &self.over);
         log::info!(
-            "node {node}, shard {shard}: following from LSN {} of {} ({})",
+            "node {node}, shard {shard}: following from LSN {} of {} ({:?}, session {}, {})",
             self.info.start,
             self.info.head,
+            self.info.session_kind,
+            self.info.session,
             self.peer
         );
         commits.acknowledge(&follower, received, durable.min(received), applied.min(received), unix_ms());
@@ -461,9 +451,8 @@ impl Stream<'_> {
                     over.shutdown();
                 }
             })
-            .and_then(|()| self.read_acknowledgements(commits, &follower, receiver));
+            .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
         self.over.shutdown();
-        self.server.stream_ended(self.info.session);
         follower.stream_ended();
         result
     }
@@ -490,6 +479,7 @@ impl Stream<'_> {
 
     fn read_acknowledgements(
         &self,
+        stream: StreamKey,
         commits: &Commits,
         follower: &FollowerMarks,
         receiver: &mut dyn FrameReceiver,
@@ -504,7 +494,7 @@ impl Stream<'_> {
             };
             match header.kind {
                 FrameKind::Ack => match receiver.receive_message_body(header)? {
-                    Message::Ack(ack) => self.take_acknowledgement(commits, follower, ack)?,
+                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
                     other => return Err(crate::receiver::refusal(self.peer, other)),
                 },
                 FrameKind::Heartbeat => {
@@ -518,14 +508,20 @@ impl Stream<'_> {
         }
     }
 
-    fn take_acknowledgement(&self, commits: &Commits, follower: &FollowerMarks, ack: Ack) -> Result<()> {
+    fn take_acknowledgement(
+        &self,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        ack: Ack,
+    ) -> Result<()> {
         if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
             return Err(Error::protocol(
                 self.peer,
                 format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
             ));
         }
-        let log = &self.server.shard(self.request.shard)?.log;
+        let ServerShard { log, host, .. } = self.server.shard(self.request.shard)?;
         // Bytes are published just before the mark says so: an acknowledgement can be here first.
         let written = [log.written().until(ack.received), self.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
@@ -543,6 +539,7 @@ impl Stream<'_> {
             ));
         }
         commits.acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
+        host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
         Ok(())
     }
 
@@ -578,6 +575,21 @@ struct Leave(Arc<Server>);
 impl Drop for Leave {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Tells the shard's host that a stream is over when its thread ends, however it ends.
+struct LeaveStream<'a> {
+    server: &'a Server,
+    shard: ShardId,
+    stream: StreamKey,
+}
+
+impl Drop for LeaveStream<'_> {
+    fn drop(&mut self) {
+        if let Ok(shard) = self.server.shard(self.shard) {
+            shard.host.stream_ended(self.stream);
+        }
     }
 }
 

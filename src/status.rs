@@ -1,32 +1,44 @@
 //! What a node says about itself: a snapshot of marks, cheap to take, for people, programs and the wire.
 //!
-//! # Format, version 1
+//! # Format, version 2
 //!
 //! The body of a `Status` frame. All numbers are little-endian; a text is its length in bytes (4 bytes) and UTF-8.
 //!
 //! | field | size |
 //! |---|---:|
-//! | version, 1 | 2 |
+//! | version, 2 | 2 |
 //! | role: 1 leader, 2 follower | 1 |
 //! | cluster, node, region, epoch | 16, 8, 2, 8 |
 //! | uptime in milliseconds | 8 |
 //! | number of shards | 2 |
 //! | for each shard: shard, tail, head, synced, committed, retained bytes | 2, 8, 8, 8, 8, 8 |
+//! | `max_wal_bytes`, 0 for no bound | 8 |
+//! | mode, reason: texts, the reason empty if there is none | |
+//! | number of pins | 2 |
+//! | for each pin: LSN, lost (1 byte), owner and reason: texts | 8, 1 |
 //! | poison: text, empty if sound | |
 //! | following: 0 or 1; if 1: connected (1 byte), leader head, applied, heard at (milliseconds since 1970), error: text | 1, 1, 8, 8, 8 |
 //! | number of followers | 2 |
 //! | for each follower: node, connected (1 byte), shipped, received, durable, applied, acknowledged at, lag in bytes | 8, 1, 8, 8, 8, 8, 8, 8 |
+//! | then its mode, reason and refusal: texts, empty if there is none | |
+//! | then place lost (1 byte), session kind and phase: texts, the kind empty if there is none | 1 |
+//! | then session, its target, achieved LSN and base blocks | 8, 8, 8, 8 |
+//!
+//! Modes, reasons, refusals, kinds and phases are the words of [`crate::protocol`].
 
 use std::fmt::Write as _;
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::commit::AckLevel;
 use crate::data_dir::Manifest;
+use crate::protocol::{Mode, Phase, Progress, Reason, Refusal, ReplicaProjection, SessionId, SessionKind, UnknownWord};
+use crate::retention::PinStatus;
 use crate::server::ServerShard;
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
 use crate::wal::unix_ms;
 
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// What a node does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,11 +94,19 @@ pub struct ShardStatus {
     pub committed: Lsn,
     /// Bytes of its segments.
     pub retained_bytes: u64,
+    /// The bound on those bytes; `None` for no bound.
+    pub max_wal_bytes: Option<u64>,
+    /// How the shard is, in a word.
+    pub mode: Mode,
+    /// Why the mode is what it is, unless it says it all.
+    pub reason: Option<Reason>,
+    /// Holds on its log, in the order in which they were taken.
+    pub pins: Vec<PinStatus>,
     /// The failure that made it read-only, if any.
     pub poison: Option<String>,
     /// On a follower: how following goes.
     pub following: Option<FollowingStatus>,
-    /// On a leader: its followers, in the order in which they were first seen.
+    /// On a leader: the followers known, in the order of their ids.
     pub followers: Vec<FollowerStatus>,
 }
 
@@ -124,6 +144,38 @@ pub struct FollowerStatus {
     pub acked_at_ms: u64,
     /// Log bytes that it has not received yet; of which segments it needs, whole ones are counted whole.
     pub lag_bytes: u64,
+    /// How it is, in a word.
+    pub mode: Mode,
+    /// Why the mode is what it is, unless it says it all.
+    pub reason: Option<Reason>,
+    /// Why it gets no session, if it is refused one.
+    pub refusal: Option<Refusal>,
+    /// Log that it needs was given up because the shard's log had grown to its bound: it has to be rebuilt.
+    pub place_lost: bool,
+    /// Its session, live or over.
+    pub session: Option<SessionStatus>,
+}
+
+/// A follower's session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionStatus {
+    /// Its name.
+    pub id: SessionId,
+    /// What it does.
+    pub kind: SessionKind,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The LSN that it is to reach.
+    pub target: Lsn,
+    /// How far it is.
+    pub progress: Progress,
+}
+
+impl SessionStatus {
+    fn of(replica: &ReplicaProjection) -> Option<SessionStatus> {
+        let (id, kind) = replica.session.zip(replica.kind)?;
+        Some(SessionStatus { id, kind, phase: replica.phase, target: replica.target, progress: replica.progress })
+    }
 }
 
 impl FollowerStatus {
@@ -231,7 +283,9 @@ impl ShardStatus {
     fn collect(shard: &ServerShard) -> ShardStatus {
         let log = &shard.log;
         let head = log.head();
-        let followers = shard.commits.followers();
+        let projection = shard.host.projection();
+        let marks = shard.commits.followers();
+        let retention = shard.host.retention();
         ShardStatus {
             shard: log.shard(),
             tail: log.tail(),
@@ -239,6 +293,10 @@ impl ShardStatus {
             synced: log.synced().load(),
             committed: shard.commits.committed().min(head),
             retained_bytes: log.retained_bytes(),
+            max_wal_bytes: retention.max_wal_bytes(),
+            mode: projection.mode,
+            reason: projection.reason,
+            pins: retention.pins(),
             poison: log.poison().map(str::to_owned),
             following: shard.following.as_ref().map(|state| FollowingStatus {
                 connected: state.is_connected(),
@@ -247,19 +305,27 @@ impl ShardStatus {
                 heard_at_ms: state.heard_at_ms(),
                 error: state.error(),
             }),
-            followers: followers
+            followers: projection
+                .replicas
                 .iter()
-                .map(|marks| {
-                    let received = marks.at(AckLevel::Received);
+                .map(|replica| {
+                    // None since this node started: then all that is known is where it stood when it was last seen.
+                    let marks = marks.iter().find(|marks| marks.node() == replica.node);
+                    let at = |level| marks.map_or(Lsn::ZERO, |marks| marks.at(level));
                     FollowerStatus {
-                        node: marks.node(),
-                        connected: marks.is_connected(),
-                        shipped: marks.shipped(),
-                        received,
-                        durable: marks.at(AckLevel::Durable),
-                        applied: marks.at(AckLevel::Applied),
-                        acked_at_ms: marks.acked_at_ms(),
-                        lag_bytes: log.bytes_after(received),
+                        node: replica.node,
+                        connected: marks.is_some_and(|marks| marks.is_connected()),
+                        shipped: marks.map_or(Lsn::ZERO, |marks| marks.shipped()),
+                        received: at(AckLevel::Received),
+                        durable: at(AckLevel::Durable),
+                        applied: at(AckLevel::Applied),
+                        acked_at_ms: marks.map_or(0, |marks| marks.acked_at_ms()),
+                        lag_bytes: log.bytes_after(at(AckLevel::Received)),
+                        mode: replica.mode,
+                        reason: replica.reason,
+                        refusal: replica.refusal,
+                        place_lost: shard.host.has_lost_place(replica.node),
+                        session: SessionStatus::of(replica),
                     }
                 })
                 .collect(),
@@ -269,13 +335,17 @@ impl ShardStatus {
     fn write_json(&self, json: &mut String, now_ms: u64) {
         let _ = write!(
             json,
-            "{{\"shard\":{},\"tail\":{},\"head\":{},\"synced\":{},\"committed\":{},\"retained_bytes\":{},\"poison\":{}",
+            "{{\"shard\":{},\"tail\":{},\"head\":{},\"synced\":{},\"committed\":{},\"retained_bytes\":{},\
+             \"max_wal_bytes\":{},\"mode\":{},\"reason\":{},\"poison\":{}",
             self.shard,
             self.tail,
             self.head,
             self.synced,
             self.committed,
             self.retained_bytes,
+            self.max_wal_bytes.map_or_else(|| "null".to_owned(), |bytes| bytes.to_string()),
+            json_text(self.mode.as_str()),
+            json_option(self.reason.map(Reason::as_str)),
             json_option(self.poison.as_deref())
         );
         if let Some(following) = &self.following {
@@ -290,12 +360,25 @@ impl ShardStatus {
                 json_option(following.error.as_deref())
             );
         }
-        json.push_str(",\"followers\":[");
+        json.push_str(",\"pins\":[");
+        for (index, pin) in self.pins.iter().enumerate() {
+            let _ = write!(
+                json,
+                "{}{{\"owner\":{},\"reason\":{},\"lsn\":{},\"lost\":{}}}",
+                if index == 0 { "" } else { "," },
+                json_text(&pin.owner),
+                json_text(&pin.reason),
+                pin.lsn,
+                pin.lost
+            );
+        }
+        json.push_str("],\"followers\":[");
         for (index, follower) in self.followers.iter().enumerate() {
             let _ = write!(
                 json,
                 "{}{{\"node\":{},\"state\":\"{}\",\"shipped\":{},\"received\":{},\"durable\":{},\"applied\":{},\
-                 \"lag_records\":{},\"lag_bytes\":{},\"acked_ms_ago\":{}}}",
+                 \"lag_records\":{},\"lag_bytes\":{},\"acked_ms_ago\":{},\"mode\":{},\"reason\":{},\"refusal\":{},\
+                 \"place_lost\":{},\"session\":",
                 if index == 0 { "" } else { "," },
                 follower.node,
                 follower.state(self.head),
@@ -305,8 +388,25 @@ impl ShardStatus {
                 follower.applied,
                 self.head.records_since(follower.received),
                 follower.lag_bytes,
-                json_ago(follower.acked_at_ms, now_ms)
+                json_ago(follower.acked_at_ms, now_ms),
+                json_text(follower.mode.as_str()),
+                json_option(follower.reason.map(Reason::as_str)),
+                json_option(follower.refusal.map(Refusal::as_str)),
+                follower.place_lost
             );
+            let _ = match &follower.session {
+                None => write!(json, "null}}"),
+                Some(session) => write!(
+                    json,
+                    "{{\"id\":{},\"kind\":\"{}\",\"phase\":\"{}\",\"target\":{},\"achieved\":{},\"base_blocks\":{}}}}}",
+                    session.id,
+                    session.kind,
+                    session.phase,
+                    session.target,
+                    session.progress.achieved,
+                    session.progress.base_blocks
+                ),
+            };
         }
         json.push_str("]}");
     }
@@ -315,6 +415,16 @@ impl ShardStatus {
         out.extend_from_slice(&self.shard.0.to_le_bytes());
         for number in [self.tail.0, self.head.0, self.synced.0, self.committed.0, self.retained_bytes] {
             out.extend_from_slice(&number.to_le_bytes());
+        }
+        out.extend_from_slice(&self.max_wal_bytes.unwrap_or(0).to_le_bytes());
+        put_text(out, self.mode.as_str());
+        put_text(out, self.reason.map_or("", Reason::as_str));
+        put_count(out, self.pins.len());
+        for pin in &self.pins {
+            out.extend_from_slice(&pin.lsn.0.to_le_bytes());
+            out.push(u8::from(pin.lost));
+            put_text(out, &pin.owner);
+            put_text(out, &pin.reason);
         }
         put_text(out, self.poison.as_deref().unwrap_or_default());
         out.push(u8::from(self.following.is_some()));
@@ -333,6 +443,7 @@ impl ShardStatus {
             for number in marks.map(Lsn::get).into_iter().chain([follower.acked_at_ms, follower.lag_bytes]) {
                 out.extend_from_slice(&number.to_le_bytes());
             }
+            follower.encode_recovery(out);
         }
     }
 
@@ -344,6 +455,10 @@ impl ShardStatus {
             synced: Lsn(from.u64()?),
             committed: Lsn(from.u64()?),
             retained_bytes: from.u64()?,
+            max_wal_bytes: Some(from.u64()?).filter(|&bytes| bytes > 0),
+            mode: from.word()?.ok_or("a mode is missing")?,
+            reason: from.word()?,
+            pins: PinStatus::decode_all(from)?,
             poison: from.text()?,
             following: None,
             followers: Vec::new(),
@@ -367,9 +482,51 @@ impl ShardStatus {
                 applied: Lsn(from.u64()?),
                 acked_at_ms: from.u64()?,
                 lag_bytes: from.u64()?,
+                mode: from.word()?.ok_or("a mode is missing")?,
+                reason: from.word()?,
+                refusal: from.word()?,
+                place_lost: from.bool()?,
+                session: SessionStatus::decode(from)?,
             });
         }
         Ok(status)
+    }
+}
+
+impl FollowerStatus {
+    fn encode_recovery(&self, out: &mut Vec<u8>) {
+        put_text(out, self.mode.as_str());
+        put_text(out, self.reason.map_or("", Reason::as_str));
+        put_text(out, self.refusal.map_or("", Refusal::as_str));
+        out.push(u8::from(self.place_lost));
+        put_text(out, self.session.map_or("", |session| session.kind.as_str()));
+        put_text(out, self.session.map_or(Phase::Idle, |session| session.phase).as_str());
+        let numbers = self.session.map_or([0; 4], |session| {
+            [session.id.0, session.target.0, session.progress.achieved.0, session.progress.base_blocks]
+        });
+        numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
+    }
+}
+
+impl SessionStatus {
+    fn decode(from: &mut Fields<'_>) -> Result<Option<SessionStatus>, String> {
+        let kind = from.word()?;
+        let phase = from.word()?.ok_or("a session's phase is missing")?;
+        let (id, target) = (SessionId(from.u64()?), Lsn(from.u64()?));
+        let progress = Progress { achieved: Lsn(from.u64()?), base_blocks: from.u64()? };
+        Ok(kind.map(|kind| SessionStatus { id, kind, phase, target, progress }))
+    }
+}
+
+impl PinStatus {
+    fn decode_all(from: &mut Fields<'_>) -> Result<Vec<PinStatus>, String> {
+        let mut pins = Vec::new();
+        for _ in 0..from.u16()? {
+            let (lsn, lost) = (Lsn(from.u64()?), from.bool()?);
+            let (owner, reason) = (from.text()?.unwrap_or_default(), from.text()?.unwrap_or_default());
+            pins.push(PinStatus { owner, reason, lsn, lost });
+        }
+        Ok(pins)
     }
 }
 
@@ -408,6 +565,13 @@ impl Fields<'_> {
         let (text, rest) = self.0.split_at_checked(len).ok_or_else(|| "a text ends too early".to_owned())?;
         self.0 = rest;
         Ok((!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned()))
+    }
+}
+
+impl Fields<'_> {
+    /// One of the words of the protocol; `None` where the text is empty.
+    fn word<T: FromStr<Err = UnknownWord>>(&mut self) -> Result<Option<T>, String> {
+        self.text()?.map(|text| text.parse().map_err(|error: UnknownWord| error.to_string())).transpose()
     }
 }
 
@@ -474,6 +638,15 @@ mod tests {
                 synced: Lsn(9),
                 committed: Lsn(8),
                 retained_bytes: 65536,
+                max_wal_bytes: Some(1 << 30),
+                mode: Mode::Degraded,
+                reason: Some(Reason::Failed(crate::protocol::FailureReason::PinLost)),
+                pins: vec![PinStatus {
+                    owner: "node 2".to_owned(),
+                    reason: "catch_up".to_owned(),
+                    lsn: Lsn(4),
+                    lost: true,
+                }],
                 poison: Some("disk \"a\" failed\n".to_owned()),
                 following: Some(FollowingStatus {
                     connected: true,
@@ -491,6 +664,17 @@ mod tests {
                     applied: Lsn(6),
                     acked_at_ms: 0,
                     lag_bytes: 128,
+                    mode: Mode::BootstrapPending,
+                    reason: Some(Reason::RecoveryInProgress),
+                    refusal: Some(Refusal::Diverged),
+                    place_lost: true,
+                    session: Some(SessionStatus {
+                        id: SessionId(77),
+                        kind: SessionKind::CatchUp,
+                        phase: Phase::Running,
+                        target: Lsn(10),
+                        progress: Progress { achieved: Lsn(8), base_blocks: 3 },
+                    }),
                 }],
             }],
         }
@@ -506,6 +690,9 @@ mod tests {
         let json = sample().to_json();
         assert!(json.contains(r#""state":"catch_up""#), "{json}");
         assert!(json.contains(r#""poison":"disk \"a\" failed\u000a""#), "{json}");
+        assert!(json.contains(r#""kind":"catch_up","phase":"running","target":10,"achieved":8"#), "{json}");
+        assert!(json.contains(r#""owner":"node 2","reason":"catch_up","lsn":4,"lost":true"#), "{json}");
+        assert!(json.contains(r#""mode":"degraded","reason":"pin_lost""#), "{json}");
         assert!(json.contains(r#""lag_records":2"#) && json.contains(r#""acked_ms_ago":null"#), "{json}");
     }
 

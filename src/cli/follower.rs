@@ -33,6 +33,9 @@ pub(super) struct Follower {
     /// Keep no store, even if the leader has one
     #[arg(long)]
     log_only: bool,
+    /// Most bytes of log that each shard keeps once they are applied; 0 for no bound [default: 1073741824]
+    #[arg(long, value_name = "BYTES")]
+    max_wal_bytes: Option<u64>,
     /// Address at which to answer `status` and `tail` [default: none]
     #[arg(long)]
     listen: Option<String>,
@@ -47,6 +50,9 @@ impl Follower {
         let mut builder = Node::builder(&self.dir).allow_plaintext(self.allow_plaintext).stop_signal(stop.clone());
         if let Some(node) = self.node_id {
             builder = builder.node_id(NodeId(node));
+        }
+        if let Some(bytes) = self.max_wal_bytes {
+            builder = builder.max_wal_bytes(bytes);
         }
         if let Some(address) = &self.listen {
             builder = builder.listen(address);

@@ -50,6 +50,9 @@ pub(super) struct Leader {
     /// Leadership term [default: the highest that the directory has accepted]
     #[arg(long)]
     epoch: Option<u64>,
+    /// Most bytes of log that each shard keeps, whoever still needs them; 0 for no bound [default: 1073741824]
+    #[arg(long, value_name = "BYTES")]
+    max_wal_bytes: Option<u64>,
     /// Read records from standard input, one a line; with a store, keys and values
     #[arg(long)]
     stdin: bool,
@@ -117,6 +120,9 @@ impl Leader {
         }
         if let Some(node) = self.node_id {
             builder = builder.node_id(NodeId(node));
+        }
+        if let Some(bytes) = self.max_wal_bytes {
+            builder = builder.max_wal_bytes(bytes);
         }
         if let Some(epoch) = self.epoch {
             builder = builder.epoch(Epoch(epoch));

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
+use towline::protocol::{Mode, Reason, SessionKind};
 use towline::status::{FollowerStatus, ShardStatus};
 use towline::tail::ask_status;
 
@@ -45,13 +46,15 @@ impl Status {
 
 fn print_shard(shard: &ShardStatus) {
     println!(
-        "shard {:>4}  LSN {} to {}  synced {}  committed {}  {} retained",
+        "shard {:>4}  LSN {} to {}  synced {}  committed {}  {} retained{}  {}",
         shard.shard,
         shard.tail,
         shard.head,
         shard.synced,
         shard.committed,
-        super::human_bytes(shard.retained_bytes)
+        super::human_bytes(shard.retained_bytes),
+        shard.max_wal_bytes.map(|bytes| format!(" of {}", super::human_bytes(bytes))).unwrap_or_default(),
+        why(shard.mode, shard.reason)
     );
     if let Some(poison) = &shard.poison {
         println!("  read-only: {poison}");
@@ -66,6 +69,10 @@ fn print_shard(shard: &ShardStatus) {
             ago(following.heard_at_ms),
             following.error.as_ref().map(|error| format!("  ({error})")).unwrap_or_default()
         );
+    }
+    for pin in &shard.pins {
+        let lost = if pin.lost { "  LOST" } else { "" };
+        println!("  pin at LSN {}  {} ({}){lost}", pin.lsn, pin.owner, pin.reason);
     }
     for follower in &shard.followers {
         print_follower(follower, shard);
@@ -84,6 +91,29 @@ fn print_follower(follower: &FollowerStatus, shard: &ShardStatus) {
         super::human_bytes(follower.lag_bytes),
         ago(follower.acked_at_ms)
     );
+    let session = follower.session.map_or_else(
+        || "no session".to_owned(),
+        |session| match session.kind {
+            SessionKind::KeepUp => format!("session {} {} {}", session.id, session.kind, session.phase),
+            _ => format!(
+                "session {} {} {} at LSN {} of {}, {} base blocks",
+                session.id,
+                session.kind,
+                session.phase,
+                session.progress.achieved,
+                session.target,
+                session.progress.base_blocks
+            ),
+        },
+    );
+    let refusal = follower.refusal.map(|refusal| format!("  refused: {refusal}")).unwrap_or_default();
+    let lost = if follower.place_lost { "  its place in the log is lost" } else { "" };
+    println!("    {}  {session}{refusal}{lost}", why(follower.mode, follower.reason));
+}
+
+/// A mode and why it is that.
+fn why(mode: Mode, reason: Option<Reason>) -> String {
+    reason.map_or_else(|| mode.to_string(), |reason| format!("{mode} ({reason})"))
 }
 
 /// How long ago a moment was, by this machine's clock.

@@ -10,6 +10,7 @@
 //! | `synced` | whoever holds `sync`, after the device has the bytes | it survives a power cut |
 //! | `sync_wanted` | anyone | somebody will want it synced without waiting here |
 //! | `sync_turns` | whoever held `sync`, after letting go | counts syncs, so that one of those not covered takes over |
+//! | `opened` | the [`LogWriter`](super::LogWriter), after the segment is in the list | the first LSN of the newest segment |
 //! | `ended` | the first of close and poison | 1: waiting is over |
 //!
 //! # Who syncs
@@ -47,6 +48,7 @@ pub struct Log {
     synced: Watermark,
     sync_wanted: Watermark,
     sync_turns: Watermark,
+    opened: Watermark,
     ended: Watermark,
     sync: Mutex<SyncPosition>,
     /// The file of a released segment that could not be removed: it goes before any newer one, or there would be a gap.
@@ -86,6 +88,7 @@ impl Log {
         head: Lsn,
         spares: Spares,
     ) -> Log {
+        let opened = segments.last().map_or(Lsn::ZERO, |segment| segment.id().first_lsn);
         let next_sync = segments.first().map_or(head.next(), |segment| segment.id().first_lsn);
         Log {
             identity,
@@ -96,6 +99,7 @@ impl Log {
             synced: Watermark::new(Lsn::ZERO),
             sync_wanted: Watermark::new(Lsn::ZERO),
             sync_turns: Watermark::new(Lsn::ZERO),
+            opened: Watermark::new(opened),
             ended: Watermark::new(Lsn::ZERO),
             sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, turns: Lsn::ZERO }),
             unremoved: Mutex::default(),
@@ -132,6 +136,11 @@ impl Log {
     #[must_use]
     pub fn synced(&self) -> &Watermark {
         &self.synced
+    }
+
+    /// The first LSN of the newest segment: moves when the one before it is sealed. [`Lsn::ZERO`] before the first.
+    pub(crate) fn opened(&self) -> &Watermark {
+        &self.opened
     }
 
     /// The newest LSN; [`Lsn::ZERO`] if the log is empty.
@@ -310,6 +319,7 @@ impl Log {
         writer.publish(SEGMENT_HEADER_LEN);
         log::debug!("shard {}: opened {}", self.shard(), header.id);
         self.segments.write().push(segment);
+        self.opened.advance(header.id.first_lsn);
         Ok(writer)
     }
 
@@ -414,7 +424,7 @@ impl Log {
         (position.segment, position.offset)
     }
 
-    /// Syncs everything up to `written` and somewhat more, segment by segment.
+    /// Syncs up to `written`, and whatever more the segments up to there hold.
     fn sync_segments(&self, position: &mut SyncPosition, written: Lsn) -> Result<()> {
         loop {
             let Some(segment) = self.segment_beginning(position.segment) else {
@@ -437,6 +447,11 @@ impl Log {
             }
             let Some(last_lsn) = sealed else { return Ok(()) };
             (position.segment, position.offset) = (last_lsn.next(), 0);
+            // At once, and no further than asked: a writer that keeps ahead must not keep what is done from counting.
+            self.synced.advance(last_lsn);
+            if last_lsn >= written {
+                return Ok(());
+            }
         }
     }
 

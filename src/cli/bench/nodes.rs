@@ -115,7 +115,7 @@ impl Nodes {
 fn builder(directory: &Path, settings: &Settings) -> NodeBuilder {
     let options = TcpOptions { spin_receive: settings.spin_receive, ..TcpOptions::default() };
     let transport: Arc<dyn Transport> = Arc::new(TcpTransport::new(options));
-    Node::builder(directory).wal(settings.wal).transport(transport)
+    Node::builder(directory).wal(settings.wal).max_wal_bytes(None).transport(transport)
 }
 
 /// Waits until as many spares as are kept have their full length, and until they are on stable storage.

@@ -84,12 +84,16 @@ impl Demo {
         if let Some(scenario) = self.scenario {
             return scenario.run(self, directory, stop);
         }
-        let leader =
-            Node::builder(directory.join("leader")).shards(self.shards).commit(self.commit).lead("127.0.0.1:0")?;
+        let leader = Node::builder(directory.join("leader"))
+            .shards(self.shards)
+            .commit(self.commit)
+            .max_wal_bytes(None)
+            .lead("127.0.0.1:0")?;
         let mut followers = Vec::new();
         for number in 1..=self.followers {
             let target = Arc::new(Checking::new(self.shards));
             let follower = Node::builder(directory.join(format!("follower-{number}")))
+                .max_wal_bytes(None)
                 .node_id(NodeId(u64::from(number)))
                 .follow(leader.local_address(), Arc::clone(&target) as Arc<dyn ReplicationTarget>)?;
             followers.push((follower, target));

@@ -37,7 +37,9 @@ pub(super) enum Scenario {
 impl Scenario {
     pub(super) fn run(self, demo: &Demo, directory: &Path, stop: &ShutdownSignal) -> Outcome {
         let store = open_store(demo, &directory.join("leader"))?;
+        // Every byte is kept, so that all of it can be compared at the end.
         let leader = Node::builder(directory.join("leader"))
+            .max_wal_bytes(None)
             .shards(demo.shards)
             .commit(demo.commit)
             .target(Arc::clone(&store) as Arc<dyn ReplicationTarget>)
@@ -187,6 +189,7 @@ impl Stage<'_> {
         let store = open_store(self.demo, &directory)?;
         let target = Arc::new(Slow { store, until: Mutex::default() });
         let follower = Node::builder(directory)
+            .max_wal_bytes(None)
             .node_id(NodeId(u64::from(number)))
             .follow(self.leader.local_address(), Arc::clone(&target) as Arc<dyn ReplicationTarget>)?;
         Ok(Following { follower, target, shards: self.demo.shards })

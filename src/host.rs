@@ -1,0 +1,710 @@
+//! The host of the protocol engine: what a node observes of a shard becomes events, and commands become deeds.
+//!
+//! There is one [`Host`] a shard, on a leader and on a follower alike. Nothing else in the crate decides how a follower
+//! recovers: its request is a report of facts, the engine decides, and the answer on the connection follows from the
+//! session that the engine has then, or from its refusal.
+//!
+//! | observed | event |
+//! |---|---|
+//! | a follower asks to follow | its old session fails, if it is live (`superseded`, or `transport_lost`); `SyncAckReceived` |
+//! | it was never seen before | first `AssignmentDelivered`, with it, under the same epoch |
+//! | it acknowledges | `SyncAckReceived`; in a catch-up also `SessionProgress`, and `SessionCompleted` at the target |
+//! | its stream ends | `SessionFailed` (`transport_lost`) |
+//! | retention gave up what it needs | `SessionFailed` (`pin_lost`) |
+//! | the leader's own disk has more, and the policy counts it | `BarrierConfirmed` |
+//! | time | a tick, by the thread `tl-proto` |
+//!
+//! | command | deed |
+//! |---|---|
+//! | `StartRecoveryTask` | the pin is taken; the stream's shipper is what executes the session |
+//! | `StartCatchUp`, `StartRebuild` | the terms go out as the answer to the follower's request |
+//! | `InvalidateSession` | noted as the reason for which the stream ends |
+//! | `DrainRecoveryTask` | the pin goes; unless the session completed, its stream ends: shipper and reader leave |
+//! | `ApplyRole`, `ConfigureShipper`, `StartReceiver` | done, and reported back as `ReadinessObserved` |
+//! | `PublishProjection` | handed to the node's callback, in order, with no lock held |
+//!
+//! After a completed catch-up the engine keeps the follower up under a new session, on the stream that stands: the
+//! stream goes on to carry the id that it was opened with, and is what the host knows it by.
+//!
+//! # Locking
+//!
+//! One lock a shard, held while an event is taken in and its commands are carried out. Under it a new follower is
+//! written to the registry, pins are taken and streams are told to end; nothing else blocks. An acknowledgement in
+//! keep-up takes it once, uncontended unless the same shard has more to say, and allocates nothing.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::commit::Commit;
+use crate::error::{Error, RefusalCode, Result};
+use crate::limits::MAX_FOLLOWERS;
+use crate::protocol::{
+    Assignment, Command, Engine, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Projection,
+    ReadinessObserved, Refusal, ReplicaInfo, Role, Session, SessionId, SessionKind, SessionLimits, Settings, SyncAck,
+    Verdict,
+};
+use crate::registry::Known;
+use crate::retention::{Pin, ShardRetention};
+use crate::shutdown::ShutdownSignal;
+use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
+use crate::wal::{Log, LogPosition, unix_ms};
+use crate::watermark::{WaitStrategy, Watermark, wait_any};
+use crate::wire::SyncRequest;
+
+/// Called with each projection of each shard that changed in more than its numbers.
+pub(crate) type OnProjection = Arc<dyn Fn(&Projection) + Send + Sync>;
+
+/// What all hosts of a node are made with.
+#[derive(Clone)]
+pub(crate) struct HostSettings {
+    pub(crate) node: NodeId,
+    pub(crate) limits: SessionLimits,
+    pub(crate) commit: Commit,
+    /// The followers by name; none if whoever asks may follow.
+    pub(crate) members: Option<Arc<[NodeId]>>,
+    pub(crate) first_session: u64,
+    pub(crate) on_projection: Option<OnProjection>,
+    pub(crate) clock: Arc<Clock>,
+}
+
+/// The engine's time, and when the earliest session of a node runs out of it.
+pub(crate) struct Clock {
+    began: Instant,
+    /// Until when `tl-proto` waits; later than everything while it makes up its mind.
+    armed: AtomicU64,
+    /// Moves when something runs out of time before that.
+    wake: Watermark,
+}
+
+impl Clock {
+    pub(crate) fn new() -> Clock {
+        Clock { began: Instant::now(), armed: AtomicU64::new(u64::MAX), wake: Watermark::default() }
+    }
+
+    fn now(&self) -> Millis {
+        Millis(u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    fn moment(&self, at: Millis) -> Option<Instant> {
+        self.began.checked_add(Duration::from_millis(at.0))
+    }
+
+    fn arm(&self, deadline: Option<Millis>) {
+        if deadline.is_some_and(|deadline| deadline.0 < self.armed.load(Ordering::SeqCst)) {
+            self.wake.advance(self.wake.load().next());
+        }
+    }
+
+    /// The thread `tl-proto`: fails what has run out of time. Waits for the earliest deadline of all hosts, or for an
+    /// earlier one.
+    pub(crate) fn run(&self, hosts: &[Arc<Host>], stop: &ShutdownSignal) {
+        while !stop.is_shutdown() {
+            let wake = self.wake.load().next();
+            // Any deadline that is set from here on wakes this thread, until what it waits for is known.
+            self.armed.store(u64::MAX, Ordering::SeqCst);
+            let earliest = hosts.iter().filter_map(|host| host.next_deadline()).min();
+            self.armed.store(earliest.map_or(u64::MAX, |at| at.0), Ordering::SeqCst);
+            let conditions = [stop.until(), self.wake.until(wake)];
+            wait_any(&conditions, WaitStrategy::Park, earliest.and_then(|at| self.moment(at)));
+            for host in hosts {
+                host.tick();
+            }
+        }
+    }
+}
+
+/// One shard's engine, and what its commands have brought about.
+pub(crate) struct Host {
+    shard: ShardId,
+    settings: HostSettings,
+    log: Arc<Log>,
+    retention: Arc<ShardRetention>,
+    state: Mutex<State>,
+    /// Held by whoever hands projections to the callback, so that they arrive in order.
+    publishing: Mutex<()>,
+}
+
+struct State {
+    engine: Engine,
+    /// The buffer that the engine fills; empty between events.
+    commands: Vec<Command>,
+    /// What carrying commands out has brought about.
+    reports: VecDeque<Event>,
+    assignment: Assignment,
+    /// The followers assigned, in the order of their ids.
+    members: Vec<Member>,
+    streams: u64,
+    /// What was last reported as the leader's own durable LSN.
+    confirmed: Option<Lsn>,
+    /// On a follower: whether its receiver has a stream.
+    receiving: bool,
+    /// Projections not handed out yet.
+    outbox: VecDeque<Projection>,
+}
+
+struct Member {
+    known: Arc<Known>,
+    stream: Option<Open>,
+    pins: Vec<(SessionId, Pin)>,
+}
+
+/// The stream that serves a follower.
+struct Open {
+    id: u64,
+    over: ShutdownSignal,
+}
+
+/// Names one stream of one follower.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StreamKey {
+    node: NodeId,
+    id: u64,
+}
+
+/// A follower that is served from now on.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) stream: StreamKey,
+    /// The session, as issued.
+    pub(crate) session: Session,
+    /// Where its log goes on in the leader's; none for a rebuild.
+    pub(crate) place: Option<LogPosition>,
+}
+
+/// A follower that is not served: what it is told.
+#[derive(Debug)]
+pub(crate) struct Declined(pub(crate) RefusalCode, pub(crate) String);
+
+impl Host {
+    /// A host to which nothing has been assigned yet.
+    pub(crate) fn new(settings: HostSettings, log: Arc<Log>, retention: Arc<ShardRetention>) -> Host {
+        let shard = log.shard();
+        let engine = Engine::new(Settings {
+            shard,
+            node: settings.node,
+            first_session: SessionId(settings.first_session),
+            limits: settings.limits,
+        });
+        let commit_followers = settings.commit.asked_of_followers().map_or(0, |(_, count)| count);
+        let assignment = Assignment {
+            epoch: Epoch::ZERO,
+            role: Role::Follower,
+            replicas: Vec::new(),
+            commit_followers: u16::try_from(commit_followers).unwrap_or(u16::MAX),
+        };
+        let state = State {
+            engine,
+            commands: Vec::new(),
+            reports: VecDeque::new(),
+            assignment,
+            members: Vec::new(),
+            streams: 0,
+            confirmed: None,
+            receiving: false,
+            outbox: VecDeque::new(),
+        };
+        Host { shard, settings, log, retention, state: Mutex::new(state), publishing: Mutex::new(()) }
+    }
+
+    /// Takes on a role under an epoch that is on stable storage. A leader's followers are those known.
+    pub(crate) fn assign(&self, role: Role, epoch: Epoch) {
+        let mut state = self.state.lock();
+        if (state.assignment.role, state.assignment.epoch) == (role, epoch) {
+            return;
+        }
+        state.assignment.role = role;
+        state.assignment.epoch = epoch;
+        let known = if role == Role::Leader { self.retention.registry().followers() } else { Vec::new() };
+        let named = |known: &Arc<Known>| ReplicaInfo { node: known.node(), endpoint: String::new() };
+        state.assignment.replicas = known.iter().map(named).collect();
+        state.confirmed = None;
+        self.deliver_assignment(&mut state);
+        self.confirm_local(&mut state);
+        drop(state);
+        self.settle();
+    }
+
+    /// Decides about a follower that asks to follow on a stream that `over` ends. What is decided holds until
+    /// [`stream_ended`](Self::stream_ended), which the caller owes.
+    pub(crate) fn admit(
+        &self,
+        request: &SyncRequest,
+        endpoint: &str,
+        over: &ShutdownSignal,
+    ) -> Result<Admitted, Declined> {
+        let mut state = self.state.lock();
+        let admitted = self.admit_locked(&mut state, request, endpoint, over);
+        drop(state);
+        self.settle();
+        admitted
+    }
+
+    fn admit_locked(
+        &self,
+        state: &mut State,
+        request: &SyncRequest,
+        endpoint: &str,
+        over: &ShutdownSignal,
+    ) -> Result<Admitted, Declined> {
+        let node = request.node;
+        let known = self.make_member(state, node, endpoint)?;
+        self.end_stream_before(state, node);
+        let (tail, head) = (self.log.tail(), self.log.head());
+        let place = self.log.position_after(request.received, request.chain).ok().flatten();
+        let durable = request.durable.min(request.received);
+        known.note(self.shard, durable, request.applied, unix_ms());
+        known.set_lost_place(self.shard, known.position(self.shard).next() < tail);
+        let facts = SyncAck {
+            epoch: state.assignment.epoch,
+            replica: node,
+            follower: FollowerFacts {
+                received: request.received,
+                durable,
+                applied: request.applied,
+                committed: Lsn::ZERO,
+                chain: request.chain,
+                // The highest epoch that it has accepted, which is at least that of its newest record.
+                tail_epoch: if request.received == Lsn::ZERO { Epoch::ZERO } else { request.epoch },
+                base_incomplete: false,
+            },
+            leader: LeaderFacts {
+                tail,
+                head,
+                chain_at_received: place.map(|_| request.chain),
+                common: None,
+                cut_possible: false,
+            },
+        };
+        self.apply(state, &Event::SyncAckReceived(facts));
+        let refusal = state.engine.replica(node).and_then(|replica| replica.refusal);
+        let session = state.engine.session(node).filter(|_| refusal.is_none());
+        let Some(session) = session.filter(|session| session.phase.is_live()) else {
+            return Err(self.declined(refusal, request, tail, head));
+        };
+        if place.is_none() && session.kind != SessionKind::Rebuild {
+            // An empty log that began with another chain than this one.
+            self.fail_session(state, node, FailureReason::LocalWalCorrupt);
+            return Err(self.declined(Some(Refusal::Diverged), request, tail, head));
+        }
+        state.streams += 1;
+        let stream = StreamKey { node, id: state.streams };
+        if let Some(member) = state.member(node) {
+            member.stream = Some(Open { id: stream.id, over: over.clone() });
+        }
+        self.report_connected(state);
+        Ok(Admitted { stream, session, place })
+    }
+
+    /// The follower as a member of the assignment; one that is new is remembered first, for good.
+    fn make_member(&self, state: &mut State, node: NodeId, endpoint: &str) -> Result<Arc<Known>, Declined> {
+        if let Some(member) = state.member(node) {
+            return Ok(Arc::clone(&member.known));
+        }
+        if self.settings.members.as_ref().is_some_and(|members| !members.contains(&node)) {
+            return Err(Declined(
+                RefusalCode::WrongTopology,
+                format!("node {node} is not among the followers that this leader was told to have"),
+            ));
+        }
+        let full =
+            |error: &Error| if error.is_permanent() { RefusalCode::TooManyConnections } else { RefusalCode::Internal };
+        let known = self.retention.registry().add(node);
+        let known = known.map_err(|error| Declined(full(&error), error.to_string()))?;
+        state.assignment.replicas.push(ReplicaInfo { node, endpoint: endpoint.to_owned() });
+        self.deliver_assignment(state);
+        Ok(known)
+    }
+
+    /// A newer stream takes over: the session of the one before fails, and the stream ends.
+    fn end_stream_before(&self, state: &mut State, node: NodeId) {
+        let before = state.member(node).and_then(|member| member.stream.take());
+        let reason = if before.is_some() { FailureReason::Superseded } else { FailureReason::TransportLost };
+        self.fail_session(state, node, reason);
+        if let Some(before) = before {
+            log::info!("node {node}, shard {}: a newer stream takes over", self.shard);
+            before.over.shutdown();
+        }
+    }
+
+    /// What a follower without a session is told.
+    fn declined(&self, refusal: Option<Refusal>, request: &SyncRequest, tail: Lsn, head: Lsn) -> Declined {
+        let shard = self.shard;
+        match refusal {
+            Some(Refusal::LeaderBehind) if request.received > head || request.durable.max(request.applied) > head => {
+                Declined(
+                    RefusalCode::LeaderBehind,
+                    format!(
+                        "you have shard {shard} up to LSN {}, but this leader only up to {head} under the same epoch: \
+                         it has lost data, and nothing is overwritten; make a node with the longer log the leader",
+                        request.received.max(request.applied)
+                    ),
+                )
+            }
+            Some(Refusal::LeaderBehind | Refusal::Diverged) => Declined(
+                RefusalCode::Diverged,
+                format!(
+                    "at LSN {} of shard {shard} your history (chain {:08x}) is not this leader's; nothing is overwritten",
+                    request.received, request.chain.0
+                ),
+            ),
+            Some(Refusal::NewerEpoch) => Declined(
+                RefusalCode::StaleEpoch,
+                format!("epoch {} has been seen: this node is deposed", request.epoch),
+            ),
+            Some(Refusal::SessionIdsExhausted) => {
+                Declined(RefusalCode::Internal, "this leader has no session ids left".to_owned())
+            }
+            None => self.not_retained(request, tail, head),
+        }
+    }
+
+    /// What a follower is told whose next record is gone, where no base can be given either.
+    pub(crate) fn not_retained(&self, request: &SyncRequest, tail: Lsn, head: Lsn) -> Declined {
+        Declined(
+            RefusalCode::NotRetained,
+            format!(
+                "LSN {} of shard {} is no longer retained (LSN {tail} to {head} are); start with a copy of a newer state",
+                request.received.next(),
+                self.shard
+            ),
+        )
+    }
+
+    /// Takes in what a follower acknowledges, whose marks the caller has found to be possible.
+    pub(crate) fn acknowledge(&self, stream: StreamKey, received: Lsn, durable: Lsn, applied: Lsn, chain: Chain) {
+        let mut state = self.state.lock();
+        let epoch = state.assignment.epoch;
+        let Some(member) = state.member(stream.node).filter(|member| member.is_served_by(stream)) else { return };
+        let (before, position) = member.known.note(self.shard, durable, applied, unix_ms());
+        if let Some((_, pin)) = member.pins.last() {
+            // A session's pin follows its follower; what lies before is needed by nobody.
+            pin.move_to(position.next());
+        }
+        let follower = FollowerFacts {
+            received,
+            durable,
+            applied,
+            chain,
+            tail_epoch: if received == Lsn::ZERO { Epoch::ZERO } else { epoch },
+            ..FollowerFacts::default()
+        };
+        let leader = LeaderFacts { tail: self.retention.tail(), head: self.log.head(), ..LeaderFacts::default() };
+        let facts = SyncAck { epoch, replica: stream.node, follower, leader };
+        self.apply(&mut state, &Event::SyncAckReceived(facts));
+        let session = state.engine.session(stream.node);
+        if let Some(session) = session.filter(|session| session.kind == SessionKind::CatchUp && session.phase.is_live())
+        {
+            self.catch_up(&mut state, stream.node, &session, &facts);
+        }
+        self.confirm_local(&mut state);
+        let due = state.engine.next_deadline();
+        let quiet = state.outbox.is_empty();
+        drop(state);
+        self.retention.moved(before, position);
+        self.settings.clock.arm(due);
+        if !quiet {
+            self.publish();
+        }
+    }
+
+    /// An acknowledgement during a catch-up: progress, and completion once the follower's state is at the target.
+    fn catch_up(&self, state: &mut State, replica: NodeId, session: &Session, facts: &SyncAck) {
+        let (epoch, head) = (session.epoch, facts.leader.head);
+        let achieved = facts.follower.position().min(head);
+        let progress = Progress { achieved, base_blocks: 0 };
+        self.apply(state, &Event::SessionProgress { epoch, replica, session: session.id, progress });
+        if achieved >= session.target {
+            let durable = facts.follower.durable;
+            let completed = Event::SessionCompleted { epoch, replica, session: session.id, achieved, durable, head };
+            self.apply(state, &completed);
+            // A completion says that everything stands at what was achieved; the log itself may be further.
+            self.apply(state, &Event::SyncAckReceived(*facts));
+        }
+    }
+
+    /// Gives up what was decided for a follower before its stream began: the session fails, the connection stays, so
+    /// that the follower can be told.
+    pub(crate) fn decline(&self, stream: StreamKey, reason: FailureReason) {
+        let mut state = self.state.lock();
+        if let Some(member) = state.member(stream.node).filter(|member| member.is_served_by(stream)) {
+            member.stream = None;
+            self.fail_session(&mut state, stream.node, reason);
+            self.report_connected(&mut state);
+        }
+        drop(state);
+        self.settle();
+    }
+
+    /// A stream is over, whoever ended it.
+    pub(crate) fn stream_ended(&self, stream: StreamKey) {
+        self.decline(stream, FailureReason::TransportLost);
+    }
+
+    /// Retention has given up log that a follower needs.
+    pub(crate) fn place_lost(&self, node: NodeId) {
+        let mut state = self.state.lock();
+        self.fail_session(&mut state, node, FailureReason::PinLost);
+        drop(state);
+        self.settle();
+    }
+
+    /// A follower that is not waited for any longer: it leaves the assignment, and its stream ends.
+    pub(crate) fn forget(&self, node: NodeId) {
+        let mut state = self.state.lock();
+        let before = state.assignment.replicas.len();
+        state.assignment.replicas.retain(|replica| replica.node != node);
+        if state.assignment.replicas.len() != before {
+            self.deliver_assignment(&mut state);
+        }
+        drop(state);
+        self.settle();
+    }
+
+    /// On a follower: its receiver has a stream, or has lost it.
+    pub(crate) fn set_receiving(&self, receiving: bool) {
+        let mut state = self.state.lock();
+        state.receiving = receiving;
+        self.report_receiver(&mut state);
+        drop(state);
+        self.settle();
+    }
+
+    /// The streams that stand.
+    pub(crate) fn streams(&self) -> Vec<ShutdownSignal> {
+        let state = self.state.lock();
+        state.members.iter().filter_map(|member| Some(member.stream.as_ref()?.over.clone())).collect()
+    }
+
+    /// How the shard stands.
+    pub(crate) fn projection(&self) -> Projection {
+        let mut state = self.state.lock();
+        self.confirm_local(&mut state);
+        let projection = state.engine.projection();
+        drop(state);
+        self.settle();
+        projection
+    }
+
+    /// Whether retention has given up log that a follower needs, since it was last in touch.
+    pub(crate) fn has_lost_place(&self, node: NodeId) -> bool {
+        self.state.lock().member(node).is_some_and(|member| member.known.has_lost_place(self.shard))
+    }
+
+    /// What is kept of the log, and for whom.
+    pub(crate) fn retention(&self) -> &Arc<ShardRetention> {
+        &self.retention
+    }
+
+    fn next_deadline(&self) -> Option<Millis> {
+        self.state.lock().engine.next_deadline()
+    }
+
+    fn tick(&self) {
+        self.tick_at(self.settings.clock.now());
+    }
+
+    fn tick_at(&self, now: Millis) {
+        let mut state = self.state.lock();
+        let State { engine, commands, .. } = &mut *state;
+        let _ = engine.tick(now, commands);
+        self.carry_out(&mut state);
+        drop(state);
+        self.settle();
+    }
+
+    // Events and commands ---------------------------------------------------------------------------------------------
+
+    fn apply(&self, state: &mut State, event: &Event) {
+        let outcome = state.engine.apply(self.settings.clock.now(), event, &mut state.commands);
+        if let Verdict::Ignored(why) = outcome.verdict {
+            log::debug!("shard {}: {} changed nothing: {why}", self.shard, event.name());
+        }
+        if !state.commands.is_empty() {
+            self.carry_out(state);
+        }
+    }
+
+    /// Carries out what the engine has asked for, and what comes of that.
+    #[cold]
+    fn carry_out(&self, state: &mut State) {
+        loop {
+            let mut commands = std::mem::take(&mut state.commands);
+            for command in commands.drain(..) {
+                log::debug!("{command}");
+                self.carry_out_one(state, command);
+            }
+            state.commands = commands;
+            let Some(event) = state.reports.pop_front() else { break };
+            let outcome = state.engine.apply(self.settings.clock.now(), &event, &mut state.commands);
+            if let Verdict::Ignored(why) = outcome.verdict {
+                log::debug!("shard {}: {} changed nothing: {why}", self.shard, event.name());
+            }
+        }
+        if state.assignment.role == Role::Leader
+            && let Err(error) = self.retention.registry().reserve_sessions(state.engine.next_session().0)
+        {
+            log::error!("shard {}: session ids were not reserved: {error}", self.shard);
+        }
+    }
+
+    fn carry_out_one(&self, state: &mut State, command: Command) {
+        match command {
+            Command::ApplyRole { epoch, .. } => {
+                state.report(ReadinessObserved { epoch, role_applied: Some(true), ..ReadinessObserved::default() })
+            }
+            Command::StartReceiver { .. } => {
+                let report = state.receiver_report();
+                state.report(report);
+            }
+            Command::ConfigureShipper { epoch, replicas, .. } => {
+                self.set_members(state, &replicas);
+                state.report(ReadinessObserved {
+                    epoch,
+                    shipper_configured: Some(true),
+                    shipper_connected: Some(state.all_connected()),
+                    ..ReadinessObserved::default()
+                });
+            }
+            Command::StartRecoveryTask { replica, session, epoch, kind, pin, .. } => {
+                let taken = self.retention.pin(format!("node {replica}"), kind.as_str(), pin);
+                match (taken, state.member(replica)) {
+                    (Ok(pin), Some(member)) => member.pins.push((session, pin)),
+                    (Ok(_), None) => {}
+                    (Err(error), _) => {
+                        log::warn!("node {replica}: session {session} has no pin: {error}");
+                        let reason = FailureReason::PinLost;
+                        state.reports.push_back(Event::SessionFailed { epoch, replica, session, reason });
+                    }
+                }
+            }
+            Command::InvalidateSession { shard, replica, session, reason, .. } => {
+                log::warn!("node {replica}, shard {shard}: session {session} is void: {reason}");
+            }
+            Command::DrainRecoveryTask { replica, session, reason, .. } => {
+                let Some(member) = state.member(replica) else { return };
+                member.pins.retain(|(owner, _)| *owner != session);
+                // A completed session is followed by keep-up on the same stream.
+                if reason.is_some()
+                    && let Some(stream) = &member.stream
+                {
+                    stream.over.shutdown();
+                }
+            }
+            // The terms are the answer to the follower's request, which is being decided about.
+            Command::StartCatchUp { .. } | Command::StartRebuild { .. } => {}
+            Command::PublishProjection { projection } => {
+                if self.settings.on_projection.is_some() {
+                    state.outbox.push_back(projection);
+                }
+            }
+        }
+    }
+
+    /// Ships to these followers and no others; streams of the others end.
+    fn set_members(&self, state: &mut State, replicas: &[ReplicaInfo]) {
+        let mut before = std::mem::take(&mut state.members);
+        let known = self.retention.registry().followers();
+        for replica in replicas {
+            let node = replica.node;
+            if let Some(at) = before.iter().position(|member| member.known.node() == node) {
+                state.members.push(before.swap_remove(at));
+            } else if let Some(known) = known.iter().find(|known| known.node() == node) {
+                state.members.push(Member { known: Arc::clone(known), stream: None, pins: Vec::new() });
+            }
+        }
+        for left in before {
+            if let Some(stream) = left.stream {
+                stream.over.shutdown();
+            }
+        }
+    }
+
+    fn deliver_assignment(&self, state: &mut State) {
+        debug_assert!(state.assignment.replicas.len() <= MAX_FOLLOWERS);
+        let event = Event::AssignmentDelivered(state.assignment.clone());
+        self.apply(state, &event);
+    }
+
+    /// Fails a follower's session, if it is live.
+    fn fail_session(&self, state: &mut State, replica: NodeId, reason: FailureReason) {
+        let live = state.engine.session(replica).filter(|session| session.phase.is_live());
+        if let Some(Session { id, epoch, .. }) = live {
+            self.apply(state, &Event::SessionFailed { epoch, replica, session: id, reason });
+        }
+    }
+
+    /// Where the leader's own disk counts: what it has.
+    fn confirm_local(&self, state: &mut State) {
+        let counts = state.assignment.role == Role::Leader && state.assignment.commit_followers == 0;
+        let durable = self.log.synced().load();
+        if counts && state.confirmed.is_none_or(|confirmed| confirmed < durable) {
+            state.confirmed = Some(durable);
+            let epoch = state.assignment.epoch;
+            self.apply(state, &Event::BarrierConfirmed { epoch, node: self.settings.node, session: None, durable });
+        }
+    }
+
+    fn report_connected(&self, state: &mut State) {
+        let report = ReadinessObserved {
+            epoch: state.assignment.epoch,
+            shipper_connected: Some(state.all_connected()),
+            ..ReadinessObserved::default()
+        };
+        self.apply(state, &Event::ReadinessObserved(report));
+    }
+
+    fn report_receiver(&self, state: &mut State) {
+        let report = state.receiver_report();
+        self.apply(state, &Event::ReadinessObserved(report));
+    }
+
+    // After every event, without the lock -----------------------------------------------------------------------------
+
+    fn settle(&self) {
+        self.settings.clock.arm(self.next_deadline());
+        self.publish();
+    }
+
+    /// Hands out projections, in order. If another thread is at it, it goes on with these.
+    fn publish(&self) {
+        let Some(on_projection) = &self.settings.on_projection else { return };
+        while !self.state.lock().outbox.is_empty() {
+            let Some(_turn) = self.publishing.try_lock() else { return };
+            loop {
+                // The lock is not held while the callback runs, so that it may ask for the status.
+                let next = self.state.lock().outbox.pop_front();
+                let Some(projection) = next else { break };
+                on_projection(&projection);
+            }
+        }
+    }
+}
+
+impl State {
+    fn member(&mut self, node: NodeId) -> Option<&mut Member> {
+        self.members.iter_mut().find(|member| member.known.node() == node)
+    }
+
+    fn all_connected(&self) -> bool {
+        self.members.iter().all(|member| member.stream.is_some())
+    }
+
+    fn report(&mut self, readiness: ReadinessObserved) {
+        self.reports.push_back(Event::ReadinessObserved(readiness));
+    }
+
+    fn receiver_report(&self) -> ReadinessObserved {
+        let epoch = self.assignment.epoch;
+        ReadinessObserved { epoch, receiver_ready: Some(self.receiving), ..ReadinessObserved::default() }
+    }
+}
+
+impl Member {
+    fn is_served_by(&self, stream: StreamKey) -> bool {
+        self.stream.as_ref().is_some_and(|open| open.id == stream.id)
+    }
+}

@@ -1,0 +1,424 @@
+//! Retention: which segments of a log are kept, for whom, and why they go.
+//!
+//! A sealed and synced segment goes when nothing needs it any more, or when the shard's log has become too large:
+//!
+//! | who needs it | until | beyond `max_wal_bytes` |
+//! |---|---|---|
+//! | a known follower | it has applied it, and has it on stable storage | loses its place, and is rebuilt |
+//! | a [`Pin`] | it is dropped or moved on | is lost, and says so |
+//! | a first follower, while none is known | it comes | has to be rebuilt |
+//! | nobody, within `min_wal_bytes` | there is newer log | goes |
+//! | this node's own target | it has applied it durably | holds it, and is asked to hurry |
+//!
+//! So a follower that is slow, stopped or gone for ever neither fills the disk nor slows anybody: appends never wait
+//! for retention. Segments begin to go a reserve below the bound, so that the log stays under it while they do. What is
+//! not on stable storage yet stays in any case: a writer that waits for no sync and is faster than the disk can exceed
+//! the bound by what the disk is behind.
+//!
+//! One thread a node does this. It waits for a new segment, for a follower that leaves one behind, for a pin that
+//! moves, and for the checkpoint; between those it does nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::limits::{DEFAULT_MAX_WAL_BYTES, DEFAULT_MIN_WAL_BYTES};
+use crate::registry::Registry;
+use crate::shutdown::ShutdownSignal;
+use crate::types::{Lsn, NodeId};
+use crate::wal::Log;
+use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
+
+/// How much log a shard keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RetentionOptions {
+    /// The most bytes of segments; `None` for no bound.
+    pub(crate) max_wal_bytes: Option<u64>,
+    /// Bytes of segments kept although nobody needs them.
+    pub(crate) min_wal_bytes: u64,
+}
+
+impl Default for RetentionOptions {
+    fn default() -> Self {
+        RetentionOptions { max_wal_bytes: Some(DEFAULT_MAX_WAL_BYTES), min_wal_bytes: DEFAULT_MIN_WAL_BYTES }
+    }
+}
+
+impl RetentionOptions {
+    /// Above this many bytes segments go whoever needs them: the bound less a reserve of an eighth of it, or of two
+    /// segments if that is more.
+    fn limit(&self, segment_size: u64) -> Option<u64> {
+        self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(2 * segment_size)).max(segment_size))
+    }
+}
+
+/// A hold on a shard's log: nothing from its LSN on is given up while it lives, unless the log grows past its bound.
+/// Dropping it lets go.
+#[must_use = "dropping a pin lets go of the log at once"]
+pub struct Pin {
+    held: Arc<Held>,
+    retention: Arc<ShardRetention>,
+}
+
+/// What is kept of a pin.
+#[derive(Debug)]
+struct Held {
+    owner: String,
+    reason: String,
+    lsn: AtomicU64,
+    lost: AtomicBool,
+}
+
+/// A pin, for those who ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinStatus {
+    /// Who holds it.
+    pub owner: String,
+    /// What for.
+    pub reason: String,
+    /// The oldest LSN that it holds.
+    pub lsn: Lsn,
+    /// The log grew past its bound, and what the pin held is gone.
+    pub lost: bool,
+}
+
+impl Pin {
+    /// The oldest LSN that it holds.
+    #[must_use]
+    pub fn lsn(&self) -> Lsn {
+        Lsn(self.held.lsn.load(Ordering::Acquire))
+    }
+
+    /// Whether the log grew past its bound, so that what it held is gone.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.held.lost.load(Ordering::Acquire)
+    }
+
+    /// Lets go of everything before `lsn`. Never moves back.
+    pub fn move_to(&self, lsn: Lsn) {
+        let before = self.held.lsn.fetch_max(lsn.0, Ordering::AcqRel);
+        self.retention.moved(Lsn(before).previous(), lsn.previous());
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.retention.pins.lock().retain(|held| !Arc::ptr_eq(held, &self.held));
+        self.retention.poke();
+    }
+}
+
+impl std::fmt::Debug for Pin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Pin").field(&self.held).finish()
+    }
+}
+
+/// What is kept of one shard's log, and for whom.
+pub(crate) struct ShardRetention {
+    log: Arc<Log>,
+    options: RetentionOptions,
+    registry: Arc<Registry>,
+    /// Up to where this node's own target has applied durably; none without a target.
+    applied: Option<Arc<Watermark>>,
+    /// Locked to take, drop and judge pins: never while files are touched.
+    pins: Mutex<Vec<Arc<Held>>>,
+    /// The oldest LSN that is not given up. Moved by the retaining thread under the lock of `pins`, before the files go.
+    tail: AtomicU64,
+    /// The newest LSN of the oldest segment that somebody holds: whoever moves past it wakes the retaining thread.
+    awaited: AtomicU64,
+    wake: Arc<Watermark>,
+}
+
+impl ShardRetention {
+    pub(crate) fn new(
+        log: Arc<Log>,
+        options: RetentionOptions,
+        registry: Arc<Registry>,
+        applied: Option<Arc<Watermark>>,
+        wake: Arc<Watermark>,
+    ) -> ShardRetention {
+        let tail = AtomicU64::new(log.tail().0);
+        ShardRetention {
+            log,
+            options,
+            registry,
+            applied,
+            pins: Mutex::default(),
+            tail,
+            awaited: AtomicU64::new(u64::MAX),
+            wake,
+        }
+    }
+
+    /// The bound on the log's bytes.
+    pub(crate) fn max_wal_bytes(&self) -> Option<u64> {
+        self.options.max_wal_bytes
+    }
+
+    /// The followers known.
+    pub(crate) fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// The oldest LSN that is not given up. Wait-free; at or below [`Log::tail`] of a moment later.
+    pub(crate) fn tail(&self) -> Lsn {
+        Lsn(self.tail.load(Ordering::Acquire))
+    }
+
+    /// Holds the log from `lsn` on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if it has been given up already.
+    pub(crate) fn pin(self: &Arc<Self>, owner: impl Into<String>, reason: impl Into<String>, lsn: Lsn) -> Result<Pin> {
+        let held = Arc::new(Held {
+            owner: owner.into(),
+            reason: reason.into(),
+            lsn: AtomicU64::new(lsn.0),
+            lost: AtomicBool::new(false),
+        });
+        let mut pins = self.pins.lock();
+        let tail = self.log.tail().max(self.tail());
+        if lsn < tail {
+            return Err(Error::NotRetained { shard: self.log.shard(), lsn, tail, head: self.log.head() });
+        }
+        pins.push(Arc::clone(&held));
+        Ok(Pin { held, retention: Arc::clone(self) })
+    }
+
+    /// The pins, in the order in which they were taken.
+    pub(crate) fn pins(&self) -> Vec<PinStatus> {
+        let pins = self.pins.lock();
+        pins.iter()
+            .map(|held| PinStatus {
+                owner: held.owner.clone(),
+                reason: held.reason.clone(),
+                lsn: Lsn(held.lsn.load(Ordering::Acquire)),
+                lost: held.lost.load(Ordering::Acquire),
+            })
+            .collect()
+    }
+
+    /// Somebody who needed everything after `before` needs only what is after `now`.
+    pub(crate) fn moved(&self, before: Lsn, now: Lsn) {
+        let awaited = self.awaited.load(Ordering::SeqCst);
+        if before.0 < awaited && awaited <= now.0 {
+            self.poke();
+        }
+    }
+
+    /// Has the retaining thread look again.
+    pub(crate) fn poke(&self) {
+        self.wake.advance(self.wake.load().next());
+    }
+
+    /// Gives up what is to go now, until nothing is. Says who lost their place, and what the rest waits for.
+    fn release(&self) -> Released {
+        let mut released = self.release_once();
+        while released.again {
+            let more = self.release_once();
+            released.laggards.extend(more.laggards);
+            released = Released { any: true, laggards: released.laggards, ..more };
+        }
+        released
+    }
+
+    fn release_once(&self) -> Released {
+        // Whoever moves from here on looks at this first, and wakes the thread.
+        let sealed: Vec<Lsn> = self.log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
+        self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
+        let forced = self.forced(sealed.len());
+        if let Some(last) = forced.checked_sub(1).and_then(|index| sealed.get(index)) {
+            self.log.want_synced(*last);
+        }
+        let mut released = Released::default();
+        let plan = {
+            let pins = self.pins.lock();
+            let plan = self.plan(&sealed, forced, &pins);
+            if let Some(through) = plan.through {
+                self.tail.fetch_max(through.next().0, Ordering::AcqRel);
+                for held in pins.iter().filter(|held| held.lsn.load(Ordering::Acquire) <= through.0) {
+                    if !held.lost.swap(true, Ordering::AcqRel) {
+                        log::warn!("shard {}: {} loses its pin ({})", self.log.shard(), held.owner, held.reason);
+                    }
+                }
+                released.laggards = self.take_places(through);
+            }
+            plan
+        };
+        released.waits_for_sync = plan.waits_for_sync;
+        released.waits_for_target = plan.waits_for_target;
+        released.hurry = plan.hurry;
+        if let Some(through) = plan.through {
+            match self.log.release_through(through, plan.reason) {
+                // What is awaited then is another segment, and somebody may have left that one behind meanwhile.
+                Ok(count) => (released.any, released.again) = (count > 0, count > 0),
+                Err(error) => log::error!("shard {}: a segment was not released: {error}", self.log.shard()),
+            }
+        }
+        released
+    }
+
+    /// How many sealed segments go because the log is too large.
+    fn forced(&self, sealed: usize) -> usize {
+        let size = self.log.identity().segment_size;
+        let Some(limit) = self.options.limit(size) else { return 0 };
+        let over = self.log.retained_bytes().saturating_sub(limit).div_ceil(size);
+        usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
+    }
+
+    fn plan(&self, sealed: &[Lsn], forced: usize, pins: &[Arc<Held>]) -> Plan {
+        let shard = self.log.shard();
+        let followers = self.registry.followers();
+        let places = followers.iter().filter(|known| !known.has_lost_place(shard)).map(|known| known.position(shard));
+        let held = pins.iter().filter(|held| !held.lost.load(Ordering::Acquire));
+        let held = held.map(|held| Lsn(held.lsn.load(Ordering::Acquire)).previous());
+        // Up to here nobody needs anything. Where no follower is known, the first one may need everything.
+        let unneeded = if followers.is_empty() { Lsn::ZERO } else { places.chain(held).min().unwrap_or(Lsn::MAX) };
+        let size = self.log.identity().segment_size;
+        let spare = self.log.retained_bytes().saturating_sub(self.options.min_wal_bytes) / size;
+        let spare = usize::try_from(spare).unwrap_or(usize::MAX);
+        let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
+        let unneeded = upto(unneeded).min(spare);
+        let synced = upto(self.log.synced().load());
+        let applied = self.applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
+        let wanted = forced.max(unneeded);
+        let count = wanted.min(synced).min(applied);
+        let next = sealed.get(count).copied().filter(|_| count < wanted);
+        Plan {
+            through: count.checked_sub(1).and_then(|index| sealed.get(index)).copied(),
+            reason: if count > unneeded {
+                "the log is larger than it may be"
+            } else {
+                "no follower, pin or target needs it"
+            },
+            waits_for_sync: next.filter(|_| synced == count),
+            waits_for_target: next.filter(|_| applied == count),
+            hurry: forced > applied,
+        }
+    }
+
+    /// Those who needed something up to `through` lose their place.
+    fn take_places(&self, through: Lsn) -> Vec<NodeId> {
+        let shard = self.log.shard();
+        let mut laggards = Vec::new();
+        for known in self.registry.followers() {
+            let position = known.position(shard);
+            if position < through && known.set_lost_place(shard, true) {
+                log::warn!(
+                    "shard {shard}: node {} loses its place at LSN {position}: the log up to {through} is given up",
+                    known.node()
+                );
+                laggards.push(known.node());
+            }
+        }
+        laggards
+    }
+}
+
+/// What goes now.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    through: Option<Lsn>,
+    reason: &'static str,
+    /// One more would go if it were synced up to here.
+    waits_for_sync: Option<Lsn>,
+    /// One more would go if the target had durably applied up to here.
+    waits_for_target: Option<Lsn>,
+    /// The log is too large because of the target.
+    hurry: bool,
+}
+
+/// What became of one look at a shard.
+#[derive(Default)]
+struct Released {
+    any: bool,
+    again: bool,
+    laggards: Vec<NodeId>,
+    waits_for_sync: Option<Lsn>,
+    waits_for_target: Option<Lsn>,
+    hurry: bool,
+}
+
+/// The thread that gives up log.
+pub(crate) struct Retainer {
+    pub(crate) hosts: Vec<Arc<Host>>,
+    pub(crate) wake: Arc<Watermark>,
+    /// Has the checkpoint written now.
+    pub(crate) hurry: Arc<Watermark>,
+    pub(crate) stop: ShutdownSignal,
+}
+
+/// Positions of followers are written no more often than this.
+const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+
+impl Retainer {
+    pub(crate) fn run(&self) {
+        let mut saved_at: Option<Instant> = None;
+        while !self.stop.is_shutdown() {
+            // Everything waited for is read before the look, so that nothing is missed that comes during it.
+            let wake = self.wake.load().next();
+            let mut awaited = Vec::new();
+            let mut any = false;
+            for host in &self.hosts {
+                let retention = host.retention();
+                let opened = retention.log.opened().load().next();
+                let released = retention.release();
+                awaited.push([Some(opened), released.waits_for_sync, released.waits_for_target]);
+                any |= released.any;
+                for node in released.laggards {
+                    host.place_lost(node);
+                }
+                if released.hurry {
+                    self.hurry.advance(self.hurry.load().next());
+                }
+            }
+            if any && saved_at.is_none_or(|at| at.elapsed() >= SAVE_INTERVAL) {
+                saved_at = Some(Instant::now());
+                self.save();
+            }
+            self.wait(wake, &awaited);
+        }
+        self.save();
+    }
+
+    fn wait(&self, wake: Lsn, awaited: &[[Option<Lsn>; 3]]) {
+        let mut conditions = vec![self.stop.until(), self.wake.until(wake)];
+        for (host, awaited) in self.hosts.iter().zip(awaited) {
+            let retention = host.retention();
+            let marks = [Some(retention.log.opened()), Some(retention.log.synced()), retention.applied.as_deref()];
+            let both = marks.into_iter().zip(awaited).filter_map(|(mark, at_least)| mark.zip(*at_least));
+            conditions.extend(both.map(|(mark, at_least)| Until { mark, at_least }));
+        }
+        wait_any(&conditions, WaitStrategy::Park, None);
+    }
+
+    fn save(&self) {
+        if let Some(host) = self.hosts.first()
+            && let Err(error) = host.retention().registry.save()
+        {
+            log::error!("where followers stand was not written: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_is_an_eighth_or_two_segments_and_leaves_one() {
+        let limit = |max, size| RetentionOptions { max_wal_bytes: max, min_wal_bytes: 0 }.limit(size);
+        assert_eq!(limit(None, 16), None);
+        assert_eq!(limit(Some(1600), 16), Some(1400));
+        assert_eq!(limit(Some(160), 16), Some(128));
+        assert_eq!(limit(Some(40), 16), Some(16));
+        assert_eq!(limit(Some(1), 16), Some(16));
+    }
+}
