@@ -16,7 +16,7 @@ mod real {
     pub(crate) use parking_lot::Mutex;
     pub(crate) use std::hint::spin_loop;
     pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
-    pub(crate) use std::thread::{Thread, current as current_thread};
+    pub(crate) use std::thread::{Thread, current as current_thread, yield_now};
 
     /// Parks `_this` thread until it is unparked, for no reason at all, or until the deadline. Returns whether the
     /// deadline has passed.
@@ -50,6 +50,7 @@ mod model {
     pub(crate) use loom::hint::spin_loop;
     pub(crate) use loom::sync::MutexGuard;
     pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    pub(crate) use loom::thread::yield_now;
     /// `loom`'s mutex with the interface of `parking_lot`'s.
     #[derive(Debug)]
     pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);

@@ -33,7 +33,7 @@ use std::fmt;
 use std::time::Instant;
 
 use crate::sync::{
-    AtomicU64, Mutex, Ordering, Thread, current_thread, has_passed, park_until, spin_loop, total_order_point,
+    AtomicU64, Mutex, Ordering, Thread, current_thread, has_passed, park_until, spin_loop, total_order_point, yield_now,
 };
 use crate::types::Lsn;
 
@@ -43,7 +43,7 @@ const NOBODY: u64 = u64::MAX;
 /// only to wait for it.
 const WAKE_AT_ONCE: usize = 16;
 /// How often a spinning waiter looks between two looks at the clock.
-const SPINS_PER_CLOCK_READ: u32 = 64;
+const SPINS_PER_CLOCK_READ: u32 = 128;
 
 /// An LSN that only moves forward and can be waited for.
 ///
@@ -335,6 +335,9 @@ fn spin(conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
             }
             spin_loop();
         }
+        // Where more threads spin than there are processors, the one waited for gets its turn now, and not when the
+        // scheduler thinks of it, milliseconds later.
+        yield_now();
     }
 }
 

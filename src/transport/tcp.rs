@@ -548,7 +548,8 @@ impl TcpReceiver {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(receive_timed_out(&self.socket.peer));
             }
-            std::hint::spin_loop();
+            // Others may be spinning too, on no more processors than there are.
+            std::thread::yield_now();
         }
     }
 
