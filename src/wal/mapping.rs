@@ -83,15 +83,20 @@ impl Mapping {
         let _ = range;
     }
 
-    /// Takes the faults of a range now, so that the writer need not. Only advice: an error changes nothing.
-    pub(crate) fn populate(&self, range: Range<u64>) {
+    /// Takes the faults of a range now, so that the writer need not; of a hole in the file, this fills it with zeros one
+    /// page at a time, as stores would. Says whether it could: not everywhere, and not without room on the disk. Then
+    /// nothing has changed that a store would notice.
+    pub(crate) fn populate(&self, range: Range<u64>) -> bool {
         #[cfg(target_os = "linux")]
         {
             let (start, len) = self.locate(&range);
-            let _ = self.raw.advise_range(memmap2::Advice::PopulateWrite, start, len);
+            self.raw.advise_range(memmap2::Advice::PopulateWrite, start, len).is_ok()
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = range;
+        {
+            let _ = range;
+            false
+        }
     }
 
     /// Start and length of a range, checked against the mapping.
@@ -238,7 +243,7 @@ impl Segment {
 
     /// Takes page faults ahead of the writer.
     pub(crate) fn populate(&self, range: Range<u64>) {
-        self.mapping.populate(range);
+        let _ = self.mapping.populate(range);
     }
 
     /// Gives up the mapping and hands out the file's path, for recycling: only whoever holds the last reference can

@@ -230,13 +230,21 @@ impl Spares {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;
         let len = file.metadata().map_err(Error::io("look at", path))?.len();
-        if len > self.segment_size {
-            file.set_len(self.segment_size).map_err(Error::io("shorten", path))?;
+        // A new file gets its zeros by having its pages touched: one pass, and they are ready for stores after it.
+        let is_new = len != self.segment_size;
+        if is_new {
+            file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
         }
+        let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
+        let mut touch = is_new;
         let mut at = 0;
         while at < self.segment_size {
             let to = (at + ZERO_STEP).min(self.segment_size);
-            zero_in_pages(&file, at..to).map_err(Error::io("fill", path))?;
+            // Where that is not possible, for want of room say, writing zeros tells why.
+            touch = touch && mapping.populate(at..to);
+            if !touch {
+                zero_in_pages(&file, at..to).map_err(Error::io("fill", path))?;
+            }
             at = to;
             // The writer's needs come first: it runs into these pages now, and into this segment later.
             let populate = self.state.lock().populate.take();
@@ -252,12 +260,11 @@ impl Spares {
         // can fail for want of room, and its first syncs allocate them.
         let urgent = {
             let state = self.state.lock();
-            len == 0 && state.ready.is_empty() && state.taken > 0
+            is_new && state.ready.is_empty() && state.taken > 0
         };
         if !urgent {
             file.sync_all().map_err(Error::io("sync", path))?;
         }
-        let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
         mapping.populate(0..self.populate_ahead.min(self.segment_size));
         Ok(Prepared { path: path.to_owned(), file, mapping })
     }

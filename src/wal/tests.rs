@@ -433,3 +433,24 @@ fn spares_can_be_waited_for_after_some_were_taken() {
     append(&mut writer, 1..=200);
     wal.wait_for_spares();
 }
+
+#[test]
+fn large_batches_read_back_the_same_whichever_way_they_went_in() {
+    for populate_ahead in [0, 4096, 1 << 30] {
+        let directory = tempfile::tempdir().unwrap();
+        let options = WalOptions { populate_ahead, ..WalOptions::default() };
+        let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
+        writer.set_epoch(Epoch(1)).unwrap();
+        let large = |lsn: u8| vec![lsn; 9000 + usize::from(lsn) * 100];
+        for lsn in 1..=40u8 {
+            writer.append(&large(lsn)).unwrap();
+        }
+        wal.log().wait_synced(Lsn(40), None).unwrap();
+        let found = records(wal.log(), 1);
+        assert!(found.iter().zip(1..=40u8).all(|(found, lsn)| found.1 == large(lsn)) && found.len() == 40);
+        drop(writer);
+        wal.close().unwrap();
+        let (wal, _writer) = open(directory.path());
+        assert_eq!(records(wal.log(), 1), found);
+    }
+}
