@@ -70,7 +70,7 @@ impl Mapping {
     /// Takes the pages of a long range out of the page table, all at once. To write a page back the kernel must make
     /// it read-only where it is mapped, and tells the other processors so page by page: measured here, half of a
     /// processor for 200 MB/s. Pages that are not mapped need none of that; who reads them again takes a cheap fault.
-    fn unmap_pages(&self, range: &Range<u64>) {
+    pub(crate) fn unmap_pages(&self, range: &Range<u64>) {
         #[cfg(target_os = "linux")]
         if range.end - range.start >= UNMAP_FROM {
             let whole = range.start.next_multiple_of(PAGE_LEN)..range.end - range.end % PAGE_LEN;

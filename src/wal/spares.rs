@@ -263,6 +263,7 @@ impl Spares {
             is_new && state.ready.is_empty() && state.taken > 0
         };
         if !urgent {
+            mapping.unmap_pages(&(0..self.segment_size));
             file.sync_all().map_err(Error::io("sync", path))?;
         }
         mapping.populate(0..self.populate_ahead.min(self.segment_size));
