@@ -371,6 +371,14 @@ impl Log {
         if lsn > self.written.load() {
             return Err(self.not_retained(lsn));
         }
+        if self.synced.load() < lsn {
+            self.spares.syncs_are_waited_for();
+        }
+        self.sync_through(lsn, deadline)
+    }
+
+    /// [`wait_synced`](Self::wait_synced) for whoever has the time.
+    fn sync_through(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
         while self.synced.load() < lsn {
             self.check_writable()?;
             // Read before trying the lock: whoever holds it then counts a turn after letting go.
@@ -395,7 +403,7 @@ impl Log {
 
     /// Puts everything written on stable storage.
     pub(crate) fn sync_all(&self) -> Result<()> {
-        self.wait_synced(self.written.load(), None)
+        self.sync_through(self.written.load(), None)
     }
 
     /// One sync of everything written so far, then a turn for those it did not cover.

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -36,6 +37,9 @@ pub(super) struct Spares {
     keep: usize,
     populate_ahead: u64,
     state: Mutex<State>,
+    /// Somebody has waited for a sync since the last spare was made. A hint: set by waiters, taken by the preparing
+    /// thread.
+    sync_waited: AtomicBool,
     /// Something for the preparing thread to do.
     wanted: Condvar,
     /// A spare, an error or the end.
@@ -82,6 +86,7 @@ impl Spares {
             keep: options.spare_segments.max(1),
             populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
+            sync_waited: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
         }
@@ -113,6 +118,13 @@ impl Spares {
             state.waiting = true;
             self.wanted.notify_one();
             self.made.wait(&mut state);
+        }
+    }
+
+    /// Says that somebody waits for a sync: segments to come should be settled on the device beforehand.
+    pub(super) fn syncs_are_waited_for(&self) {
+        if !self.sync_waited.load(Ordering::Relaxed) {
+            self.sync_waited.store(true, Ordering::Relaxed);
         }
     }
 
@@ -256,13 +268,15 @@ impl Spares {
             }
         }
         // So that later syncs find every block allocated, and nothing of what a used file held comes back after a power
-        // cut. A writer that is about to run out of spares gets a new file at once: its blocks are reserved, so nothing
-        // can fail for want of room, and its first syncs allocate them.
-        let urgent = {
+        // cut. Where nobody waits for syncs, or the writer is about to run out of spares, a new file is as good without:
+        // its blocks are reserved, so nothing can fail for want of room, and its first syncs allocate them. Its zeros
+        // then need not go to the device before the records do.
+        let (taken, none_left) = {
             let state = self.state.lock();
-            is_new && state.ready.is_empty() && state.taken > 0
+            (state.taken > 0, state.ready.is_empty())
         };
-        if !urgent {
+        let nobody_waits = !self.sync_waited.swap(false, Ordering::Relaxed);
+        if !(is_new && taken && (none_left || nobody_waits)) {
             mapping.unmap_pages(&(0..self.segment_size));
             file.sync_all().map_err(Error::io("sync", path))?;
         }
