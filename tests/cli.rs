@@ -101,13 +101,12 @@ fn failures_end_with_1_and_name_their_thing() {
     let missing = parent.path().join("missing");
     let fresh = parent.path().join("fresh");
     let address = format!("127.0.0.1:{}", common::net::free_port());
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["inspect", arg(&missing)], arg(&missing)),
         (&["verify", arg(&missing)], arg(&missing)),
         (&["inspect", arg(&directory), "--shard", "2"], "no shard 2: the node has 2"),
         (&["status", &address], &address),
         (&["leader", "--dir", arg(&directory), "--shards", "5"], "shard count 2, not 5"),
-        (&["leader", "--dir", arg(&missing), "--listen", "0.0.0.0:0"], "--allow-plaintext"),
         (&["follower", "--dir", arg(&fresh), "--leader", "no-such-host.invalid:1"], "no-such-host.invalid:1"),
     ];
     for (arguments, named) in cases {
@@ -115,6 +114,16 @@ fn failures_end_with_1_and_name_their_thing() {
         assert_eq!((code, out.as_str()), (1, ""), "{arguments:?}: {err}");
         assert!(err.starts_with("towline: ") && err.contains(named), "{arguments:?}: {err}");
         assert_eq!(err.lines().count(), 1, "one plain sentence: {err}");
+    }
+    // What makes no sense whatever the disk and the network say is wrong usage.
+    for (wrong, named) in [
+        (vec!["leader", "--dir", arg(&missing), "--listen", "0.0.0.0:0"], "--allow-plaintext"),
+        (vec!["leader", "--dir", arg(&missing), "--shards", "0"], "at least 1"),
+        (vec!["status", "nonsense"], "host:port"),
+        (vec!["demo", "--commit", "durable:9"], "--followers 2"),
+    ] {
+        let (code, _, err) = outcome(&run(&wrong));
+        assert!(code == 2 && err.contains(named), "{wrong:?}: {code}: {err}");
     }
     let in_use = Node::builder(&directory).lead("127.0.0.1:0").unwrap();
     let (code, _, err) = outcome(&run(&["leader", "--dir", arg(&directory), "--listen", "127.0.0.1:0"]));
@@ -321,4 +330,28 @@ fn a_leader_that_leaves_at_the_end_of_input_says_what_is_committed() {
     let found: Vec<_> = common::records_of(&directory, ShardId(0)).into_values().collect();
     let text = [&b"one"[..], b"two", b"", b"four without an end"];
     assert!(found.iter().eq(text.iter().chain(&text)), "{found:?}");
+}
+
+#[test]
+fn damage_that_only_the_checkpoint_vouches_for_is_no_torn_tail() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("node");
+    let leader = Node::builder(&directory).segment_size(SEGMENT).lead("127.0.0.1:0").unwrap();
+    // One batch, so that no later one says that it was synced.
+    leader.writer(ShardId(0)).unwrap().append_batch(&vec![[7; 100]; 50]).unwrap();
+    leader.shutdown().unwrap();
+    let (code, out, _) = outcome(&run(&["verify", arg(&directory)]));
+    assert!(code == 0 && out.contains("sound"), "{out}");
+    let segment = fs::read_dir(directory.join("shard-0000"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "wal"))
+        .unwrap();
+    let mut bytes = fs::read(&segment).unwrap();
+    bytes[5000] ^= 1;
+    fs::write(&segment, &bytes).unwrap();
+    for command in ["verify", "inspect"] {
+        let (code, out, _) = outcome(&run(&[command, arg(&directory)]));
+        assert!(code == 3 && out.contains("corrupt") && out.contains("LSN 1"), "{command}: {code}: {out}");
+    }
 }

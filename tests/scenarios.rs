@@ -434,7 +434,7 @@ fn a_newer_epoch_deposes_the_leader(net: &Net) {
 
 /// Epoch, first and last LSN of each segment.
 fn epochs(node: &Path, shard: ShardId) -> Vec<(u64, u64, u64)> {
-    let report = verify_log(&node.join(shard_directory_name(shard)), None, &mut ()).unwrap();
+    let report = verify_log(&node.join(shard_directory_name(shard)), None, Lsn::ZERO, &mut ()).unwrap();
     let segment = |segment: &towline::wal::scan::SegmentReport| {
         let header = segment.header.as_ref().unwrap();
         (header.epoch.get(), header.id.first_lsn.get(), segment.last_lsn.get())

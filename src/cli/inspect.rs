@@ -61,7 +61,12 @@ impl Inspect {
                 segment_size: manifest.segment_size,
             };
             let mut printer = Printer::new(&self, shard);
-            let report = verify_log(&self.dir.join(shard_directory_name(shard)), Some(&identity), &mut printer)?;
+            let report = verify_log(
+                &self.dir.join(shard_directory_name(shard)),
+                Some(&identity),
+                super::known_synced(&self.dir, shard)?,
+                &mut printer,
+            )?;
             printer.finish()?;
             if !self.json {
                 print_report(shard, &report);

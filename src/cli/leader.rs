@@ -103,7 +103,7 @@ impl Leader {
             return Err(problem.into());
         }
         let missing = ingested.is_some_and(|ingested| ingested.committed < ingested.records);
-        Ok(if missing && !stop.is_shutdown() { FAILED } else { DONE })
+        Ok(if missing && (self.exit_on_eof || !stop.is_shutdown()) { FAILED } else { DONE })
     }
 
     fn builder(&self, store: Option<&Arc<FixedStore>>) -> NodeBuilder {

@@ -29,6 +29,8 @@ use towline::wire::ShardInfo;
 const DONE: u8 = 0;
 /// Failed.
 const FAILED: u8 = 1;
+/// Wrong usage, which the parser of the command line could not see.
+const WRONG_USAGE: u8 = 2;
 /// Damage or a difference found.
 const FOUND_DAMAGE: u8 = 3;
 
@@ -80,8 +82,12 @@ pub fn run() -> ExitCode {
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::from(DONE),
         Err(error) => {
             eprintln!("towline: {error}");
-            let damage = error.downcast_ref::<towline::Error>().is_some_and(towline::Error::is_corruption);
-            ExitCode::from(if damage { FOUND_DAMAGE } else { FAILED })
+            ExitCode::from(match error.downcast_ref::<towline::Error>() {
+                Some(error) if error.is_corruption() => FOUND_DAMAGE,
+                // What was asked for makes no sense, whatever the disk or the network say.
+                Some(towline::Error::Invalid { .. }) => WRONG_USAGE,
+                _ => FAILED,
+            })
         }
     }
 }
@@ -97,6 +103,13 @@ fn stop_at_interrupt() -> Result<ShutdownSignal, ctrlc::Error> {
     let signal = stop.clone();
     ctrlc::set_handler(move || signal.shutdown())?;
     Ok(stop)
+}
+
+/// What the checkpoint of a node's directory says was synced of a shard.
+fn known_synced(directory: &std::path::Path, shard: towline::ShardId) -> towline::Result<towline::Lsn> {
+    let path = directory.join(towline::replication::CHECKPOINT_FILE_NAME);
+    let checkpoint = towline::Checkpoint::load(&path)?.unwrap_or_default();
+    Ok(checkpoint.entries.get(&shard).map(|entry| entry.synced).unwrap_or_default())
 }
 
 /// Plain TCP with the usual settings.

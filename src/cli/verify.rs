@@ -107,7 +107,8 @@ impl Visit for Watch {
 fn verify_shard(directory: &Path, identity: &LogIdentity) -> Result<u8, towline::Error> {
     let path = directory.join(shard_directory_name(identity.shard));
     let bytes = towline::wal::scan::list_segments(&path)?.len() as u64 * identity.segment_size;
-    let report = verify_log(&path, Some(identity), &mut Watch(Progress::new("verifying", Some(bytes))))?;
+    let synced = super::known_synced(directory, identity.shard)?;
+    let report = verify_log(&path, Some(identity), synced, &mut Watch(Progress::new("verifying", Some(bytes))))?;
     println!(
         "{} shard {}: LSN {} to {}, {} records in {} batches, {} segments, chain {:08x}{}",
         directory.display(),

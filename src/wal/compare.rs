@@ -92,7 +92,7 @@ pub struct Comparison {
 ///
 /// [`Error::Io`](crate::Error::Io).
 pub fn compare_logs(a: &Path, b: &Path) -> Result<Comparison> {
-    let (a, b) = (verify_log(a, None, &mut ())?, verify_log(b, None, &mut ())?);
+    let (a, b) = (verify_log(a, None, Lsn::ZERO, &mut ())?, verify_log(b, None, Lsn::ZERO, &mut ())?);
     let tail = a.tail.max(b.tail);
     let head = a.last_readable.min(b.last_readable);
     let both_hold = a.tail > Lsn::ZERO && b.tail > Lsn::ZERO;

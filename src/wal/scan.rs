@@ -262,12 +262,18 @@ impl LogReport {
 
 /// Verifies a shard's whole log: every batch, and that each segment continues the one before. Behind damage it goes on
 /// at the next batch that is consistent in itself, so the report says all that is wrong and all that is still readable.
-/// Without `identity` the log's first readable segment says what log it is.
+/// Without `identity` the log's first readable segment says what log it is. `known_synced` is what a checkpoint says was
+/// synced, [`Lsn::ZERO`] if nothing does: what is wrong up to there is damage and no torn tail.
 ///
 /// # Errors
 ///
 /// [`Error::Io`]. Damage is not an error here; it stands in the report.
-pub fn verify_log(directory: &Path, identity: Option<&LogIdentity>, visit: &mut dyn Visit) -> Result<LogReport> {
+pub fn verify_log(
+    directory: &Path,
+    identity: Option<&LogIdentity>,
+    known_synced: Lsn,
+    visit: &mut dyn Visit,
+) -> Result<LogReport> {
     let segments = list_segments(directory)?;
     let mut total = 0;
     for (_, path) in &segments {
@@ -275,7 +281,11 @@ pub fn verify_log(directory: &Path, identity: Option<&LogIdentity>, visit: &mut 
     }
     let mut verification = Verification {
         identity: identity.copied(),
-        report: LogReport { tail: segments.first().map_or(Lsn::ZERO, |(id, _)| id.first_lsn), ..LogReport::default() },
+        report: LogReport {
+            tail: segments.first().map_or(Lsn::ZERO, |(id, _)| id.first_lsn),
+            synced: known_synced,
+            ..LogReport::default()
+        },
         next: None,
         is_whole: true,
         visit,
@@ -286,7 +296,7 @@ pub fn verify_log(directory: &Path, identity: Option<&LogIdentity>, visit: &mut 
         let done = verification.report.bytes;
         verification.visit.progress(done, total.max(done));
     }
-    Ok(verification.finish())
+    Ok(verification.finish(directory))
 }
 
 struct Verification<'a> {
@@ -463,8 +473,18 @@ impl Verification<'_> {
     }
 
     /// Now that it is known what was synced, tells torn tails from damage.
-    fn finish(mut self) -> LogReport {
+    fn finish(mut self, directory: &Path) -> LogReport {
         let synced = self.report.synced;
+        if self.report.problems.is_empty() && self.report.head < synced {
+            let last = self.report.segments.last();
+            self.report.problems.push(Problem {
+                path: last.map_or_else(|| directory.to_owned(), |segment| segment.path.clone()),
+                offset: last.map_or(0, |segment| segment.end),
+                lsn: Some(self.report.head.next()),
+                reason: format!("records up to LSN {synced} were synced, and the log ends before them"),
+                kind: ProblemKind::Missing,
+            });
+        }
         let begins_unknown = self.report.tail > Lsn::FIRST
             && self.report.segments.first().is_some_and(|segment| segment.header.is_err());
         for problem in &mut self.report.problems {
@@ -506,7 +526,7 @@ mod tests {
     fn verify(log: &LogFixture) -> (LogReport, Collect) {
         let mut seen = Collect::default();
         let before = image(log.path());
-        let report = verify_log(log.path(), Some(&IDENTITY), &mut seen).unwrap();
+        let report = verify_log(log.path(), Some(&IDENTITY), Lsn::ZERO, &mut seen).unwrap();
         assert_eq!(before, image(log.path()), "nothing is touched");
         (report, seen)
     }
@@ -527,9 +547,9 @@ mod tests {
         assert_eq!(seen.lsns, (1..=36).collect::<Vec<_>>());
         assert_eq!(seen.bytes, 12 * 133);
         assert_eq!(seen.done, [(SIZE, 3 * SIZE), (2 * SIZE, 3 * SIZE), (3 * SIZE, 3 * SIZE)]);
-        assert_eq!(report, verify_log(log.path(), None, &mut ()).unwrap());
+        assert_eq!(report, verify_log(log.path(), None, Lsn::ZERO, &mut ()).unwrap());
         let empty = tempfile::tempdir().unwrap();
-        assert_eq!(verify_log(empty.path(), None, &mut ()).unwrap(), LogReport::default());
+        assert_eq!(verify_log(empty.path(), None, Lsn::ZERO, &mut ()).unwrap(), LogReport::default());
     }
 
     #[test]
@@ -591,7 +611,7 @@ mod tests {
         assert_eq!(seen.lsns.len(), 36, "a lost header loses no record");
 
         let other = LogIdentity { cluster: ClusterId(8), ..IDENTITY };
-        let report = verify_log(log.path(), Some(&other), &mut ()).unwrap();
+        let report = verify_log(log.path(), Some(&other), Lsn::ZERO, &mut ()).unwrap();
         assert_eq!(report.problems[0].kind, ProblemKind::Mismatch);
     }
 

@@ -127,7 +127,7 @@ pub fn readable_records_of(node: &Path, shard: ShardId) -> (BTreeMap<u64, Vec<u8
         }
     }
     let mut gather = Gather(BTreeMap::new());
-    let report = verify_log(&node.join(shard_directory_name(shard)), None, &mut gather).unwrap();
+    let report = verify_log(&node.join(shard_directory_name(shard)), None, Lsn::ZERO, &mut gather).unwrap();
     (gather.0, report)
 }
 

@@ -11,8 +11,11 @@ use towline::status::Status;
 use towline::wal::LogWriter;
 use towline::{Leader, Lsn, ShardId, ShutdownSignal};
 
+use super::Demo;
 use super::proof::Checking;
-use super::{Demo, SETTLE};
+
+/// How long the last records of the load, and those timed, may take to be committed.
+const LAST_COMMIT: Duration = Duration::from_secs(5);
 
 /// Records a writer may have appended and not yet seen committed.
 const WINDOW: u64 = 16 * 1024;
@@ -81,10 +84,11 @@ impl Demo {
             }
             if lsn.records_since(commits.committed()) >= WINDOW {
                 let half = Lsn(lsn.get() - WINDOW / 2);
-                let _ = commits.wait(half, self.commit, Some(Instant::now() + Duration::from_secs(1)));
+                let _ = commits.wait(half, self.commit, Some(Instant::now() + Duration::from_millis(100)));
             }
         }
-        let outcome = commits.wait(lsn, self.commit, Some(Instant::now() + SETTLE));
+        // What cannot be committed in a while of this load will not be.
+        let outcome = commits.wait(lsn, self.commit, Some(Instant::now() + LAST_COMMIT));
         if lsn > before && !outcome.is_committed() {
             log::warn!("shard {shard}: the last record was not committed: {outcome:?}");
         }
@@ -96,7 +100,7 @@ impl Demo {
         // Bounds and precision that cannot be refused.
         let mut latency_us = Histogram::new(3).unwrap_or_else(|_| unreachable!("3 digits are allowed"));
         while let Ok((lsn, began)) = timed.recv() {
-            if commits.wait(lsn, self.commit, Some(began + SETTLE)).is_committed() {
+            if commits.wait(lsn, self.commit, Some(began + LAST_COMMIT)).is_committed() {
                 let _ = latency_us.record(u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX));
             }
         }

@@ -15,7 +15,7 @@ use towline::{Commit, Follower, Leader, Node, NodeId, ShardId, ShutdownSignal};
 use self::load::Load;
 use self::proof::{Checking, Proof, prove};
 use self::scenario::Scenario;
-use super::{DONE, FOUND_DAMAGE, Outcome, human_bytes};
+use super::{DONE, FOUND_DAMAGE, Outcome, WRONG_USAGE, human_bytes};
 
 /// Watch replication work: a leader and followers on loopback TCP and real files, and proof at the end.
 ///
@@ -38,7 +38,7 @@ pub(super) struct Demo {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
     followers: u16,
     /// How long to append
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// Bytes of a record
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=1_048_576))]
@@ -62,6 +62,12 @@ const SETTLE: Duration = Duration::from_secs(60);
 
 impl Demo {
     pub(super) fn run(self) -> Outcome {
+        if let Some((_, count)) = self.commit.asked_of_followers()
+            && count > usize::from(self.followers)
+        {
+            eprintln!("error: --commit {} can never be with --followers {}", self.commit, self.followers);
+            return Ok(WRONG_USAGE);
+        }
         let stop = super::stop_at_interrupt()?;
         let directory = self.directory()?;
         let outcome = self.run_in(&directory, &stop);
