@@ -342,14 +342,14 @@ fn damage_that_only_the_checkpoint_vouches_for_is_no_torn_tail() {
     leader.shutdown().unwrap();
     let (code, out, _) = outcome(&run(&["verify", arg(&directory)]));
     assert!(code == 0 && out.contains("sound"), "{out}");
-    let segment = fs::read_dir(directory.join("shard-0000"))
+    let segment = std::fs::read_dir(directory.join("shard-0000"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .find(|path| path.extension().is_some_and(|extension| extension == "wal"))
         .unwrap();
-    let mut bytes = fs::read(&segment).unwrap();
+    let mut bytes = std::fs::read(&segment).unwrap();
     bytes[5000] ^= 1;
-    fs::write(&segment, &bytes).unwrap();
+    std::fs::write(&segment, &bytes).unwrap();
     for command in ["verify", "inspect"] {
         let (code, out, _) = outcome(&run(&[command, arg(&directory)]));
         assert!(code == 3 && out.contains("corrupt") && out.contains("LSN 1"), "{command}: {code}: {out}");

@@ -313,7 +313,7 @@ fn interrupts_end_every_kind_of_waiting() {
     stdin.write_all(b"a\tb\n").unwrap();
     drop(stdin);
     eventually(|| get(&nodes[1], "a").is_some());
-    assert_eq!(leader.interrupt(), 0);
+    assert_eq!(leader.interrupt(), 1, "it was to leave when everything is committed, and it is not");
     // A leader that only serves.
     let mut leader =
         Running::start(&mut towline(&["leader", "--dir", text(&nodes[1]), "--listen", "127.0.0.1:0", "--kv", "16:32"]));
