@@ -24,9 +24,7 @@ use crate::applier::Applier;
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
-use crate::node::{
-    CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, check_shard_count, open_logs,
-};
+use crate::node::{CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, open_logs};
 use crate::protocol;
 use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
@@ -64,8 +62,10 @@ pub struct Leader {
 
 impl Leader {
     pub(crate) fn start(builder: NodeBuilder, address: &str) -> Result<Leader> {
+        // Before anything is made: a mistyped address should leave no directory behind.
+        let listener = builder.make_transport().listen(address)?;
+        let address = listener.local_address();
         let directory = Arc::new(builder.open_as_leader()?);
-        check_shard_count(directory.manifest().shard_count)?;
         let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
         let manifest = directory.manifest();
         for writer in &mut writers {
@@ -100,8 +100,6 @@ impl Leader {
                 Some(Applier { shard: log.shard(), log, target, applied, stop: stop.clone() })
             })
             .collect();
-        let listener = builder.make_transport().listen(address)?;
-        let address = listener.local_address();
         let threads = Arc::new(Threads::default());
         let server = Arc::new(Server::new(
             Role::Leader,

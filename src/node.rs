@@ -315,6 +315,7 @@ impl NodeBuilder {
 
     /// Opens the directory, or makes it as a new leader's.
     pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
+        check_shard_count(self.shards.unwrap_or(1))?;
         let directory = match DataDir::open(&self.directory)? {
             Some(directory) => directory,
             None => DataDir::create(
