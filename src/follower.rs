@@ -162,6 +162,7 @@ pub struct Follower {
     address: Option<String>,
     applied: Vec<Arc<Watermark>>,
     wals: Vec<Wal>,
+    checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
 }
 
@@ -209,22 +210,27 @@ impl Follower {
             stop.clone(),
             Arc::clone(&threads),
         ));
-        let mut follower = Follower { following, server, address: None, applied: applied_marks, wals, threads };
-        follower.start_threads(writers, &states, &target)?;
-        let checkpointer = Checkpointer {
-            path: directory.checkpoint_path(),
-            shards: follower
-                .wals
-                .iter()
-                .zip(&follower.applied)
-                .map(|(wal, applied)| CheckpointShard {
-                    log: Arc::clone(wal.log()),
-                    applied: Some((Arc::clone(applied), Arc::clone(&target))),
-                })
-                .collect(),
-            stop,
+        let of_shard = |(wal, applied): (&Wal, &Arc<Watermark>)| CheckpointShard {
+            log: Arc::clone(wal.log()),
+            applied: Some((Arc::clone(applied), Arc::clone(&target))),
         };
-        follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        let checkpointer = Checkpointer::new(
+            directory.checkpoint_path(),
+            wals.iter().zip(&applied_marks).map(of_shard).collect(),
+            stop,
+            checkpoint,
+        );
+        let mut follower = Follower {
+            following,
+            server,
+            address: None,
+            applied: applied_marks,
+            wals,
+            checkpointer: Arc::clone(&checkpointer),
+            threads,
+        };
+        follower.start_threads(writers, &states, &target)?;
+        follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         if let Some(address) = &builder.listen {
             let listener = transport.listen(address)?;
             follower.address = Some(listener.local_address());
@@ -343,6 +349,7 @@ impl Follower {
         for wal in self.wals.drain(..) {
             result = result.and(wal.close());
         }
+        self.checkpointer.finish();
         result
     }
 }

@@ -50,6 +50,7 @@ pub struct Leader {
     writers: Mutex<Vec<Option<LogWriter>>>,
     wals: Vec<Wal>,
     directory: Arc<DataDir>,
+    checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
     /// By shard: up to where the node's own target has applied; none without a target.
     applied: Vec<Option<Arc<Watermark>>>,
@@ -83,8 +84,8 @@ impl Leader {
             log: Arc::clone(wal.log()),
             applied: applied.clone().zip(builder.target.clone()),
         });
-        let checkpointer =
-            Checkpointer { path: directory.checkpoint_path(), shards: kept.collect(), stop: stop.clone() };
+        let kept = kept.collect();
+        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, stop.clone(), checkpoint);
         let appliers: Vec<_> = (wals.iter().zip(&applied))
             .filter_map(|(wal, applied)| {
                 let (target, applied) = builder.target.clone().zip(applied.clone())?;
@@ -109,10 +110,11 @@ impl Leader {
             writers: Mutex::new(writers.into_iter().map(Some).collect()),
             wals,
             directory,
+            checkpointer: Arc::clone(&checkpointer),
             threads,
             applied,
         };
-        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run(checkpoint))?;
+        leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         for applier in appliers {
             let server = Arc::clone(&server);
             leader.threads.spawn(format!("tl-apply-s{}", applier.shard), move || {
@@ -223,6 +225,7 @@ impl Leader {
         for wal in self.wals.drain(..) {
             result = result.and(wal.close());
         }
+        self.checkpointer.finish();
         result
     }
 }

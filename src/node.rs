@@ -384,11 +384,14 @@ pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<Op
     Ok(OpenLogs { wals, writers, checkpoint })
 }
 
-/// Writes `replication.ckpt` when marks have moved, at most once a second, on a thread of its own.
+/// Writes `replication.ckpt` when marks have moved, at most once a second, on a thread of its own; and once more when
+/// everything else has stopped.
 pub(crate) struct Checkpointer {
-    pub(crate) path: PathBuf,
-    pub(crate) shards: Vec<CheckpointShard>,
-    pub(crate) stop: ShutdownSignal,
+    path: PathBuf,
+    shards: Vec<CheckpointShard>,
+    stop: ShutdownSignal,
+    /// What stands in the file.
+    saved: Mutex<Checkpoint>,
 }
 
 /// What the checkpoint says of one shard comes from here.
@@ -401,13 +404,33 @@ pub(crate) struct CheckpointShard {
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Checkpointer {
-    pub(crate) fn run(&self, mut saved: Checkpoint) {
+    pub(crate) fn new(
+        path: PathBuf,
+        shards: Vec<CheckpointShard>,
+        stop: ShutdownSignal,
+        saved: Checkpoint,
+    ) -> Arc<Checkpointer> {
+        Arc::new(Checkpointer { path, shards, stop, saved: Mutex::new(saved) })
+    }
+
+    pub(crate) fn run(&self) {
         while !self.stop.is_shutdown() {
+            let saved = self.saved.lock().clone();
             self.wait_for_movement(&saved);
-            let _ = self.stop.wait_timeout(CHECKPOINT_INTERVAL);
-            if let Err(error) = self.save(&mut saved) {
-                log::error!("the checkpoint was not written: {error}");
+            if !self.stop.wait_timeout(CHECKPOINT_INTERVAL) {
+                self.save_or_say();
             }
+        }
+    }
+
+    /// The last checkpoint: to be called when appliers have ended and logs are synced, as marks move until then.
+    pub(crate) fn finish(&self) {
+        self.save_or_say();
+    }
+
+    fn save_or_say(&self) {
+        if let Err(error) = self.save(&mut self.saved.lock()) {
+            log::error!("the checkpoint was not written: {error}");
         }
     }
 
