@@ -16,15 +16,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::applier::Applier;
 use crate::backoff::Backoff;
 use crate::commit::Commits;
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
+use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::limits::MAX_SHARDS;
 use crate::node::{
     CheckpointShard, Checkpointer, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
 };
+use crate::rebuild::RebuildProgress;
 use crate::receiver::{Receiver, exchange};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
@@ -32,7 +33,7 @@ use crate::status::{Role, Status};
 use crate::target::{ReplicationTarget, TargetTopology};
 use crate::transport::{Connection, Transport};
 use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
-use crate::wal::{Log, Wal, segment, unix_ms};
+use crate::wal::{Log, LogWriter, Wal, segment, unix_ms};
 use crate::watermark::Watermark;
 use crate::wire::{PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest};
 
@@ -46,11 +47,21 @@ pub(crate) struct Following {
     target: Arc<dyn ReplicationTarget>,
     /// What ended following for good, if anything did: the first failure that trying again cannot mend.
     failure: Mutex<Option<Error>>,
+    /// What went wrong when a log was closed.
+    unclean: Mutex<Option<Error>>,
 }
 
 impl Following {
     pub(crate) fn manifest(&self) -> Manifest {
         self.directory.manifest()
+    }
+
+    pub(crate) fn target(&self) -> &Arc<dyn ReplicationTarget> {
+        &self.target
+    }
+
+    pub(crate) fn shard_path(&self, shard: ShardId) -> std::path::PathBuf {
+        self.directory.shard_path(shard)
     }
 
     pub(crate) fn connect(&self) -> Result<Connection> {
@@ -97,7 +108,7 @@ impl Following {
     }
 
     /// Ends following for good.
-    fn fail(&self, shard: ShardId, error: Error) {
+    pub(crate) fn fail(&self, shard: ShardId, error: Error) {
         log::error!("shard {shard}: following ends: {error}");
         self.failure.lock().get_or_insert(error);
         self.stop.shutdown();
@@ -110,7 +121,8 @@ pub(crate) struct ShardState {
     connected: AtomicBool,
     leader_head: AtomicU64,
     heard_at_ms: AtomicU64,
-    applied: Mutex<Option<Arc<Watermark>>>,
+    applied: Mutex<Option<Arc<AppliedMark>>>,
+    rebuild: Mutex<RebuildProgress>,
     error: Mutex<Option<String>>,
 }
 
@@ -124,6 +136,19 @@ impl ShardState {
 
     pub(crate) fn heard_from_leader(&self) {
         self.heard_at_ms.store(unix_ms(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_applied(&self, mark: &Arc<AppliedMark>) {
+        *self.applied.lock() = Some(Arc::clone(mark));
+    }
+
+    pub(crate) fn set_rebuild(&self, progress: RebuildProgress) {
+        *self.rebuild.lock() = progress;
+    }
+
+    /// The newest rebuild since the node started; idle if there was none.
+    pub(crate) fn rebuild(&self) -> RebuildProgress {
+        *self.rebuild.lock()
     }
 
     pub(crate) fn set_leader_head(&self, head: Lsn) {
@@ -161,7 +186,7 @@ pub struct Follower {
     server: Arc<Server>,
     address: Option<String>,
     applied: Vec<Arc<Watermark>>,
-    wals: Vec<Wal>,
+    states: Vec<Arc<ShardState>>,
     checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
 }
@@ -185,14 +210,19 @@ impl Follower {
             leader: leader.to_owned(),
             target: Arc::clone(&target),
             failure: Mutex::default(),
+            unclean: Mutex::default(),
         });
         let threads = Arc::new(Threads::default());
-        let mut applied_marks = Vec::new();
-        let mut states = Vec::new();
+        let (mut applied_marks, mut states, mut kept) = (Vec::new(), Vec::new(), Vec::new());
         for wal in &wals {
             let applied = NodeBuilder::applied_of(target.as_ref(), wal.log(), &checkpoint)?;
             let state = Arc::new(ShardState::default());
-            *state.applied.lock() = Some(Arc::clone(&applied));
+            state.set_applied(&applied);
+            let shard = CheckpointShard {
+                log: Arc::clone(wal.log()),
+                applied: Some((Arc::clone(&applied), Arc::clone(&target))),
+            };
+            kept.push((!target.is_rebuilding(wal.log().shard())?).then_some(shard));
             applied_marks.push(applied);
             states.push(state);
         }
@@ -210,26 +240,19 @@ impl Follower {
             stop.clone(),
             Arc::clone(&threads),
         ));
-        let of_shard = |(wal, applied): (&Wal, &Arc<Watermark>)| CheckpointShard {
-            log: Arc::clone(wal.log()),
-            applied: Some((Arc::clone(applied), Arc::clone(&target))),
-        };
-        let checkpointer = Checkpointer::new(
-            directory.checkpoint_path(),
-            wals.iter().zip(&applied_marks).map(of_shard).collect(),
-            stop,
-            checkpoint,
-        );
+        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, stop, checkpoint);
         let mut follower = Follower {
             following,
             server,
             address: None,
-            applied: applied_marks,
-            wals,
+            applied: applied_marks.iter().map(|mark| Arc::clone(mark.told())).collect(),
+            states,
             checkpointer: Arc::clone(&checkpointer),
             threads,
         };
-        follower.start_threads(writers, &states, &target)?;
+        for ((open, applied), index) in wals.into_iter().zip(writers).zip(applied_marks).zip(0..) {
+            follower.start_shard(ShardId(index), open, applied)?;
+        }
         follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         if let Some(address) = &builder.listen {
             let listener = transport.listen(address)?;
@@ -239,42 +262,30 @@ impl Follower {
         Ok(follower)
     }
 
-    fn start_threads(
-        &self,
-        writers: Vec<crate::wal::LogWriter>,
-        states: &[Arc<ShardState>],
-        target: &Arc<dyn ReplicationTarget>,
-    ) -> Result<()> {
-        for ((writer, applied), state) in writers.into_iter().zip(&self.applied).zip(states) {
-            let shard = writer.log().shard();
-            let applier = Applier {
-                shard,
-                log: Arc::clone(writer.log()),
-                target: Arc::clone(target),
-                applied: Arc::clone(applied),
-                stop: self.following.stop.clone(),
-            };
-            let receiver = Receiver {
-                shard,
-                node: Arc::clone(&self.following),
-                writer,
-                applied: Arc::clone(applied),
-                state: Arc::clone(state),
-            };
-            let following = Arc::clone(&self.following);
-            self.threads.spawn(format!("tl-recv-s{shard}"), move || {
-                if let Err(error) = receiver.run() {
-                    following.fail(shard, error);
-                }
-            })?;
-            let following = Arc::clone(&self.following);
-            self.threads.spawn(format!("tl-apply-s{shard}"), move || {
-                if let Err(error) = applier.run() {
-                    following.fail(shard, error);
-                }
-            })?;
-        }
-        Ok(())
+    /// Starts the threads of a shard: its receiver, which owns everything, and behind it the applier.
+    fn start_shard(&self, shard: ShardId, open: (Wal, LogWriter), applied: Arc<AppliedMark>) -> Result<()> {
+        let state = self.states.get(usize::from(shard.0)).cloned().unwrap_or_default();
+        let mut own = FollowerShard {
+            shard,
+            node: Arc::clone(&self.following),
+            state,
+            server: Arc::clone(&self.server),
+            checkpointer: Arc::clone(&self.checkpointer),
+            open: Some(open),
+            applied,
+            applier: None,
+        };
+        own.ensure_applier()?;
+        let following = Arc::clone(&self.following);
+        self.threads.spawn(format!("tl-recv-s{shard}"), move || {
+            let mut receiver = Receiver { own };
+            if let Err(error) = receiver.run() {
+                following.fail(shard, error);
+            }
+            if let Err(error) = receiver.own.close() {
+                following.unclean.lock().get_or_insert(error);
+            }
+        })
     }
 
     /// Who it is and what its directory was made with.
@@ -289,16 +300,16 @@ impl Follower {
         self.address.as_deref()
     }
 
-    /// The log of a shard.
+    /// The log of a shard, as it is now: a rebuild closes it and begins another.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if there is no such shard.
-    pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
-        Ok(&self.server.shard(shard)?.log)
+    pub fn log(&self, shard: ShardId) -> Result<Arc<Log>> {
+        Ok(Arc::clone(&self.server.shard(shard)?.log))
     }
 
-    /// The newest LSN of a shard that the target has applied.
+    /// The newest LSN of a shard that the target has applied, and serves. It stands still during a rebuild.
     ///
     /// # Errors
     ///
@@ -306,6 +317,16 @@ impl Follower {
     pub fn applied(&self, shard: ShardId) -> Result<&Watermark> {
         let mark = self.applied.get(usize::from(shard.0));
         mark.map(AsRef::as_ref).ok_or_else(|| Error::invalid(format!("there is no shard {shard}")))
+    }
+
+    /// How the newest rebuild of a shard goes, or went; idle if there was none since the node started.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn rebuild_progress(&self, shard: ShardId) -> Result<RebuildProgress> {
+        let state = self.states.get(usize::from(shard.0));
+        state.map(|state| state.rebuild()).ok_or_else(|| Error::invalid(format!("there is no shard {shard}")))
     }
 
     /// What the node says about itself now.
@@ -345,12 +366,8 @@ impl Follower {
         self.following.stop.shutdown();
         self.server.drain();
         self.threads.join_all();
-        let mut result = Ok(());
-        for wal in self.wals.drain(..) {
-            result = result.and(wal.close());
-        }
         self.checkpointer.finish();
-        result
+        self.following.unclean.lock().take().map_or(Ok(()), Err)
     }
 }
 
@@ -414,6 +431,7 @@ pub(crate) fn ask_topology(
         applied: Lsn::ZERO,
         chain: Chain::default(),
         from: Lsn::ZERO,
+        flags: 0,
     };
     let info = exchange(&peer, sender.as_mut(), receiver.as_mut(), request, options.handshake_timeout)?;
     Ok((peer, info))

@@ -49,6 +49,7 @@ pub struct Leader {
     address: String,
     writers: Mutex<Vec<Option<LogWriter>>>,
     wals: Vec<Wal>,
+    commits: Vec<Arc<Commits>>,
     directory: Arc<DataDir>,
     checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
@@ -62,6 +63,13 @@ impl Leader {
         let manifest = directory.manifest();
         check_shard_count(manifest.shard_count)?;
         let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        for shard in wals.iter().map(|wal| wal.log().shard()) {
+            if builder.target.as_ref().is_some_and(|target| target.is_rebuilding(shard).unwrap_or(false)) {
+                return Err(Error::invalid(format!(
+                    "the rebuild of shard {shard} of the target was interrupted: a node with it can only follow"
+                )));
+            }
+        }
         for writer in &mut writers {
             writer.set_epoch(manifest.epoch)?;
         }
@@ -74,15 +82,16 @@ impl Leader {
                 target: builder.target.clone(),
             })
             .collect();
+        let commits = shards.iter().map(|shard| Arc::clone(&shard.commits)).collect();
         let stop = ShutdownSignal::new();
         let mut applied = Vec::new();
         for wal in &wals {
             let target = builder.target.as_ref();
             applied.push(target.map(|t| NodeBuilder::applied_of(t.as_ref(), wal.log(), &checkpoint)).transpose()?);
         }
-        let kept = wals.iter().zip(&applied).map(|(wal, applied)| CheckpointShard {
-            log: Arc::clone(wal.log()),
-            applied: applied.clone().zip(builder.target.clone()),
+        let kept = wals.iter().zip(&applied).map(|(wal, applied)| {
+            let applied = applied.clone().zip(builder.target.clone());
+            Some(CheckpointShard { log: Arc::clone(wal.log()), applied })
         });
         let kept = kept.collect();
         let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, stop.clone(), checkpoint);
@@ -90,7 +99,7 @@ impl Leader {
             .filter_map(|(wal, applied)| {
                 let (target, applied) = builder.target.clone().zip(applied.clone())?;
                 let log = Arc::clone(wal.log());
-                Some(Applier { shard: log.shard(), log, target, applied, stop: stop.clone() })
+                Some(Applier { shard: log.shard(), log, target, applied, rebuild: None, stop: stop.clone() })
             })
             .collect();
         let listener = builder.make_transport().listen(address)?;
@@ -109,10 +118,11 @@ impl Leader {
             address,
             writers: Mutex::new(writers.into_iter().map(Some).collect()),
             wals,
+            commits,
             directory,
             checkpointer: Arc::clone(&checkpointer),
             threads,
-            applied,
+            applied: applied.into_iter().map(|applied| Some(Arc::clone(applied?.told()))).collect(),
         };
         leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         for applier in appliers {
@@ -170,7 +180,8 @@ impl Leader {
     ///
     /// [`Error::Invalid`] if there is no such shard.
     pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
-        Ok(&self.server.shard(shard)?.log)
+        self.server.shard(shard)?;
+        self.wals.get(usize::from(shard.0)).map(Wal::log).ok_or(Error::ShutDown)
     }
 
     /// The newest LSN of a shard that this node's own target has applied; `None` without a target.
@@ -189,7 +200,8 @@ impl Leader {
     ///
     /// [`Error::Invalid`] if there is no such shard.
     pub fn commits(&self, shard: ShardId) -> Result<&Arc<Commits>> {
-        Ok(&self.server.shard(shard)?.commits)
+        self.server.shard(shard)?;
+        self.commits.get(usize::from(shard.0)).ok_or(Error::ShutDown)
     }
 
     /// Waits until a record is committed as `commit` says. `k` followers are `k` different nodes that have

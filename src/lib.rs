@@ -55,6 +55,7 @@ pub mod commit;
 pub mod data_dir;
 pub mod error;
 mod follower;
+mod follower_shard;
 mod leader;
 pub mod limits;
 mod node;

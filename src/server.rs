@@ -8,14 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
-use crate::commit::{Commits, FollowerMarks};
+use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
+use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
+use crate::rebuild::places::Places;
 use crate::shipper::Shipper;
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
@@ -25,7 +27,8 @@ use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
-    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
+    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionId, SessionKind,
+    SessionPhase, ShardInfo, SyncRequest,
 };
 
 /// One shard as the server sees it.
@@ -42,7 +45,8 @@ pub(crate) struct ServerShard {
 pub(crate) struct Server {
     role: Role,
     directory: Arc<DataDir>,
-    shards: Vec<ServerShard>,
+    /// Replaced as a whole where a rebuild gives a shard another log.
+    shards: Vec<RwLock<Arc<ServerShard>>>,
     options: NodeOptions,
     started: Instant,
     /// The node stops; what is pending is still shipped.
@@ -52,6 +56,8 @@ pub(crate) struct Server {
     threads: Arc<Threads>,
     connections: AtomicUsize,
     sessions: AtomicU64,
+    /// Rebuilds served at a time.
+    rebuild_places: Arc<Places>,
     /// The stream that serves each (follower, shard) now; a newer one takes over.
     streams: Mutex<Vec<(NodeId, ShardId, SessionId, ShutdownSignal)>>,
 }
@@ -71,7 +77,8 @@ impl Server {
         Server {
             role,
             directory,
-            shards,
+            rebuild_places: Places::new(options.max_rebuilds),
+            shards: shards.into_iter().map(|shard| RwLock::new(Arc::new(shard))).collect(),
             options,
             started: Instant::now(),
             draining: ShutdownSignal::new(),
@@ -84,7 +91,17 @@ impl Server {
         }
     }
 
-    pub(crate) fn shard(&self, shard: ShardId) -> Result<&ServerShard> {
+    pub(crate) fn shard(&self, shard: ShardId) -> Result<Arc<ServerShard>> {
+        Ok(Arc::clone(&self.shard_cell(shard)?.read()))
+    }
+
+    /// Another log has taken the place of a shard's.
+    pub(crate) fn replace_shard(&self, shard: ShardId, with: ServerShard) -> Result<()> {
+        *self.shard_cell(shard)?.write() = Arc::new(with);
+        Ok(())
+    }
+
+    fn shard_cell(&self, shard: ShardId) -> Result<&RwLock<Arc<ServerShard>>> {
         let count = self.shards.len();
         self.shards
             .get(usize::from(shard.0))
@@ -164,12 +181,12 @@ impl Server {
             }
         };
         let answer = server.check(&request).and_then(|version| match request.purpose {
-            Purpose::Topology => server.describe(&request, version).map(|info| (info, None)),
+            Purpose::Topology => server.describe(&request, version).map(|info| (info, Lanes::None)),
             Purpose::Follow => server.start_following(&request, version),
             Purpose::Tail => server.start_tail(&request, version),
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
-        let (info, reader) = match answer {
+        let (info, lanes) = match answer {
             Ok(answer) => answer,
             Err(refusal) => {
                 log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
@@ -178,11 +195,11 @@ impl Server {
             }
         };
         sender.send_message(&Message::ShardInfo(info))?;
-        let Some(reader) = reader else { return Ok(()) };
-        let stream = Stream { server, peer: &peer, request, info, over };
-        match request.purpose {
-            Purpose::Follow => stream.serve_follower(reader, sender, receiver.as_mut()),
-            _ => stream.serve_tail(reader, sender, receiver.as_mut()),
+        let stream = Stream { server, peer: &peer, request, info, over, agreement: Arc::default() };
+        match (request.purpose, lanes) {
+            (_, Lanes::None) => Ok(()),
+            (Purpose::Follow, lanes) => stream.serve_follower(lanes, sender, receiver.as_mut()),
+            (_, Lanes::Log(reader) | Lanes::Rebuild(reader, _)) => stream.serve_tail(reader, sender, receiver.as_mut()),
         }
     }
 
@@ -251,7 +268,7 @@ impl Server {
     }
 
     /// Decides where a follower goes on, or why it cannot.
-    fn start_following(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Option<LogReader>), Refusal> {
+    fn start_following(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Lanes), Refusal> {
         if self.role != Role::Leader {
             return Err(Refusal(
                 RefusalCode::WrongRole,
@@ -261,7 +278,7 @@ impl Server {
         let manifest = self.directory.manifest();
         if request.epoch > manifest.epoch {
             for shard in &self.shards {
-                shard.log.depose(manifest.epoch, request.epoch);
+                shard.read().log.depose(manifest.epoch, request.epoch);
             }
             return Err(Refusal(
                 RefusalCode::StaleEpoch,
@@ -292,8 +309,21 @@ impl Server {
                 ),
             ));
         }
-        let log = &self.shard(request.shard).map_err(internal)?.log;
-        let place = place_for(log, request)?;
+        let shard = self.shard(request.shard).map_err(internal)?;
+        let log = &shard.log;
+        let place = match place_for(log, request) {
+            // An empty or shortened leader never wipes a follower, not even one that needs a rebuild.
+            Err(refusal) if refusal.0 == RefusalCode::LeaderBehind => return Err(refusal),
+            Err(refusal) if refusal.0 == RefusalCode::NotRetained => {
+                return self.start_rebuild(&shard, request, version, refusal.1);
+            }
+            _ if request.flags & SyncRequest::BASE_INCOMPLETE != 0 => {
+                let reason =
+                    "your target's rebuild was interrupted, and only another rebuild makes it whole".to_owned();
+                return self.start_rebuild(&shard, request, version, reason);
+            }
+            place => place?,
+        };
         let info = self.describe(request, version)?;
         let caught_up = request.received == info.head && request.received > Lsn::ZERO;
         let info = ShardInfo {
@@ -305,11 +335,36 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok((info, Some(log.reader_at(place))))
+        Ok((info, Lanes::Log(log.reader_at(place))))
     }
 
-    fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Option<LogReader>), Refusal> {
-        let log = &self.shard(request.shard).map_err(internal)?.log;
+    /// Issues a rebuild: its target is the head of this moment, for good. The stream's shipper does the rest.
+    fn start_rebuild(
+        &self,
+        shard: &ServerShard,
+        request: &SyncRequest,
+        version: u16,
+        reason: String,
+    ) -> Result<(ShardInfo, Lanes), Refusal> {
+        let Some(store) = shard.target.clone() else {
+            let text = format!("{reason}; and this leader keeps no state that it could send instead");
+            return Err(Refusal(RefusalCode::NotRetained, text));
+        };
+        let place = shard.log.segment_start_for(shard.log.head().next()).map_err(internal)?;
+        let info = self.describe(request, version)?;
+        let info = ShardInfo {
+            session: SessionId(self.sessions.fetch_add(1, Ordering::Relaxed)),
+            session_kind: SessionKind::Rebuild,
+            target: info.head,
+            ..info
+        };
+        log::info!("node {}, shard {}: to be rebuilt: {reason}", request.node, request.shard);
+        Ok((info, Lanes::Rebuild(shard.log.reader_at(place), store)))
+    }
+
+    fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<(ShardInfo, Lanes), Refusal> {
+        let shard = self.shard(request.shard).map_err(internal)?;
+        let log = &shard.log;
         let from = if request.from == Lsn::ZERO { log.tail() } else { request.from };
         let place = log.position_before(from).map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
         let info = self.describe(request, version)?;
@@ -320,7 +375,7 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok((info, Some(log.reader_at(place))))
+        Ok((info, Lanes::Log(log.reader_at(place))))
     }
 
     fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {
@@ -341,7 +396,12 @@ impl Server {
 
     /// What the node says about itself now.
     pub(crate) fn status(&self) -> Status {
-        Status::collect(self.role, self.directory.manifest(), self.started.elapsed(), &self.shards)
+        Status::collect(
+            self.role,
+            self.directory.manifest(),
+            self.started.elapsed(),
+            self.shards.iter().map(|shard| Arc::clone(&shard.read())),
+        )
     }
 
     /// Stops in two steps: shippers send what is pending and their followers acknowledge it, for no longer than the
@@ -366,6 +426,11 @@ impl Server {
             log::info!("node {node}, shard {shard}: a newer stream takes over");
             stream.3.shutdown();
         }
+    }
+
+    /// Whether this stream is still the one of its follower and shard.
+    fn is_current(&self, session: SessionId) -> bool {
+        self.streams.lock().iter().any(|stream| stream.2 == session)
     }
 
     fn stream_ended(&self, session: SessionId) {
@@ -409,6 +474,16 @@ fn place_for(log: &Arc<Log>, request: &SyncRequest) -> Result<LogPosition, Refus
     }
 }
 
+/// What a stream carries.
+enum Lanes {
+    /// Nothing more.
+    None,
+    /// The log.
+    Log(LogReader),
+    /// A base of this target and the log beside it, from where the rebuild will say.
+    Rebuild(LogReader, Arc<dyn ReplicationTarget>),
+}
+
 /// A stream that has been agreed on.
 struct Stream<'a> {
     server: &'a Arc<Server>,
@@ -416,18 +491,21 @@ struct Stream<'a> {
     request: SyncRequest,
     info: ShardInfo,
     over: ShutdownSignal,
+    /// About the rebuild, if it is one.
+    agreement: Arc<Agreement>,
 }
 
 impl Stream<'_> {
     /// Starts the shipper and reads acknowledgements until the stream ends.
     fn serve_follower(
         &self,
-        reader: LogReader,
+        lanes: Lanes,
         sender: Box<dyn FrameSender>,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
-        let SyncRequest { node, shard, received, durable, applied, .. } = self.request;
-        let commits = &self.server.shard(shard)?.commits;
+        let SyncRequest { node, shard, .. } = self.request;
+        let of_shard = self.server.shard(shard)?;
+        let commits = &of_shard.commits;
         let follower = commits.follower(node)?;
         self.server.take_over(node, shard, self.info.session, &self.over);
         log::info!(
@@ -436,9 +514,9 @@ impl Stream<'_> {
             self.info.head,
             self.peer
         );
-        commits.acknowledge(&follower, received, durable.min(received), applied.min(received), unix_ms());
+        self.take_initial_marks(commits, &follower);
+        let shipper = self.shipper(lanes, sender, Some(Arc::clone(&follower)))?;
         follower.stream_began();
-        let shipper = self.shipper(reader, sender, Some(Arc::clone(&follower)));
         let over = self.over.clone();
         let name = format!("tl-ship-s{shard}");
         let result = self
@@ -459,15 +537,41 @@ impl Stream<'_> {
         result
     }
 
+    /// What the follower has by its request. During a rebuild that is nothing, and it does not count.
+    fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
+        let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
+        follower.set_counts(!is_rebuild);
+        let SyncRequest { received, durable, applied, .. } = self.request;
+        let received = if is_rebuild { Lsn::ZERO } else { received };
+        commits.acknowledge(follower, received, durable.min(received), applied.min(received), unix_ms());
+    }
+
     fn shipper(
         &self,
-        reader: LogReader,
+        lanes: Lanes,
         sender: Box<dyn FrameSender>,
         follower: Option<Arc<FollowerMarks>>,
-    ) -> Shipper {
-        let shard = &self.server.shards[usize::from(self.request.shard.0)];
-        Shipper {
+    ) -> Result<Shipper> {
+        let shard = self.server.shard(self.request.shard)?;
+        let (reader, rebuild) = match lanes {
+            Lanes::None => return Err(Error::invalid("a stream without anything to ship")),
+            Lanes::Log(reader) => (reader, None),
+            Lanes::Rebuild(reader, store) => (
+                reader,
+                Some(IssuedRebuild {
+                    session: self.info.session,
+                    epoch: self.info.epoch,
+                    target: self.info.target,
+                    shard: self.request.shard,
+                    store,
+                    places: Arc::clone(&self.server.rebuild_places),
+                    agreement: Arc::clone(&self.agreement),
+                }),
+            ),
+        };
+        Ok(Shipper {
             reader,
+            rebuild,
             sender,
             commits: Arc::clone(&shard.commits),
             follower,
@@ -476,7 +580,7 @@ impl Stream<'_> {
             stream_over: self.over.clone(),
             draining: self.server.draining.clone(),
             target: self.info.target,
-        }
+        })
     }
 
     fn read_acknowledgements(
@@ -498,6 +602,10 @@ impl Stream<'_> {
                     Message::Ack(ack) => self.take_acknowledgement(commits, follower, ack)?,
                     other => return Err(crate::receiver::refusal(self.peer, other)),
                 },
+                FrameKind::SessionAck => match receiver.receive_message_body(header)? {
+                    Message::SessionAck(ack) => self.take_session_acknowledgement(commits, follower, ack)?,
+                    other => return Err(crate::receiver::refusal(self.peer, other)),
+                },
                 FrameKind::Heartbeat => {
                     receiver.receive_message_body(header)?;
                 }
@@ -516,7 +624,7 @@ impl Stream<'_> {
                 format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
             ));
         }
-        let log = &self.server.shard(self.request.shard)?.log;
+        let log = &Arc::clone(&self.server.shard(self.request.shard)?.log);
         // Bytes are published just before the mark says so: an acknowledgement can be here first.
         let written = [log.written().until(ack.received), self.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
@@ -537,6 +645,56 @@ impl Stream<'_> {
         Ok(())
     }
 
+    /// What the follower says about its rebuild. About another session it changes nothing.
+    fn take_session_acknowledgement(&self, commits: &Commits, follower: &FollowerMarks, ack: SessionAck) -> Result<()> {
+        let SyncRequest { node, shard, .. } = self.request;
+        if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
+            log::debug!("node {node}, shard {shard}: a word about session {}, which is over", ack.session);
+            return Ok(());
+        }
+        match ack.phase {
+            SessionPhase::Completed => {}
+            SessionPhase::Failed => {
+                log::warn!("node {node}, shard {shard}: it gave up session {}: {:?}", ack.session, ack.reason);
+                return Ok(());
+            }
+            phase => {
+                log::debug!("node {node}, shard {shard}: session {} is {phase:?}", ack.session);
+                return Ok(());
+            }
+        }
+        let is_due = self.info.session_kind == SessionKind::Rebuild && self.agreement.is_base_sent();
+        let log = &Arc::clone(&self.server.shard(shard)?.log);
+        let written = [log.written().until(ack.achieved), self.over.until()];
+        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
+        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
+        if !is_due || !is_written || ack.achieved < self.info.target {
+            return Err(Error::protocol(
+                self.peer,
+                format!(
+                    "it says that it completed a session at LSN {}, of a log that ends at {}, with {} to be reached",
+                    ack.achieved,
+                    log.head(),
+                    self.info.target
+                ),
+            ));
+        }
+        if self.server.is_current(self.info.session) {
+            let at_least = |level| follower.at(level).max(ack.achieved);
+            follower.set_counts(true);
+            commits.acknowledge(
+                follower,
+                at_least(AckLevel::Received),
+                at_least(AckLevel::Durable),
+                at_least(AckLevel::Applied),
+                unix_ms(),
+            );
+            log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
+            self.agreement.accept();
+        }
+        Ok(())
+    }
+
     /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
     fn serve_tail(
         &self,
@@ -544,7 +702,7 @@ impl Stream<'_> {
         sender: Box<dyn FrameSender>,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
-        let shipper = self.shipper(reader, sender, None);
+        let shipper = self.shipper(Lanes::Log(reader), sender, None)?;
         let over = self.over.clone();
         let shard = self.request.shard;
         self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {

@@ -18,6 +18,7 @@
 //! | for each follower: node, connected (1 byte), shipped, received, durable, applied, acknowledged at, lag in bytes | 8, 1, 8, 8, 8, 8, 8, 8 |
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::commit::AckLevel;
@@ -139,7 +140,12 @@ impl FollowerStatus {
 }
 
 impl Status {
-    pub(crate) fn collect(role: Role, manifest: Manifest, uptime: Duration, shards: &[ServerShard]) -> Status {
+    pub(crate) fn collect(
+        role: Role,
+        manifest: Manifest,
+        uptime: Duration,
+        shards: impl Iterator<Item = Arc<ServerShard>>,
+    ) -> Status {
         Status {
             role,
             cluster: manifest.cluster,
@@ -147,7 +153,7 @@ impl Status {
             region: manifest.region,
             epoch: manifest.epoch,
             uptime,
-            shards: shards.iter().map(ShardStatus::collect).collect(),
+            shards: shards.map(|shard| ShardStatus::collect(&shard)).collect(),
         }
     }
 

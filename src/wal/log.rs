@@ -29,7 +29,7 @@ use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
 use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
-use crate::wal::segment::{SegmentHeader, sync_directory};
+use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
 use crate::watermark::{Until, Waited, Watermark, wait_any};
@@ -260,6 +260,12 @@ impl Log {
         }
     }
 
+    /// Whether it was closed: nothing is ever written to it again, and a newer log may have taken its place.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.end_reason.get(), Some(EndReason::Closed))
+    }
+
     /// The failure that made the shard read-only, if there was one.
     #[must_use]
     pub fn poison(&self) -> Option<&str> {
@@ -297,7 +303,16 @@ impl Log {
 
     /// Takes a prepared file into use: it gets its name, its header page and its place in the list. The name is made
     /// durable by the first sync of the segment.
+    ///
+    /// Recovery refuses a log that begins past LSN 1 without a readable header: there the header is durable before the
+    /// name is.
     pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
+        let begins_log = self.segments.read().is_empty() && header.id.first_lsn > Lsn::FIRST;
+        if begins_log {
+            write_all_at(&prepared.file, &header.encode(), 0)
+                .and_then(|()| prepared.file.sync_data())
+                .map_err(Error::io("write the header of", &prepared.path))?;
+        }
         let path = self.directory.join(header.id.to_string());
         std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
@@ -415,7 +430,7 @@ impl Log {
     }
 
     /// Gives up the segments whose records are all at or below `lsn`, sealed and synced, and says why in the log
-    /// output. The segment that is written to always stays. Files that nobody reads any more become spares.
+    /// output. The newest segment always stays, sealed or not: it says where the log stands. Files that nobody reads any more become spares.
     /// Returns how many segments went.
     ///
     /// # Errors
@@ -425,7 +440,8 @@ impl Log {
         let synced = self.synced.load();
         let released: Vec<_> = {
             let mut segments = self.segments.write();
-            let count = segments
+            let newest = segments.len().saturating_sub(1);
+            let count = segments[..newest]
                 .iter()
                 .take_while(|segment| segment.sealed_last_lsn().is_some_and(|last| last <= lsn && last <= synced))
                 .count();
