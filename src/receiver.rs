@@ -4,6 +4,9 @@
 //! bytes, checks every batch against the chain, publishes it, and acknowledges. It comes back by itself when the
 //! stream fails, at the LSN where the log then ends, after a wait that grows from 1 s to 30 s.
 //!
+//! Where the leader says that only a rebuild helps, the stream begins with one: see [`rebuild`](crate::rebuild). The log
+//! lane is received as ever, into a log that begins with it, and the stream then goes on as any other.
+//!
 //! # Acknowledgements
 //!
 //! Three marks go back in one frame: received, durable, applied. The receiver sends one when nothing more has arrived,

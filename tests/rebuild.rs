@@ -19,13 +19,17 @@ use towline::rebuild::RebuildPhase;
 use towline::target::{
     BaseInfo, BaseSink, BaseSource, BlockId, BlockRun, FixedStore, FixedStoreOptions, ReplicationTarget, TargetTopology,
 };
-use towline::transport::{InProcessTransport, Transport};
+use towline::transport::{InProcessTransport, TcpOptions, TcpTransport, Transport};
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, compare_logs};
 use towline::wal::{LogWriter, Record};
+use towline::wire::{
+    Ack, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind,
+    SessionPhase, SyncRequest,
+};
 use towline::{
-    Error, Follower, Leader, Lsn, Node, NodeBuilder, Outcome, Result, ShardId, Until, WaitStrategy, Waited, Watermark,
-    wait_any,
+    AckLevel, Chain, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, Result, ShardId, Until,
+    WaitStrategy, Waited, Watermark, wait_any,
 };
 
 const SHARD: ShardId = ShardId(0);
@@ -687,5 +691,81 @@ fn a_target_without_numbered_blocks_gets_the_base_first_and_the_log_after_it() {
         let last = append();
         reach(again.applied(SHARD).unwrap(), last);
         assert_eq!(again.rebuild_progress(SHARD).unwrap().phase, RebuildPhase::Idle);
+    });
+}
+
+/// What a follower that has nothing says.
+fn follow_request(leader: &Leader) -> SyncRequest {
+    let manifest = leader.manifest();
+    SyncRequest {
+        versions: PROTOCOL_VERSIONS,
+        purpose: Purpose::Follow,
+        cluster: manifest.cluster,
+        node: NodeId(77),
+        region: manifest.region,
+        shard: SHARD,
+        shard_count: manifest.shard_count,
+        segment_size: manifest.segment_size,
+        epoch: manifest.epoch,
+        received: Lsn::ZERO,
+        durable: Lsn::ZERO,
+        applied: Lsn::ZERO,
+        chain: Chain::genesis(manifest.cluster, manifest.region, SHARD),
+        from: Lsn::ZERO,
+        flags: 0,
+    }
+}
+
+#[test]
+fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
+    over_both(|wire| {
+        let scene = Scene::filled(wire);
+        let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
+        let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();
+        stream.sender.send_message(&Message::SyncRequest(follow_request(&scene.leader))).unwrap();
+        let Message::ShardInfo(info) = stream.receiver.receive_message().unwrap() else { panic!("a ShardInfo is due") };
+        assert_eq!((info.session_kind, info.target), (SessionKind::Rebuild, scene.head()));
+        let Message::SessionControl(start) = stream.receiver.receive_message().unwrap() else {
+            panic!("a start is due")
+        };
+        assert_eq!((start.action, start.session, start.target), (SessionAction::Start, info.session, info.target));
+        assert!(start.log_start <= start.base_lsn.next() && start.log_start > Lsn(1), "{start:?}");
+        let completed = |session, epoch| SessionAck {
+            session,
+            epoch,
+            phase: SessionPhase::Completed,
+            achieved: info.target,
+            reason: SessionFailure::None,
+        };
+        let stale = completed(SessionId(info.session.0 - 1), info.epoch);
+        stream.sender.send_message(&Message::SessionAck(stale)).unwrap();
+        let older = completed(info.session, Epoch(info.epoch.0 - 1));
+        stream.sender.send_message(&Message::SessionAck(older)).unwrap();
+        let marks = info.target;
+        let ack = Ack {
+            received: marks,
+            durable: marks,
+            applied: marks,
+            chain: Chain::default(),
+            epoch: info.epoch,
+            session: info.session,
+        };
+        stream.sender.send_message(&Message::Ack(ack)).unwrap();
+        let commits = scene.leader.commits(SHARD).unwrap();
+        let taken_in = || commits.followers().first().is_some_and(|marks| marks.at(AckLevel::Applied) == info.target);
+        while !taken_in() {
+            std::thread::yield_now();
+        }
+        assert!(!commits.followers()[0].counts());
+        let outcome = commits.wait(Lsn(1), "received:1".parse().unwrap(), Some(Instant::now()));
+        assert_eq!(outcome, Outcome::TimedOut);
+        // A word about this very session, from a follower that cannot have reached what it says: the stream ends.
+        let lie = SessionAck { achieved: Lsn(1), ..completed(info.session, info.epoch) };
+        stream.sender.send_message(&Message::SessionAck(lie)).unwrap();
+        while stream.receiver.receive_header().is_ok_and(|header| {
+            let mut body = vec![0; usize::try_from(header.len).unwrap()];
+            stream.receiver.receive_exact(&mut body).is_ok()
+        }) {}
+        assert!(!commits.followers()[0].counts());
     });
 }
