@@ -172,6 +172,11 @@ impl Receiver {
         let shard = self.own.shard;
         let writer = self.own.writer()?;
         let end = writer.end();
+        // A log whose beginning has not arrived yet has no history to tell.
+        let (received, chain) = match writer.log().segments().is_empty() {
+            true => (Lsn::ZERO, Chain::genesis(manifest.cluster, manifest.region, shard)),
+            false => (end.head, end.chain),
+        };
         let request = SyncRequest {
             versions: PROTOCOL_VERSIONS,
             purpose: Purpose::Follow,
@@ -182,10 +187,10 @@ impl Receiver {
             shard_count: manifest.shard_count,
             segment_size: manifest.segment_size,
             epoch: manifest.epoch,
-            received: end.head,
-            durable: writer.log().synced().load(),
+            received,
+            durable: writer.log().synced().load().min(received),
             applied,
-            chain: end.chain,
+            chain,
             from: Lsn::ZERO,
             flags: if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };

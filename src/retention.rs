@@ -232,7 +232,7 @@ impl ShardRetention {
         let kept = self.kept();
         let durable = kept.applied.as_ref().map_or(Lsn::ZERO, |applied| applied.load());
         // The segment that holds what comes next stays as a whole.
-        let first = kept.log.segment_start_for(durable.next())?.segment;
+        let first = kept.log.segment_start_for(durable.next().max(kept.log.tail()))?.segment;
         self.pin(owner, reason, first)
     }
 

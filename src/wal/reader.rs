@@ -113,10 +113,10 @@ impl Log {
             return Err(self.not_retained(lsn));
         }
         let Some(segment) = self.segment_holding(lsn) else {
-            if head != Lsn::ZERO {
+            if head != Lsn::ZERO && !self.segments().is_empty() {
                 return Err(self.not_retained(lsn));
             }
-            // Nothing has been written yet.
+            // Nothing has been written yet. Where the log does not begin with LSN 1, its first header will say the chain.
             let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
             return Ok(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
         };
