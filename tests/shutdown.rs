@@ -33,7 +33,7 @@ fn every_thread_ends_with_its_node() {
         assert_eq!(threads(), BTreeSet::new());
         let leader = net.lead(&at("leader"), 3);
         // A thread gives itself its name once it runs.
-        until("the leader's threads run", || threads().len() == 2 + 3 * 2);
+        until("the leader's threads run", || threads().len() == 4 + 3 * 2);
         let followers = [net.follow(&at("a"), 1, &Checked::new(3)), net.follow(&at("b"), 2, &Checked::new(3))];
         let mut writers = common::writers(&leader);
         for writer in &mut writers {
