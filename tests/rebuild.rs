@@ -321,6 +321,12 @@ fn an_empty_store_is_rebuilt() {
         let follower = scene.follow("follower", store.clone());
         reach(follower.applied(SHARD).unwrap(), scene.head());
         assert_eq!(store.count().unwrap(), 0);
+        let session = || scene.leader.status().shards[0].followers[0].session.unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while session().kind != towline::protocol::SessionKind::KeepUp && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(session().kind, towline::protocol::SessionKind::KeepUp, "keep-up follows on the same stream");
         scene.stop_and_compare(vec![("follower", follower, store)]);
     });
 }
@@ -730,6 +736,15 @@ fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
         };
         assert_eq!((start.action, start.session, start.target), (SessionAction::Start, info.session, info.target));
         assert!(start.log_start <= start.base_lsn.next() && start.log_start > Lsn(1), "{start:?}");
+        // What the log lane needs was pinned before the follower was told, and the status speaks of the same session.
+        let status = || scene.leader.status().shards.remove(0);
+        let pins = status().pins;
+        assert_eq!(pins.len(), 1, "{pins:?}");
+        assert_eq!((pins[0].owner.as_str(), pins[0].reason.as_str()), ("node 77", "rebuild"));
+        assert_eq!((pins[0].lsn, pins[0].lost), (start.log_start, false));
+        let session = status().followers[0].session.unwrap();
+        assert_eq!((session.id.0, session.kind), (info.session.0, towline::protocol::SessionKind::Rebuild));
+        assert_eq!((session.phase, session.target), (towline::protocol::Phase::Issued, info.target));
         let completed = |session, epoch| SessionAck {
             session,
             epoch,
@@ -767,5 +782,12 @@ fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
             stream.receiver.receive_exact(&mut body).is_ok()
         }) {}
         assert!(!commits.followers()[0].counts());
+        let deadline = Instant::now() + PATIENCE;
+        while !status().pins.is_empty() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(status().pins, []);
+        let session = status().followers[0].session.unwrap();
+        assert_eq!(session.phase, towline::protocol::Phase::Failed);
     });
 }
