@@ -3,15 +3,21 @@
 //! The applier reads the mapped log behind the receiver and hands each batch to the target, in order. Its mark,
 //! `applied`, is moved by nobody else. It reads published bytes only, so it needs no lock and nothing is copied. A
 //! target that overwrites in place is given only what a crash cannot take out of the log any more.
+//!
+//! During a rebuild records go through its session, which notes the blocks that they touch.
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use crate::error::Result;
+use crate::follower_shard::AppliedMark;
+use crate::rebuild::RebuildSession;
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::types::ShardId;
-use crate::wal::{Log, LogReader};
-use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
+use crate::wal::{Batch, Log, LogReader};
+use crate::watermark::{Until, WaitStrategy, wait_any};
 
 /// Applies one shard's log to a target.
 pub(crate) struct Applier {
@@ -19,7 +25,9 @@ pub(crate) struct Applier {
     pub(crate) log: Arc<Log>,
     pub(crate) target: Arc<dyn ReplicationTarget>,
     /// Moved by this applier only.
-    pub(crate) applied: Arc<Watermark>,
+    pub(crate) applied: Arc<AppliedMark>,
+    /// The rebuild that the target is in, or was in when this applier began.
+    pub(crate) rebuild: Option<Arc<Mutex<RebuildSession>>>,
     pub(crate) stop: ShutdownSignal,
 }
 
@@ -30,9 +38,13 @@ impl Applier {
     ///
     /// The target's refusal; nothing behind the refused batch is applied.
     pub(crate) fn run(&self) -> Result<()> {
-        let mut reader = self.log.reader_from(self.applied.load().next())?;
+        // A base can be ahead of an empty log: what comes first has been applied with it.
+        let from = self.applied.load().min(self.log.head()).next();
+        let mut reader = self.log.reader_from(from)?;
         loop {
-            self.apply_published(&mut reader)?;
+            if !self.apply_published(&mut reader)? {
+                return Ok(());
+            }
             if self.stop.is_shutdown() {
                 return self.target.sync(self.shard);
             }
@@ -41,13 +53,14 @@ impl Applier {
         }
     }
 
-    fn apply_published(&self, reader: &mut LogReader) -> Result<()> {
+    /// Returns false if the rebuild that this applier works for is over without having completed.
+    fn apply_published(&self, reader: &mut LogReader) -> Result<bool> {
         let durable_first = self.target.needs_durable_log();
         while let Some(range) = reader.next(u64::MAX)? {
             for batch in range.batches() {
                 if self.stop.is_shutdown() {
                     // However long the log is; the next start goes on here.
-                    return Ok(());
+                    return Ok(true);
                 }
                 let last = batch.header.last_lsn();
                 if last <= self.applied.load() {
@@ -59,10 +72,22 @@ impl Applier {
                     // Everything received so far in one sync, and this thread does it: nobody else waits for it here.
                     self.log.wait_synced(last, None)?;
                 }
-                self.target.apply_batch(self.shard, &batch)?;
+                if !self.apply(&batch)? {
+                    return Ok(false);
+                }
                 self.applied.publish(last);
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn apply(&self, batch: &Batch<'_>) -> Result<bool> {
+        if let Some(rebuild) = &self.rebuild {
+            let mut rebuild = rebuild.lock();
+            if !rebuild.is_completed() {
+                return if rebuild.active() { rebuild.apply_log_entry(batch).map(|()| true) } else { Ok(false) };
+            }
+        }
+        self.target.apply_batch(self.shard, batch).map(|()| true)
     }
 }

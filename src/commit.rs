@@ -9,7 +9,7 @@
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
@@ -171,6 +171,8 @@ pub struct FollowerMarks {
     shipped: AtomicU64,
     /// How many streams serve this follower now: 0 or 1, for an instant 2 while a new one takes over.
     streams: AtomicU64,
+    /// Whether what it acknowledges counts for commits: not while it is being rebuilt.
+    counts: AtomicBool,
 }
 
 impl FollowerMarks {
@@ -183,6 +185,7 @@ impl FollowerMarks {
             acked_at_ms: AtomicU64::new(0),
             shipped: AtomicU64::new(0),
             streams: AtomicU64::new(0),
+            counts: AtomicBool::new(true),
         }
     }
 
@@ -219,6 +222,17 @@ impl FollowerMarks {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.streams.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether what it acknowledges counts for commits. It does not while the follower is being rebuilt: what it has
+    /// then is of no use until the rebuild completes.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.counts.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_counts(&self, counts: bool) {
+        self.counts.store(counts, Ordering::Release);
     }
 
     pub(crate) fn set_shipped(&self, lsn: Lsn) {
@@ -384,7 +398,7 @@ impl Commits {
         let followers = self.followers.read();
         let mut marks = [Lsn::ZERO; MAX_FOLLOWERS];
         for (mark, follower) in marks.iter_mut().zip(followers.iter()) {
-            *mark = follower.at(level);
+            *mark = if follower.counts() { follower.at(level) } else { Lsn::ZERO };
         }
         let Some(known) = marks.get_mut(..followers.len()).filter(|known| known.len() >= count) else {
             return Lsn::ZERO;

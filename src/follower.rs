@@ -17,17 +17,18 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
-use crate::applier::Applier;
 use crate::backoff::Backoff;
 use crate::commit::Commits;
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
+use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::host::Host;
 use crate::limits::MAX_SHARDS;
 use crate::node::{
     CheckpointShard, Checkpointer, Hosting, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
 };
 use crate::protocol;
+use crate::rebuild::RebuildProgress;
 use crate::receiver::{Receiver, exchange};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
@@ -35,7 +36,7 @@ use crate::status::{Role, Status};
 use crate::target::{ReplicationTarget, TargetTopology};
 use crate::transport::{Connection, Transport};
 use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
-use crate::wal::{Log, Wal, segment, unix_ms};
+use crate::wal::{Log, LogWriter, Wal, segment, unix_ms};
 use crate::watermark::Watermark;
 use crate::wire::{PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest};
 
@@ -51,11 +52,21 @@ pub(crate) struct Following {
     hosts: Vec<Arc<Host>>,
     /// What ended following for good, if anything did: the first failure that trying again cannot mend.
     failure: Mutex<Option<Error>>,
+    /// What went wrong when a log was closed.
+    unclean: Mutex<Option<Error>>,
 }
 
 impl Following {
     pub(crate) fn manifest(&self) -> Manifest {
         self.directory.manifest()
+    }
+
+    pub(crate) fn target(&self) -> &Arc<dyn ReplicationTarget> {
+        &self.target
+    }
+
+    pub(crate) fn shard_path(&self, shard: ShardId) -> std::path::PathBuf {
+        self.directory.shard_path(shard)
     }
 
     pub(crate) fn connect(&self) -> Result<Connection> {
@@ -104,7 +115,7 @@ impl Following {
     }
 
     /// Ends following for good.
-    fn fail(&self, shard: ShardId, error: Error) {
+    pub(crate) fn fail(&self, shard: ShardId, error: Error) {
         log::error!("shard {shard}: following ends: {error}");
         self.failure.lock().get_or_insert(error);
         self.stop.shutdown();
@@ -117,7 +128,8 @@ pub(crate) struct ShardState {
     connected: AtomicBool,
     leader_head: AtomicU64,
     heard_at_ms: AtomicU64,
-    applied: Mutex<Option<Arc<Watermark>>>,
+    applied: Mutex<Option<Arc<AppliedMark>>>,
+    rebuild: Mutex<RebuildProgress>,
     error: Mutex<Option<String>>,
     host: OnceLock<Arc<Host>>,
 }
@@ -135,6 +147,19 @@ impl ShardState {
 
     pub(crate) fn heard_from_leader(&self) {
         self.heard_at_ms.store(unix_ms(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_applied(&self, mark: &Arc<AppliedMark>) {
+        *self.applied.lock() = Some(Arc::clone(mark));
+    }
+
+    pub(crate) fn set_rebuild(&self, progress: RebuildProgress) {
+        *self.rebuild.lock() = progress;
+    }
+
+    /// The newest rebuild since the node started; idle if there was none.
+    pub(crate) fn rebuild(&self) -> RebuildProgress {
+        *self.rebuild.lock()
     }
 
     pub(crate) fn set_leader_head(&self, head: Lsn) {
@@ -172,7 +197,7 @@ pub struct Follower {
     server: Arc<Server>,
     address: Option<String>,
     applied: Vec<Arc<Watermark>>,
-    wals: Vec<Wal>,
+    states: Vec<Arc<ShardState>>,
     checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
 }
@@ -189,12 +214,11 @@ impl Follower {
         let directory = Arc::new(directory);
         let OpenLogs { wals, writers, checkpoint } = open_logs(&directory, &builder.options)?;
         let threads = Arc::new(Threads::default());
-        let mut applied_marks = Vec::new();
-        let mut states = Vec::new();
+        let (mut applied_marks, mut states) = (Vec::new(), Vec::new());
         for wal in &wals {
             let applied = NodeBuilder::applied_of(target.as_ref(), wal.log(), &checkpoint)?;
             let state = Arc::new(ShardState::default());
-            *state.applied.lock() = Some(Arc::clone(&applied));
+            state.set_applied(&applied);
             applied_marks.push(applied);
             states.push(state);
         }
@@ -206,6 +230,9 @@ impl Follower {
         for (state, host) in states.iter().zip(&hosting.hosts) {
             let _ = state.host.set(Arc::clone(host));
         }
+        let saved: Vec<_> = kept.iter().map(|shard| Arc::clone(&shard.saved)).collect();
+        let whole = kept.into_iter().map(|shard| Ok((!target.is_rebuilding(shard.log.shard())?).then_some(shard)));
+        let kept = whole.collect::<Result<_>>()?;
         let following = Arc::new(Following {
             options: builder.options.clone(),
             stop: stop.clone(),
@@ -215,6 +242,7 @@ impl Follower {
             target: Arc::clone(&target),
             hosts: hosting.hosts.clone(),
             failure: Mutex::default(),
+            unclean: Mutex::default(),
         });
         let shards = wals.iter().zip(&states).zip(&hosting.hosts).map(|((wal, state), host)| ServerShard {
             log: Arc::clone(wal.log()),
@@ -237,12 +265,14 @@ impl Follower {
             following,
             server,
             address: None,
-            applied: applied_marks,
-            wals,
+            applied: applied_marks.iter().map(|mark| Arc::clone(mark.told())).collect(),
+            states,
             checkpointer: Arc::clone(&checkpointer),
             threads,
         };
-        follower.start_threads(writers, &states, &target)?;
+        for (((open, applied), saved), index) in wals.into_iter().zip(writers).zip(applied_marks).zip(saved).zip(0..) {
+            follower.start_shard(ShardId(index), open, applied, saved)?;
+        }
         follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         hosting.start(&follower.threads)?;
         if let Some(address) = &builder.listen {
@@ -253,42 +283,37 @@ impl Follower {
         Ok(follower)
     }
 
-    fn start_threads(
+    /// Starts the threads of a shard: its receiver, which owns everything, and behind it the applier.
+    fn start_shard(
         &self,
-        writers: Vec<crate::wal::LogWriter>,
-        states: &[Arc<ShardState>],
-        target: &Arc<dyn ReplicationTarget>,
+        shard: ShardId,
+        open: (Wal, LogWriter),
+        applied: Arc<AppliedMark>,
+        saved: Arc<Watermark>,
     ) -> Result<()> {
-        for ((writer, applied), state) in writers.into_iter().zip(&self.applied).zip(states) {
-            let shard = writer.log().shard();
-            let applier = Applier {
-                shard,
-                log: Arc::clone(writer.log()),
-                target: Arc::clone(target),
-                applied: Arc::clone(applied),
-                stop: self.following.stop.clone(),
-            };
-            let receiver = Receiver {
-                shard,
-                node: Arc::clone(&self.following),
-                writer,
-                applied: Arc::clone(applied),
-                state: Arc::clone(state),
-            };
-            let following = Arc::clone(&self.following);
-            self.threads.spawn(format!("tl-recv-s{shard}"), move || {
-                if let Err(error) = receiver.run() {
-                    following.fail(shard, error);
-                }
-            })?;
-            let following = Arc::clone(&self.following);
-            self.threads.spawn(format!("tl-apply-s{shard}"), move || {
-                if let Err(error) = applier.run() {
-                    following.fail(shard, error);
-                }
-            })?;
-        }
-        Ok(())
+        let state = self.states.get(usize::from(shard.0)).cloned().unwrap_or_default();
+        let mut own = FollowerShard {
+            shard,
+            node: Arc::clone(&self.following),
+            state,
+            server: Arc::clone(&self.server),
+            checkpointer: Arc::clone(&self.checkpointer),
+            open: Some(open),
+            applied,
+            saved,
+            applier: None,
+        };
+        own.ensure_applier()?;
+        let following = Arc::clone(&self.following);
+        self.threads.spawn(format!("tl-recv-s{shard}"), move || {
+            let mut receiver = Receiver { own };
+            if let Err(error) = receiver.run() {
+                following.fail(shard, error);
+            }
+            if let Err(error) = receiver.own.close() {
+                following.unclean.lock().get_or_insert(error);
+            }
+        })
     }
 
     /// Who it is and what its directory was made with.
@@ -303,16 +328,16 @@ impl Follower {
         self.address.as_deref()
     }
 
-    /// The log of a shard.
+    /// The log of a shard, as it is now: a rebuild closes it and begins another.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if there is no such shard.
-    pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
-        Ok(&self.server.shard(shard)?.log)
+    pub fn log(&self, shard: ShardId) -> Result<Arc<Log>> {
+        Ok(Arc::clone(&self.server.shard(shard)?.log))
     }
 
-    /// The newest LSN of a shard that the target has applied.
+    /// The newest LSN of a shard that the target has applied, and serves. It stands still during a rebuild.
     ///
     /// # Errors
     ///
@@ -320,6 +345,16 @@ impl Follower {
     pub fn applied(&self, shard: ShardId) -> Result<&Watermark> {
         let mark = self.applied.get(usize::from(shard.0));
         mark.map(AsRef::as_ref).ok_or_else(|| Error::invalid(format!("there is no shard {shard}")))
+    }
+
+    /// How the newest rebuild of a shard goes, or went; idle if there was none since the node started.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no such shard.
+    pub fn rebuild_progress(&self, shard: ShardId) -> Result<RebuildProgress> {
+        let state = self.states.get(usize::from(shard.0));
+        state.map(|state| state.rebuild()).ok_or_else(|| Error::invalid(format!("there is no shard {shard}")))
     }
 
     /// What the node says about itself now.
@@ -359,12 +394,8 @@ impl Follower {
         self.following.stop.shutdown();
         self.server.drain();
         self.threads.join_all();
-        let mut result = Ok(());
-        for wal in self.wals.drain(..) {
-            result = result.and(wal.close());
-        }
         self.checkpointer.finish();
-        result
+        self.following.unclean.lock().take().map_or(Ok(()), Err)
     }
 }
 
@@ -428,6 +459,7 @@ pub(crate) fn ask_topology(
         applied: Lsn::ZERO,
         chain: Chain::default(),
         from: Lsn::ZERO,
+        flags: 0,
     };
     let info = exchange(&peer, sender.as_mut(), receiver.as_mut(), request, options.handshake_timeout)?;
     Ok((peer, info))

@@ -9,6 +9,7 @@
 //! | a follower asks to follow | its old session fails, if it is live (`superseded`, or `transport_lost`); `SyncAckReceived` |
 //! | it was never seen before | first `AssignmentDelivered`, with it, under the same epoch |
 //! | it acknowledges | `SyncAckReceived`; in a catch-up also `SessionProgress`, and `SessionCompleted` at the target |
+//! | it says how its rebuild goes | `SessionProgress`, `SessionCompleted` or `SessionFailed` |
 //! | its stream ends | `SessionFailed` (`transport_lost`) |
 //! | retention gave up what it needs | `SessionFailed` (`pin_lost`) |
 //! | the leader's own disk has more, and the policy counts it | `BarrierConfirmed` |
@@ -16,7 +17,7 @@
 //!
 //! | command | deed |
 //! |---|---|
-//! | `StartRecoveryTask` | the pin is taken; the stream's shipper is what executes the session |
+//! | `StartRecoveryTask` | the pin is taken, for a rebuild with its base; the stream's shipper executes the session |
 //! | `StartCatchUp`, `StartRebuild` | the terms go out as the answer to the follower's request |
 //! | `InvalidateSession` | noted as the reason for which the stream ends |
 //! | `DrainRecoveryTask` | the pin goes; unless the session completed, its stream ends: shipper and reader leave |
@@ -51,7 +52,7 @@ use crate::registry::Known;
 use crate::retention::{Pin, ShardRetention};
 use crate::shutdown::ShutdownSignal;
 use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
-use crate::wal::{Log, LogPosition, unix_ms};
+use crate::wal::{Log, LogPosition, LogWriter, Wal, unix_ms};
 use crate::watermark::{WaitStrategy, Watermark, wait_any};
 use crate::wire::SyncRequest;
 
@@ -121,7 +122,6 @@ impl Clock {
 pub(crate) struct Host {
     shard: ShardId,
     settings: HostSettings,
-    log: Arc<Log>,
     retention: Arc<ShardRetention>,
     state: Mutex<State>,
     /// Held by whoever hands projections to the callback, so that they arrive in order.
@@ -129,6 +129,8 @@ pub(crate) struct Host {
 }
 
 struct State {
+    /// On a follower a rebuild puts another one in its place.
+    log: Arc<Log>,
     engine: Engine,
     /// The buffer that the engine fills; empty between events.
     commands: Vec<Command>,
@@ -171,7 +173,7 @@ pub(crate) struct Admitted {
     pub(crate) stream: StreamKey,
     /// The session, as issued.
     pub(crate) session: Session,
-    /// Where its log goes on in the leader's; none for a rebuild.
+    /// Where its log goes on in the leader's; a rebuild does not look at it.
     pub(crate) place: Option<LogPosition>,
 }
 
@@ -197,6 +199,7 @@ impl Host {
             commit_followers: u16::try_from(commit_followers).unwrap_or(u16::MAX),
         };
         let state = State {
+            log,
             engine,
             commands: Vec::new(),
             reports: VecDeque::new(),
@@ -207,7 +210,7 @@ impl Host {
             receiving: false,
             outbox: VecDeque::new(),
         };
-        Host { shard, settings, log, retention, state: Mutex::new(state), publishing: Mutex::new(()) }
+        Host { shard, settings, retention, state: Mutex::new(state), publishing: Mutex::new(()) }
     }
 
     /// Takes on a role under an epoch that is on stable storage. A leader's followers are those known.
@@ -253,8 +256,8 @@ impl Host {
         let node = request.node;
         let known = self.make_member(state, node, endpoint)?;
         self.end_stream_before(state, node);
-        let (tail, head) = (self.log.tail(), self.log.head());
-        let place = self.log.position_after(request.received, request.chain).ok().flatten();
+        let (tail, head) = (state.log.tail(), state.log.head());
+        let place = state.log.position_after(request.received, request.chain).ok().flatten();
         let durable = request.durable.min(request.received);
         known.note(self.shard, durable, request.applied, unix_ms());
         known.set_lost_place(self.shard, known.position(self.shard).next() < tail);
@@ -269,7 +272,7 @@ impl Host {
                 chain: request.chain,
                 // The highest epoch that it has accepted, which is at least that of its newest record.
                 tail_epoch: if request.received == Lsn::ZERO { Epoch::ZERO } else { request.epoch },
-                base_incomplete: false,
+                base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,
             },
             leader: LeaderFacts {
                 tail,
@@ -285,7 +288,10 @@ impl Host {
         let Some(session) = session.filter(|session| session.phase.is_live()) else {
             return Err(self.declined(refusal, request, tail, head));
         };
-        if place.is_none() && session.kind != SessionKind::Rebuild {
+        if session.kind == SessionKind::Rebuild {
+            // Until it is known where its log begins, it needs none.
+            known.set_lost_place(self.shard, true);
+        } else if place.is_none() {
             // An empty log that began with another chain than this one.
             self.fail_session(state, node, FailureReason::LocalWalCorrupt);
             return Err(self.declined(Some(Refusal::Diverged), request, tail, head));
@@ -379,6 +385,10 @@ impl Host {
         let mut state = self.state.lock();
         let epoch = state.assignment.epoch;
         let Some(member) = state.member(stream.node).filter(|member| member.is_served_by(stream)) else { return };
+        if member.stream.as_ref().is_some_and(|open| open.over.is_shutdown()) {
+            // What arrives on a stream that has been ended decides nothing any more.
+            return;
+        }
         let (before, position) = member.known.note(self.shard, durable, applied, unix_ms());
         if let Some((_, pin)) = member.pins.last() {
             // A session's pin follows its follower; what lies before is needed by nobody.
@@ -392,13 +402,21 @@ impl Host {
             tail_epoch: if received == Lsn::ZERO { Epoch::ZERO } else { epoch },
             ..FollowerFacts::default()
         };
-        let leader = LeaderFacts { tail: self.retention.tail(), head: self.log.head(), ..LeaderFacts::default() };
+        let leader = LeaderFacts { tail: self.retention.tail(), head: state.log.head(), ..LeaderFacts::default() };
         let facts = SyncAck { epoch, replica: stream.node, follower, leader };
         self.apply(&mut state, &Event::SyncAckReceived(facts));
         let session = state.engine.session(stream.node);
-        if let Some(session) = session.filter(|session| session.kind == SessionKind::CatchUp && session.phase.is_live())
-        {
-            self.catch_up(&mut state, stream.node, &session, &facts);
+        match session.filter(|session| session.phase.is_live()) {
+            Some(session) if session.kind == SessionKind::CatchUp => {
+                self.catch_up(&mut state, stream.node, &session, &facts);
+            }
+            Some(session) if session.kind == SessionKind::Rebuild => {
+                let Session { id: session, epoch, progress, .. } = session;
+                let progress = Progress { achieved: facts.follower.position().min(facts.leader.head), ..progress };
+                let replica = stream.node;
+                self.apply(&mut state, &Event::SessionProgress { epoch, replica, session, progress });
+            }
+            _ => {}
         }
         self.confirm_local(&mut state);
         let due = state.engine.next_deadline();
@@ -424,6 +442,98 @@ impl Host {
             // A completion says that everything stands at what was achieved; the log itself may be further.
             self.apply(state, &Event::SyncAckReceived(*facts));
         }
+    }
+
+    /// Holds the log for a rebuild whose base is about to be opened: from what the leader's own target has applied durably
+    /// on, which no base is older than. [`rebuild_starts`](Self::rebuild_starts) lets go of what is not needed of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if it has been given up meanwhile; [`Error::ShutDown`] if the stream has ended.
+    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64) -> Result<()> {
+        let mut state = self.state.lock();
+        state.rebuild_of(stream, SessionId(session)).ok_or(Error::ShutDown)?;
+        let pin = self.retention.pin_for_base(format!("node {}", stream.node), SessionKind::Rebuild.as_str())?;
+        if let Some(member) = state.member(stream.node) {
+            member.pins.push((SessionId(session), pin));
+        }
+        Ok(())
+    }
+
+    /// A rebuild's log lane begins with `first`: from there on the follower has its place in the log again, and loses it
+    /// like any other.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if the log was given up all the same; [`Error::ShutDown`] if the stream has ended.
+    pub(crate) fn rebuild_starts(&self, stream: StreamKey, session: u64, first: Lsn) -> Result<()> {
+        let mut state = self.state.lock();
+        state.rebuild_of(stream, SessionId(session)).ok_or(Error::ShutDown)?;
+        let (tail, head) = (self.retention.tail(), state.log.head());
+        if let Some(member) = state.member(stream.node) {
+            member.known.note(self.shard, first.previous(), first.previous(), unix_ms());
+            member.known.set_lost_place(self.shard, false);
+            let pin = member.pins.iter().find(|(owner, _)| owner.0 == session).map(|(_, pin)| pin);
+            if first < self.retention.tail() || pin.is_none_or(Pin::is_lost) {
+                member.known.set_lost_place(self.shard, true);
+                self.fail_session(&mut state, stream.node, FailureReason::PinLost);
+                return Err(Error::NotRetained { shard: self.shard, lsn: first, tail, head });
+            }
+            pin.into_iter().for_each(|pin| pin.move_to(first));
+        }
+        Ok(())
+    }
+
+    /// A rebuild's follower has taken or skipped so many blocks of its base.
+    pub(crate) fn rebuild_progress(&self, stream: StreamKey, session: u64, base_blocks: u64) {
+        let mut state = self.state.lock();
+        if let Some(Session { id: session, epoch, progress, .. }) = state.rebuild_of(stream, SessionId(session)) {
+            let (replica, progress) = (stream.node, Progress { base_blocks, ..progress });
+            self.apply(&mut state, &Event::SessionProgress { epoch, replica, session, progress });
+        }
+        drop(state);
+        self.settle();
+    }
+
+    /// A rebuild's follower stands at `achieved`, which the caller has found to be possible, and has it on stable storage.
+    /// Returns whether it counts from now on.
+    pub(crate) fn rebuild_completed(&self, stream: StreamKey, session: u64, achieved: Lsn) -> bool {
+        let mut state = self.state.lock();
+        let rebuild = state.rebuild_of(stream, SessionId(session));
+        if let Some(Session { id: session, epoch, .. }) = rebuild {
+            let (replica, head) = (stream.node, state.log.head());
+            if let Some(member) = state.member(replica) {
+                member.known.note(self.shard, achieved, achieved, unix_ms());
+            }
+            let completed = Event::SessionCompleted { epoch, replica, session, achieved, durable: achieved, head };
+            self.apply(&mut state, &completed);
+        }
+        let session = state.engine.session(stream.node);
+        let counts = session.is_some_and(|session| session.kind == SessionKind::KeepUp && session.phase.is_live());
+        drop(state);
+        self.settle();
+        rebuild.is_some() && counts
+    }
+
+    /// A rebuild ends without success, as one of its two sides says; its stream ends with it.
+    pub(crate) fn rebuild_failed(&self, stream: StreamKey, session: u64, reason: FailureReason) {
+        let mut state = self.state.lock();
+        if state.rebuild_of(stream, SessionId(session)).is_some() {
+            self.fail_session(&mut state, stream.node, reason);
+        }
+        drop(state);
+        self.settle();
+    }
+
+    /// On a follower: a rebuild puts another log in the place of the shard's, as `open` does.
+    pub(crate) fn replace_log(
+        &self,
+        applied: &Arc<Watermark>,
+        open: impl FnOnce() -> Result<(Wal, LogWriter)>,
+    ) -> Result<(Wal, LogWriter)> {
+        let opened = self.retention.replace_log(applied, open)?;
+        self.state.lock().log = Arc::clone(opened.0.log());
+        Ok(opened)
     }
 
     /// Gives up what was decided for a follower before its stream began: the session fails, the connection stays, so
@@ -569,6 +679,8 @@ impl Host {
                     ..ReadinessObserved::default()
                 });
             }
+            // Where its log begins is known once its base is open: what it needs is pinned then.
+            Command::StartRecoveryTask { kind: SessionKind::Rebuild, .. } => {}
             Command::StartRecoveryTask { replica, session, epoch, kind, pin, .. } => {
                 let taken = self.retention.pin(format!("node {replica}"), kind.as_str(), pin);
                 match (taken, state.member(replica)) {
@@ -640,7 +752,7 @@ impl Host {
     /// Where the leader's own disk counts: what it has.
     fn confirm_local(&self, state: &mut State) {
         let counts = state.assignment.role == Role::Leader && state.assignment.commit_followers == 0;
-        let durable = self.log.synced().load();
+        let durable = state.log.synced().load();
         if counts && state.confirmed.is_none_or(|confirmed| confirmed < durable) {
             state.confirmed = Some(durable);
             let epoch = state.assignment.epoch;
@@ -687,6 +799,17 @@ impl Host {
 impl State {
     fn member(&mut self, node: NodeId) -> Option<&mut Member> {
         self.members.iter_mut().find(|member| member.known.node() == node)
+    }
+
+    /// The rebuild that a stream serves, while it is live.
+    fn rebuild_of(&mut self, stream: StreamKey, session: SessionId) -> Option<Session> {
+        let open = self.member(stream.node)?.stream.as_ref()?;
+        if open.id != stream.id || open.over.is_shutdown() {
+            return None;
+        }
+        let current = self.engine.session(stream.node)?;
+        let is_it = current.id == session && current.kind == SessionKind::Rebuild && current.phase.is_live();
+        is_it.then_some(current)
     }
 
     fn all_connected(&self) -> bool {

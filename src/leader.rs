@@ -53,6 +53,7 @@ pub struct Leader {
     address: String,
     writers: Mutex<Vec<Option<LogWriter>>>,
     wals: Vec<Wal>,
+    commits: Vec<Arc<Commits>>,
     directory: Arc<DataDir>,
     checkpointer: Arc<Checkpointer>,
     threads: Arc<Threads>,
@@ -68,6 +69,13 @@ impl Leader {
         let directory = Arc::new(builder.open_as_leader()?);
         let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
         let manifest = directory.manifest();
+        for shard in wals.iter().map(|wal| wal.log().shard()) {
+            if builder.target.as_ref().is_some_and(|target| target.is_rebuilding(shard).unwrap_or(false)) {
+                return Err(Error::invalid(format!(
+                    "the rebuild of shard {shard} of the target was interrupted: a node with it can only follow"
+                )));
+            }
+        }
         for writer in &mut writers {
             writer.set_epoch(manifest.epoch)?;
         }
@@ -83,6 +91,7 @@ impl Leader {
         let kept: Vec<_> = kept.collect();
         let hosting = Hosting::new(&builder, &directory, protocol::Role::Leader, &kept, &stop)?;
         let hurry = hosting.hurry();
+        let kept = kept.into_iter().map(Some).collect();
         let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, hurry, stop.clone(), checkpoint);
         let shards: Vec<_> = (wals.iter().zip(&hosting.hosts))
             .map(|(wal, host)| ServerShard {
@@ -93,11 +102,12 @@ impl Leader {
                 target: builder.target.clone(),
             })
             .collect();
+        let commits = shards.iter().map(|shard| Arc::clone(&shard.commits)).collect();
         let appliers: Vec<_> = (wals.iter().zip(&applied))
             .filter_map(|(wal, applied)| {
                 let (target, applied) = builder.target.clone().zip(applied.clone())?;
                 let log = Arc::clone(wal.log());
-                Some(Applier { shard: log.shard(), log, target, applied, stop: stop.clone() })
+                Some(Applier { shard: log.shard(), log, target, applied, rebuild: None, stop: stop.clone() })
             })
             .collect();
         let threads = Arc::new(Threads::default());
@@ -115,10 +125,11 @@ impl Leader {
             address,
             writers: Mutex::new(writers.into_iter().map(Some).collect()),
             wals,
+            commits,
             directory,
             checkpointer: Arc::clone(&checkpointer),
             threads,
-            applied,
+            applied: applied.into_iter().map(|applied| Some(Arc::clone(applied?.told()))).collect(),
         };
         leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         hosting.start(&leader.threads)?;
@@ -177,7 +188,8 @@ impl Leader {
     ///
     /// [`Error::Invalid`] if there is no such shard.
     pub fn log(&self, shard: ShardId) -> Result<&Arc<Log>> {
-        Ok(&self.server.shard(shard)?.log)
+        self.server.shard(shard)?;
+        self.wals.get(usize::from(shard.0)).map(Wal::log).ok_or(Error::ShutDown)
     }
 
     /// The newest LSN of a shard that this node's own target has applied; `None` without a target.
@@ -196,7 +208,8 @@ impl Leader {
     ///
     /// [`Error::Invalid`] if there is no such shard.
     pub fn commits(&self, shard: ShardId) -> Result<&Arc<Commits>> {
-        Ok(&self.server.shard(shard)?.commits)
+        self.server.shard(shard)?;
+        self.commits.get(usize::from(shard.0)).ok_or(Error::ShutDown)
     }
 
     /// Waits until a record is committed as `commit` says. `k` followers are `k` different nodes that have

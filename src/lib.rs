@@ -56,6 +56,7 @@ pub mod commit;
 pub mod data_dir;
 pub mod error;
 mod follower;
+mod follower_shard;
 mod host;
 mod leader;
 pub mod limits;

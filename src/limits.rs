@@ -30,8 +30,12 @@ pub const FRAME_HEADER_LEN: usize = 16;
 /// Log bytes in one `WalData` frame. Large enough to amortise a system call, small enough that heartbeats and acks
 /// never wait long behind one.
 pub const MAX_WAL_DATA_LEN: u32 = 1024 * 1024;
-/// Bytes of one base block, which is one `BaseData` frame.
-pub const MAX_BASE_DATA_LEN: u32 = 1024 * 1024;
+/// Base bytes in one `BaseData` frame, and so in one block: a mebibyte of value, and what a target keeps with it.
+pub const MAX_BASE_DATA_LEN: u32 = 1024 * 1024 + 16 * 1024;
+/// Base bytes that are sent between two looks at the log, unless one block is larger.
+pub const BASE_RUN_LEN: u32 = 256 * 1024;
+/// Rebuilds that a node serves at a time, unless asked otherwise.
+pub const DEFAULT_REBUILDS: usize = 2;
 /// Segment bytes in one `Segment` frame: a segment that is sent as a whole comes in pieces of at most this many bytes.
 pub const MAX_SEGMENT_PIECE_LEN: u32 = 1024 * 1024;
 /// Any frame other than log, base or segment data and status.

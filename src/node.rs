@@ -14,9 +14,10 @@ use crate::commit::Commit;
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
 use crate::follower::Follower;
+use crate::follower_shard::AppliedMark;
 use crate::host::{Clock, Host, HostSettings, OnProjection};
 use crate::leader::Leader;
-use crate::limits::{DEFAULT_SEGMENT_SIZE, MAX_CONNECTIONS, MAX_SHARDS};
+use crate::limits::{DEFAULT_REBUILDS, DEFAULT_SEGMENT_SIZE, MAX_CONNECTIONS, MAX_SHARDS};
 use crate::protocol::{self, Projection, SessionLimits};
 use crate::registry::Registry;
 use crate::replication::{Checkpoint, CheckpointEntry};
@@ -68,6 +69,7 @@ pub(crate) struct NodeOptions {
     pub(crate) max_connections: usize,
     pub(crate) retention: RetentionOptions,
     pub(crate) sessions: SessionLimits,
+    pub(crate) max_rebuilds: usize,
 }
 
 impl Default for NodeOptions {
@@ -84,6 +86,7 @@ impl Default for NodeOptions {
             max_connections: MAX_CONNECTIONS,
             retention: RetentionOptions::default(),
             sessions: SessionLimits::default(),
+            max_rebuilds: DEFAULT_REBUILDS,
         }
     }
 }
@@ -248,6 +251,13 @@ impl NodeBuilder {
         self
     }
 
+    /// Followers' shards that a leader sends a base of at a time; more wait for their turn. At least 1. Default: 2.
+    #[must_use]
+    pub fn max_rebuilds(mut self, rebuilds: usize) -> Self {
+        self.options.max_rebuilds = rebuilds;
+        self
+    }
+
     /// How streams are made. Default: TCP.
     #[must_use]
     pub fn transport(mut self, transport: Arc<dyn Transport>) -> Self {
@@ -359,12 +369,16 @@ impl NodeBuilder {
         }
     }
 
-    /// Where applying begins: what the target knows of itself, else what the checkpoint says.
+    /// Where applying begins: what the target knows of itself, else what the checkpoint says. A target whose rebuild was
+    /// interrupted has applied nothing.
     pub(crate) fn applied_of(
         target: &dyn ReplicationTarget,
         log: &Log,
         checkpoint: &Checkpoint,
-    ) -> Result<Arc<Watermark>> {
+    ) -> Result<Arc<AppliedMark>> {
+        if target.is_rebuilding(log.shard())? {
+            return Ok(AppliedMark::new(Lsn::ZERO, Arc::default(), false));
+        }
         let applied = match target.durable_applied(log.shard())? {
             Some(applied) => applied,
             None => checkpoint.entries.get(&log.shard()).map_or(Lsn::ZERO, |entry| entry.applied),
@@ -379,7 +393,7 @@ impl NodeBuilder {
                 log.head()
             )));
         }
-        Ok(Arc::new(Watermark::new(applied)))
+        Ok(AppliedMark::new(applied, Arc::new(Watermark::new(applied)), true))
     }
 
     pub(crate) fn node_id_or_random(&self) -> NodeId {
@@ -520,26 +534,37 @@ pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<Op
 /// everything else has stopped.
 pub(crate) struct Checkpointer {
     path: PathBuf,
-    shards: Vec<CheckpointShard>,
     /// Moves when somebody waits for what the checkpoint would say.
     hurry: Arc<Watermark>,
     stop: ShutdownSignal,
+    state: Mutex<CheckpointState>,
+    /// Counts shards forgotten and taken up again, so that the waiting thread looks at the new ones.
+    changes: Watermark,
+}
+
+struct CheckpointState {
+    /// By number; none for a shard that is being rebuilt: the checkpoint says nothing of it.
+    shards: Vec<Option<CheckpointShard>>,
     /// What stands in the file.
-    saved: Mutex<Checkpoint>,
+    saved: Checkpoint,
 }
 
 /// What the checkpoint says of one shard comes from here.
+#[derive(Clone)]
 pub(crate) struct CheckpointShard {
     pub(crate) log: Arc<Log>,
     /// Up to where the target has applied, and the target; none on a node without one.
-    pub(crate) applied: Option<(Arc<Watermark>, Arc<dyn ReplicationTarget>)>,
+    pub(crate) applied: Option<(Arc<AppliedMark>, Arc<dyn ReplicationTarget>)>,
     /// Up to where it has applied durably. Moved by the checkpointer.
     pub(crate) saved: Arc<Watermark>,
 }
 
 impl CheckpointShard {
     /// Applying begins where the target is durable.
-    pub(crate) fn new(log: Arc<Log>, applied: Option<(Arc<Watermark>, Arc<dyn ReplicationTarget>)>) -> CheckpointShard {
+    pub(crate) fn new(
+        log: Arc<Log>,
+        applied: Option<(Arc<AppliedMark>, Arc<dyn ReplicationTarget>)>,
+    ) -> CheckpointShard {
         let saved = applied.as_ref().map_or(Lsn::ZERO, |(applied, _)| applied.load());
         CheckpointShard { log, applied, saved: Arc::new(Watermark::new(saved)) }
     }
@@ -550,19 +575,25 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 impl Checkpointer {
     pub(crate) fn new(
         path: PathBuf,
-        shards: Vec<CheckpointShard>,
+        shards: Vec<Option<CheckpointShard>>,
         hurry: Arc<Watermark>,
         stop: ShutdownSignal,
         saved: Checkpoint,
     ) -> Arc<Checkpointer> {
-        Arc::new(Checkpointer { path, shards, hurry, stop, saved: Mutex::new(saved) })
+        let state = Mutex::new(CheckpointState { shards, saved });
+        Arc::new(Checkpointer { path, hurry, stop, state, changes: Watermark::default() })
     }
 
     pub(crate) fn run(&self) {
         while !self.stop.is_shutdown() {
-            let saved = self.saved.lock().clone();
+            let changes = self.changes.load();
             let hurry = self.hurry.load().next();
-            self.wait_for_movement(&saved);
+            let (shards, saved) = {
+                let state = self.state.lock();
+                (state.shards.clone(), state.saved.clone())
+            };
+            self.wait_for_movement(&shards, &saved, changes);
+            drop(shards);
             let conditions = [self.stop.until(), self.hurry.until(hurry)];
             wait_any(&conditions, WaitStrategy::Park, Instant::now().checked_add(CHECKPOINT_INTERVAL));
             if !self.stop.is_shutdown() {
@@ -576,15 +607,40 @@ impl Checkpointer {
         self.save_or_say();
     }
 
+    /// Says nothing about a shard any more; durable on return. Recovery takes what the checkpoint calls synced and the log
+    /// lacks for damage, so this comes before a log is removed.
+    pub(crate) fn forget(&self, shard: ShardId) -> Result<()> {
+        let mut state = self.state.lock();
+        if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
+            *place = None;
+        }
+        let mut checkpoint = state.saved.clone();
+        if checkpoint.entries.remove(&shard).is_some() {
+            checkpoint.save(&self.path)?;
+            state.saved = checkpoint;
+        }
+        self.changes.advance(self.changes.load().next());
+        Ok(())
+    }
+
+    /// Says something about a shard again.
+    pub(crate) fn take_up(&self, shard: ShardId, with: CheckpointShard) {
+        let mut state = self.state.lock();
+        if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
+            *place = Some(with);
+        }
+        self.changes.advance(self.changes.load().next());
+    }
+
     fn save_or_say(&self) {
-        if let Err(error) = self.save(&mut self.saved.lock()) {
+        if let Err(error) = self.save(&mut self.state.lock()) {
             log::error!("the checkpoint was not written: {error}");
         }
     }
 
-    fn wait_for_movement(&self, saved: &Checkpoint) {
-        let mut conditions = vec![self.stop.until()];
-        for shard in &self.shards {
+    fn wait_for_movement(&self, shards: &[Option<CheckpointShard>], saved: &Checkpoint, changes: Lsn) {
+        let mut conditions = vec![self.stop.until(), self.changes.until(changes.next())];
+        for shard in shards.iter().flatten() {
             let entry = saved.entries.get(&shard.log.shard()).copied().unwrap_or_default();
             conditions.push(Until { mark: shard.log.synced(), at_least: entry.synced.next() });
             let Some((applied, _)) = &shard.applied else { continue };
@@ -593,19 +649,19 @@ impl Checkpointer {
             }
             // What is applied but not synced counts once it is synced.
             if applied.load() == entry.applied {
-                conditions.push(Until { mark: applied, at_least: entry.applied.next() });
+                conditions.push(Until { mark: applied.own(), at_least: entry.applied.next() });
             }
         }
         wait_any(&conditions, WaitStrategy::Park, None);
     }
 
     /// Makes what is applied durable in the target first, so that the checkpoint never says more than the target has.
-    fn save(&self, saved: &mut Checkpoint) -> Result<()> {
+    fn save(&self, state: &mut CheckpointState) -> Result<()> {
         let mut checkpoint = Checkpoint::default();
-        for shard in &self.shards {
+        for shard in state.shards.iter().flatten() {
             let id = shard.log.shard();
             let synced = shard.log.synced().load();
-            let before = saved.entries.get(&id).copied().unwrap_or_default();
+            let before = state.saved.entries.get(&id).copied().unwrap_or_default();
             // A node without a target carries along what it once applied.
             let mut applied = before.applied;
             if let Some((mark, target)) = &shard.applied {
@@ -622,12 +678,12 @@ impl Checkpointer {
             }
             checkpoint.entries.insert(id, CheckpointEntry { applied, synced });
         }
-        if checkpoint != *saved {
+        if checkpoint != state.saved {
             checkpoint.save(&self.path)?;
-            *saved = checkpoint;
+            state.saved = checkpoint;
         }
-        for shard in &self.shards {
-            let entry = saved.entries.get(&shard.log.shard()).copied().unwrap_or_default();
+        for shard in state.shards.iter().flatten() {
+            let entry = state.saved.entries.get(&shard.log.shard()).copied().unwrap_or_default();
             shard.saved.advance(entry.applied);
         }
         Ok(())
@@ -662,4 +718,4 @@ impl Threads {
 }
 
 /// Room for what a target does in the applier.
-const NODE_THREAD_STACK: usize = 1 << 20;
+pub(crate) const NODE_THREAD_STACK: usize = 1 << 20;

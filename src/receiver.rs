@@ -4,6 +4,9 @@
 //! bytes, checks every batch against the chain, publishes it, and acknowledges. It comes back by itself when the
 //! stream fails, at the LSN where the log then ends, after a wait that grows from 1 s to 30 s.
 //!
+//! Where the leader says that only a rebuild helps, the stream begins with one: see [`rebuild`](crate::rebuild). The log
+//! lane is received as ever, into a log that begins with it, and the stream then goes on as any other.
+//!
 //! # Acknowledgements
 //!
 //! Three marks go back in one frame: received, durable, applied. The receiver sends one when nothing more has arrived,
@@ -23,15 +26,17 @@ use parking_lot::Mutex;
 
 use crate::backoff::Backoff;
 use crate::error::{Error, Result};
-use crate::follower::{Following, ShardState};
+use crate::follower_shard::{AppliedMark, FollowerShard};
+use crate::node::NODE_THREAD_STACK;
+use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
-use crate::types::{Chain, Epoch, Lsn, ShardId};
+use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::{Log, LogWriter};
 use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, ShardInfo,
-    SyncRequest, WalDataHeader,
+    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
+    SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
 };
 
 /// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.
@@ -43,14 +48,9 @@ const ACK_LINGER: Duration = Duration::from_millis(20);
 /// A stream that lasted this long made stable progress: the next failure is the first again.
 const STABLE: Duration = Duration::from_secs(10);
 
-/// One shard of a follower.
+/// The receiver of one shard of a follower.
 pub(crate) struct Receiver {
-    pub(crate) shard: ShardId,
-    pub(crate) node: Arc<Following>,
-    pub(crate) writer: LogWriter,
-    /// Moved by the applier only.
-    pub(crate) applied: Arc<Watermark>,
-    pub(crate) state: Arc<ShardState>,
+    pub(crate) own: FollowerShard,
 }
 
 impl Receiver {
@@ -59,31 +59,34 @@ impl Receiver {
     /// # Errors
     ///
     /// A failure that trying again cannot mend.
-    pub(crate) fn run(mut self) -> Result<()> {
-        let seed = self.node.manifest().node.0 ^ u64::from(self.shard.0) << 48 ^ u64::from(std::process::id());
-        let mut backoff = Backoff::new(self.node.options.backoff_base, self.node.options.backoff_cap, seed);
-        let stop = self.node.stop.clone();
+    pub(crate) fn run(&mut self) -> Result<()> {
+        let (node, shard) = (Arc::clone(&self.own.node), self.own.shard);
+        let seed = node.manifest().node.0 ^ u64::from(shard.0) << 48 ^ u64::from(std::process::id());
+        let mut backoff = Backoff::new(node.options.backoff_base, node.options.backoff_cap, seed);
+        let stop = node.stop.clone();
         while !stop.is_shutdown() {
             let began = Instant::now();
-            let head = self.writer.end().head;
+            let head = self.own.writer()?.end().head;
             let result = self.follow_once();
-            self.writer.discard_partial();
-            self.state.set_connected(false);
+            self.own.state.set_connected(false);
             if stop.is_shutdown() {
                 break;
             }
-            let moved = self.writer.end().head > head;
+            if let Some((_, writer)) = &mut self.own.open {
+                writer.discard_partial();
+            }
+            let moved = self.own.open.as_ref().is_some_and(|(_, writer)| writer.end().head > head);
             if began.elapsed() >= STABLE && moved {
                 backoff.succeeded();
             }
             let Err(error) = result else { continue };
-            self.state.set_error(&error);
+            self.own.state.set_error(&error);
             if error.is_permanent() {
                 return Err(error);
             }
             let wait = backoff.next();
             let level = if is_closed_by_peer(&error) { log::Level::Info } else { log::Level::Warn };
-            log::log!(level, "shard {}: {error}; trying again in {:.1} s", self.shard, wait.as_secs_f32());
+            log::log!(level, "shard {shard}: {error}; trying again in {:.1} s", wait.as_secs_f32());
             let _ = stop.wait_timeout(wait);
         }
         Ok(())
@@ -91,34 +94,67 @@ impl Receiver {
 
     /// One stream, from connecting to its end.
     fn follow_once(&mut self) -> Result<()> {
-        let Connection { peer, mut sender, mut receiver, closer } = self.node.connect()?;
-        let over = self.node.stop.child();
+        self.own.ensure_applier()?;
+        let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
+        let over = self.own.node.stop.child();
         let _close_at_stop = over.on_shutdown(move || closer.close());
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
-        self.state.set_connected(true);
+        self.own.state.set_connected(true);
+        // A leader that beats more slowly than this node expects is not gone.
+        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms)).saturating_mul(3);
+        receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
+        let intake = match info.session_kind {
+            SessionKind::Rebuild => {
+                Some(Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), &over)?)
+            }
+            _ => None,
+        };
+        let next = self.own.writer()?.end().head.next();
         log::info!(
-            "shard {}: following {peer} from LSN {} (leader has {} to {}, epoch {})",
-            self.shard,
-            info.start,
+            "shard {}: following {peer} from LSN {next} (leader has {} to {}, epoch {})",
+            self.own.shard,
             info.tail,
             info.head,
             info.epoch
         );
-        // A leader that beats more slowly than this node expects is not gone.
-        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms)).saturating_mul(3);
-        receiver.set_timeout(Some(self.node.options.peer_timeout.max(slowest)))?;
-        let lane = AckLane::new(self, sender, info.epoch, info.session);
-        let shard = self.shard;
+        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_ref(), &over);
+        if let Some(intake) = &intake {
+            intake.end(&mut self.own);
+        }
+        result
+    }
+
+    /// The threads of a stream that has been agreed on.
+    fn run_stream(
+        &mut self,
+        peer: &str,
+        (sender, receiver): (Box<dyn FrameSender>, &mut dyn FrameReceiver),
+        info: &ShardInfo,
+        intake: Option<&Intake>,
+        over: &ShutdownSignal,
+    ) -> Result<()> {
+        let lane = &AckLane::new(&mut self.own, sender, info.epoch, info.session)?;
+        let completion = intake.map(|_| Completion::of(&self.own)).transpose()?;
+        let shard = self.own.shard;
+        let thread =
+            |name: &str| std::thread::Builder::new().name(format!("tl-{name}-s{shard}")).stack_size(NODE_THREAD_STACK);
+        let failed = Error::io("start a thread for", format!("shard {shard}"));
         std::thread::scope(|scope| {
-            let acknowledger = std::thread::Builder::new()
-                .name(format!("tl-ack-s{shard}"))
-                .stack_size(crate::wal::THREAD_STACK)
-                .spawn_scoped(scope, || lane.run_acknowledger(&over))
-                .map_err(Error::io("start a thread for", format!("shard {shard}")));
-            let result = acknowledger.and_then(|_| self.receive(&peer, receiver.as_mut(), &lane));
-            lane.stop(&over);
-            // What the acknowledger met first is the cause: it closes the stream under the receiver.
-            lane.failure.lock().take().map_or(result, Err)
+            let mut started = thread("ack").spawn_scoped(scope, || lane.run_acknowledger(over)).map(|_| ());
+            if let (Some(intake), Some(completion), Ok(())) = (intake, &completion, &started) {
+                let run = move || intake.run_completer(completion, lane);
+                started = thread("rebuild").spawn_scoped(scope, run).map(|_| ());
+            }
+            let result = started.map_err(failed).and_then(|()| self.receive(peer, receiver, lane, intake));
+            if let (Some(intake), Err(error)) = (intake, &result)
+                && let Some(word) = intake.failure_word(error)
+            {
+                let _ = lane.send_message(&word);
+            }
+            lane.stop(over);
+            // What another thread met first is the cause: it closes the stream under the receiver.
+            let elsewhere = intake.and_then(|intake| intake.failure.lock().take());
+            elsewhere.or(lane.failure.lock().take()).map_or(result, Err)
         })
     }
 
@@ -129,29 +165,46 @@ impl Receiver {
         sender: &mut dyn FrameSender,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<ShardInfo> {
-        let manifest = self.node.manifest();
-        let end = self.writer.end();
+        let node = Arc::clone(&self.own.node);
+        let manifest = node.manifest();
+        let is_incomplete = self.own.is_incomplete()?;
+        let applied = if is_incomplete { Lsn::ZERO } else { self.own.applied.load() };
+        let shard = self.own.shard;
+        let writer = self.own.writer()?;
+        let end = writer.end();
+        // A log whose beginning has not arrived yet has no history to tell.
+        let (received, chain) = match writer.log().segments().is_empty() {
+            true => (Lsn::ZERO, Chain::genesis(manifest.cluster, manifest.region, shard)),
+            false => (end.head, end.chain),
+        };
         let request = SyncRequest {
             versions: PROTOCOL_VERSIONS,
             purpose: Purpose::Follow,
             cluster: manifest.cluster,
             node: manifest.node,
             region: manifest.region,
-            shard: self.shard,
+            shard,
             shard_count: manifest.shard_count,
             segment_size: manifest.segment_size,
             epoch: manifest.epoch,
-            received: end.head,
-            durable: self.writer.log().synced().load(),
-            applied: self.applied.load(),
-            chain: end.chain,
+            received,
+            durable: writer.log().synced().load().min(received),
+            applied,
+            chain,
             from: Lsn::ZERO,
+            flags: if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
-        let info = exchange(peer, sender, receiver, request, self.node.options.handshake_timeout)?;
-        self.node.check_topology(peer, &info)?;
+        let info = exchange(peer, sender, receiver, request, node.options.handshake_timeout)?;
+        node.check_topology(peer, &info)?;
         // Persisted before anything is done under it.
-        self.node.accept_epoch(info.epoch)?;
-        let due = self.writer.ingest_position();
+        node.accept_epoch(info.epoch)?;
+        if info.session_kind == SessionKind::Rebuild {
+            return Ok(info);
+        }
+        if is_incomplete {
+            return Err(Error::protocol(peer, "it would go on with the log, but the target has no base to put it on"));
+        }
+        let due = writer.ingest_position();
         let again = (due.0, 0);
         let offered = (info.start_segment, info.start_offset);
         if offered != due && offered != again || info.start != end.head.next() {
@@ -167,11 +220,21 @@ impl Receiver {
     }
 
     /// Takes in frames until the stream ends.
-    fn receive(&mut self, peer: &str, receiver: &mut dyn FrameReceiver, lane: &AckLane) -> Result<()> {
+    fn receive(
+        &mut self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        lane: &AckLane,
+        intake: Option<&Intake>,
+    ) -> Result<()> {
         let mut unacknowledged = 0;
+        let mut arrived = Arrived::new();
+        if let Some(intake) = intake {
+            lane.send_message(&intake.word(SessionPhase::Accepted, Lsn::ZERO))?;
+        }
         loop {
             let header = receiver.receive_header()?;
-            self.state.heard_from_leader();
+            self.own.state.heard_from_leader();
             match header.kind {
                 FrameKind::WalData => {
                     lane.set_haste(header.flags);
@@ -179,9 +242,10 @@ impl Receiver {
                     unacknowledged += bytes;
                     let drained = !receiver.has_buffered();
                     if header.flags & FLAG_ACK_DURABLE != 0 {
-                        let head = self.writer.end().head;
+                        let writer = self.own.writer()?;
+                        let head = writer.end().head;
                         if drained && bytes <= TAKE_IN {
-                            self.writer.log().wait_synced(head, None)?;
+                            writer.log().wait_synced(head, None)?;
                         } else {
                             lane.sync_in_background(head);
                         }
@@ -195,25 +259,48 @@ impl Receiver {
                     let message = expect_sync(peer, receiver.receive_message_body(header)?)?;
                     lane.set_haste(header.flags);
                     if header.flags & FLAG_ACK_DURABLE != 0 {
-                        let log = self.writer.log();
+                        let log = self.own.writer()?.log();
                         log.wait_synced(message.min(log.head()), None)?;
                     }
                     lane.send_if_moved()?;
                 }
                 FrameKind::Heartbeat => {
                     if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
-                        self.state.set_leader_head(beat.head);
+                        self.own.state.set_leader_head(beat.head);
                     }
                 }
                 FrameKind::CaughtUp => {
                     if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
-                        self.state.set_leader_head(caught_up.head);
-                        log::info!("shard {}: caught up with {peer} at LSN {}", self.shard, caught_up.head);
+                        self.own.state.set_leader_head(caught_up.head);
+                        log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
                     }
                 }
                 FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
-                other => return Err(Error::protocol(peer, format!("{other:?} is not for a follower"))),
+                kind => match intake {
+                    Some(intake) => self.take_in_base(intake, receiver, header, &mut arrived, lane)?,
+                    None => return Err(Error::protocol(peer, format!("{kind:?} is not for a follower"))),
+                },
             }
+        }
+    }
+
+    /// A frame of the base lane, or about the session.
+    fn take_in_base(
+        &mut self,
+        intake: &Intake,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        arrived: &mut Arrived,
+        lane: &AckLane,
+    ) -> Result<()> {
+        let peer = receiver.peer().to_owned();
+        if header.kind == FrameKind::BaseData {
+            return intake.take_base(&self.own, receiver, arrived, lane);
+        }
+        match receiver.receive_message_body(header)? {
+            Message::BaseComplete(end) => intake.take_end(&mut self.own, &peer, end, arrived),
+            Message::SessionControl(control) => intake.take_control(&self.own, &peer, control),
+            other => Err(Error::protocol(peer, format!("{:?} is not for a follower", other.kind()))),
         }
     }
 
@@ -224,17 +311,19 @@ impl Receiver {
         let WalDataHeader { segment, mut offset } =
             WalDataHeader::decode(&fields).map_err(|error| error.from_peer(peer))?;
         let total = u64::from(receiver.remaining());
+        let node = Arc::clone(&self.own.node);
+        let writer = self.own.writer()?;
         while receiver.remaining() > 0 {
             let len = u64::from(receiver.remaining()).min(TAKE_IN);
-            let window = self.writer.ingest_window(segment, offset, len).map_err(blame(peer))?;
+            let window = writer.ingest_window(segment, offset, len).map_err(blame(peer))?;
             receiver.receive_exact(window)?;
             let len = window.len() as u64;
             offset += len;
-            lane.take_in(&mut self.writer, len).map_err(blame(peer))?;
-            let epoch = self.writer.end().epoch;
-            if epoch > self.node.manifest().epoch {
+            lane.take_in(writer, len).map_err(blame(peer))?;
+            let epoch = writer.end().epoch;
+            if epoch > node.manifest().epoch {
                 // The leader goes on under a newer term. Should the node stop right here, the log says so too.
-                self.node.accept_epoch(epoch)?;
+                node.accept_epoch(epoch)?;
             }
         }
         Ok(total)
@@ -242,7 +331,7 @@ impl Receiver {
 }
 
 /// What the log finds wrong with bytes from a peer is the peer's fault.
-fn blame(peer: &str) -> impl Fn(Error) -> Error + '_ {
+pub(crate) fn blame(peer: &str) -> impl Fn(Error) -> Error + '_ {
     move |error| match error {
         Error::Invalid { reason } => Error::Protocol { peer: peer.to_owned(), reason },
         other => other,
@@ -282,9 +371,9 @@ fn expect_sync(peer: &str, message: Message) -> Result<Lsn> {
 }
 
 /// The way back: acknowledgements of one stream, sent by the receiver and by the acknowledger.
-struct AckLane {
+pub(crate) struct AckLane {
     log: Arc<Log>,
-    applied: Arc<Watermark>,
+    applied: Arc<AppliedMark>,
     epoch: Epoch,
     session: SessionId,
     heartbeat: Duration,
@@ -308,16 +397,16 @@ struct LaneState {
 }
 
 impl AckLane {
-    fn new(receiver: &Receiver, sender: Box<dyn FrameSender>, epoch: Epoch, session: SessionId) -> AckLane {
-        let end = receiver.writer.end();
+    fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, epoch: Epoch, session: SessionId) -> Result<AckLane> {
+        let end = own.writer()?.end();
         let nothing =
             Ack { received: Lsn::ZERO, durable: Lsn::ZERO, applied: Lsn::ZERO, chain: end.chain, epoch, session };
-        AckLane {
-            log: Arc::clone(receiver.writer.log()),
-            applied: Arc::clone(&receiver.applied),
+        Ok(AckLane {
+            log: own.log()?,
+            applied: Arc::clone(&own.applied),
             epoch,
             session,
-            heartbeat: receiver.node.options.heartbeat,
+            heartbeat: own.node.options.heartbeat,
             state: Mutex::new(LaneState {
                 sender,
                 received: end.head,
@@ -329,7 +418,12 @@ impl AckLane {
             applied_in_haste: AtomicBool::new(false),
             background: Watermark::new(Lsn::ZERO),
             failure: Mutex::new(None),
-        }
+        })
+    }
+
+    /// Sends something else than an acknowledgement.
+    pub(crate) fn send_message(&self, message: &Message) -> Result<()> {
+        self.state.lock().sender.send_message(message)
     }
 
     /// Checks and publishes what has arrived. Under the lock, so that no acknowledgement is made between the log's mark
@@ -394,7 +488,7 @@ impl AckLane {
                 (true, false) => self.background.until(sent.durable.next()),
                 _ => self.log.synced().until(sent.durable.next()),
             };
-            let conditions = [over.until(), durable, self.applied.until(sent.applied.next())];
+            let conditions = [over.until(), durable, self.applied.own().until(sent.applied.next())];
             match wait_any(&conditions, WaitStrategy::Park, sent_at.checked_add(self.heartbeat)) {
                 Waited::Reached(0) => return Ok(()),
                 Waited::Reached(1) if durable_in_haste && !background => continue,
@@ -413,7 +507,7 @@ impl AckLane {
     /// Gathers what moves for a moment, unless a mark moves that somebody waits for. True if the stream is over.
     fn linger(&self, over: &ShutdownSignal, sent: Ack) -> bool {
         let hasty = if self.applied_in_haste.load(Ordering::Relaxed) {
-            self.applied.until(sent.applied.next())
+            self.applied.own().until(sent.applied.next())
         } else {
             self.background.until(sent.durable.next().max(self.background.load().next()))
         };

@@ -22,15 +22,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::limits::{DEFAULT_MAX_WAL_BYTES, DEFAULT_MIN_WAL_BYTES};
 use crate::registry::Registry;
 use crate::shutdown::ShutdownSignal;
-use crate::types::{Lsn, NodeId};
-use crate::wal::Log;
+use crate::types::{Lsn, NodeId, ShardId};
+use crate::wal::{Log, LogWriter, Wal};
 use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
 
 /// How much log a shard keeps.
@@ -121,11 +121,10 @@ impl std::fmt::Debug for Pin {
 
 /// What is kept of one shard's log, and for whom.
 pub(crate) struct ShardRetention {
-    log: Arc<Log>,
+    /// The log, held while files are removed: a rebuild puts another one in its place.
+    kept: RwLock<Kept>,
     options: RetentionOptions,
     registry: Arc<Registry>,
-    /// Up to where this node's own target has applied durably; none without a target.
-    applied: Option<Arc<Watermark>>,
     /// Locked to take, drop and judge pins: never while files are touched.
     pins: Mutex<Vec<Arc<Held>>>,
     /// The oldest LSN that is not given up. Moved by the retaining thread under the lock of `pins`, before the files go.
@@ -133,6 +132,14 @@ pub(crate) struct ShardRetention {
     /// The newest LSN of the oldest segment that somebody holds: whoever moves past it wakes the retaining thread.
     awaited: AtomicU64,
     wake: Arc<Watermark>,
+}
+
+/// A log, and what its own node needs of it.
+#[derive(Clone)]
+struct Kept {
+    log: Arc<Log>,
+    /// Up to where this node's own target has applied durably; none without a target.
+    applied: Option<Arc<Watermark>>,
 }
 
 impl ShardRetention {
@@ -145,15 +152,38 @@ impl ShardRetention {
     ) -> ShardRetention {
         let tail = AtomicU64::new(log.tail().0);
         ShardRetention {
-            log,
+            kept: RwLock::new(Kept { log, applied }),
             options,
             registry,
-            applied,
             pins: Mutex::default(),
             tail,
             awaited: AtomicU64::new(u64::MAX),
             wake,
         }
+    }
+
+    /// Puts another log in the place of the present one, whose files `open` removes: nothing is released meanwhile. Pins
+    /// on the old one are lost. `applied` is up to where the target has durably applied the new one.
+    pub(crate) fn replace_log(
+        &self,
+        applied: &Arc<Watermark>,
+        open: impl FnOnce() -> Result<(Wal, LogWriter)>,
+    ) -> Result<(Wal, LogWriter)> {
+        let opened = {
+            let mut kept = self.kept.write();
+            let opened = open()?;
+            *kept = Kept { log: Arc::clone(opened.0.log()), applied: Some(Arc::clone(applied)) };
+            let pins = self.pins.lock();
+            self.tail.store(kept.log.tail().0, Ordering::Release);
+            pins.iter().for_each(|held| held.lost.store(true, Ordering::Release));
+            opened
+        };
+        self.poke();
+        Ok(opened)
+    }
+
+    fn kept(&self) -> Kept {
+        self.kept.read().clone()
     }
 
     /// The bound on the log's bytes.
@@ -183,13 +213,27 @@ impl ShardRetention {
             lsn: AtomicU64::new(lsn.0),
             lost: AtomicBool::new(false),
         });
+        let log = self.kept().log;
         let mut pins = self.pins.lock();
-        let tail = self.log.tail().max(self.tail());
+        let tail = log.tail().max(self.tail());
         if lsn < tail {
-            return Err(Error::NotRetained { shard: self.log.shard(), lsn, tail, head: self.log.head() });
+            return Err(Error::NotRetained { shard: log.shard(), lsn, tail, head: log.head() });
         }
         pins.push(Arc::clone(&held));
         Ok(Pin { held, retention: Arc::clone(self) })
+    }
+
+    /// Holds the log from what the node's own target has applied durably on: no base that it opens from now on is older.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`] if it has been given up, which it is not while the target lives.
+    pub(crate) fn pin_for_base(self: &Arc<Self>, owner: String, reason: &str) -> Result<Pin> {
+        let kept = self.kept();
+        let durable = kept.applied.as_ref().map_or(Lsn::ZERO, |applied| applied.load());
+        // The segment that holds what comes next stays as a whole.
+        let first = kept.log.segment_start_for(durable.next().max(kept.log.tail()))?.segment;
+        self.pin(owner, reason, first)
     }
 
     /// The pins, in the order in which they were taken.
@@ -230,25 +274,27 @@ impl ShardRetention {
     }
 
     fn release_once(&self) -> Released {
+        let kept = self.kept.read();
+        let log = &kept.log;
         // Whoever moves from here on looks at this first, and wakes the thread.
-        let sealed: Vec<Lsn> = self.log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
+        let sealed: Vec<Lsn> = log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
         self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
-        let forced = self.forced(sealed.len());
+        let forced = self.forced(log, sealed.len());
         if let Some(last) = forced.checked_sub(1).and_then(|index| sealed.get(index)) {
-            self.log.want_synced(*last);
+            log.want_synced(*last);
         }
         let mut released = Released::default();
         let plan = {
             let pins = self.pins.lock();
-            let plan = self.plan(&sealed, forced, &pins);
+            let plan = self.plan(&kept, &sealed, forced, &pins);
             if let Some(through) = plan.through {
                 self.tail.fetch_max(through.next().0, Ordering::AcqRel);
                 for held in pins.iter().filter(|held| held.lsn.load(Ordering::Acquire) <= through.0) {
                     if !held.lost.swap(true, Ordering::AcqRel) {
-                        log::warn!("shard {}: {} loses its pin ({})", self.log.shard(), held.owner, held.reason);
+                        log::warn!("shard {}: {} loses its pin ({})", log.shard(), held.owner, held.reason);
                     }
                 }
-                released.laggards = self.take_places(through);
+                released.laggards = self.take_places(log.shard(), through);
             }
             plan
         };
@@ -256,38 +302,38 @@ impl ShardRetention {
         released.waits_for_target = plan.waits_for_target;
         released.hurry = plan.hurry;
         if let Some(through) = plan.through {
-            match self.log.release_through(through, plan.reason) {
+            match log.release_through(through, plan.reason) {
                 // What is awaited then is another segment, and somebody may have left that one behind meanwhile.
                 Ok(count) => (released.any, released.again) = (count > 0, count > 0),
-                Err(error) => log::error!("shard {}: a segment was not released: {error}", self.log.shard()),
+                Err(error) => log::error!("shard {}: a segment was not released: {error}", log.shard()),
             }
         }
         released
     }
 
     /// How many sealed segments go because the log is too large.
-    fn forced(&self, sealed: usize) -> usize {
-        let size = self.log.identity().segment_size;
+    fn forced(&self, log: &Log, sealed: usize) -> usize {
+        let size = log.identity().segment_size;
         let Some(limit) = self.options.limit(size) else { return 0 };
-        let over = self.log.retained_bytes().saturating_sub(limit).div_ceil(size);
+        let over = log.retained_bytes().saturating_sub(limit).div_ceil(size);
         usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
     }
 
-    fn plan(&self, sealed: &[Lsn], forced: usize, pins: &[Arc<Held>]) -> Plan {
-        let shard = self.log.shard();
+    fn plan(&self, Kept { log, applied }: &Kept, sealed: &[Lsn], forced: usize, pins: &[Arc<Held>]) -> Plan {
+        let shard = log.shard();
         let followers = self.registry.followers();
         let places = followers.iter().filter(|known| !known.has_lost_place(shard)).map(|known| known.position(shard));
         let held = pins.iter().filter(|held| !held.lost.load(Ordering::Acquire));
         let held = held.map(|held| Lsn(held.lsn.load(Ordering::Acquire)).previous());
         // Up to here nobody needs anything. Where no follower is known, the first one may need everything.
         let unneeded = if followers.is_empty() { Lsn::ZERO } else { places.chain(held).min().unwrap_or(Lsn::MAX) };
-        let size = self.log.identity().segment_size;
-        let spare = self.log.retained_bytes().saturating_sub(self.options.min_wal_bytes) / size;
+        let size = log.identity().segment_size;
+        let spare = log.retained_bytes().saturating_sub(self.options.min_wal_bytes) / size;
         let spare = usize::try_from(spare).unwrap_or(usize::MAX);
         let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
         let unneeded = upto(unneeded).min(spare);
-        let synced = upto(self.log.synced().load());
-        let applied = self.applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
+        let synced = upto(log.synced().load());
+        let applied = applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
         let wanted = forced.max(unneeded);
         let count = wanted.min(synced).min(applied);
         let next = sealed.get(count).copied().filter(|_| count < wanted);
@@ -305,8 +351,7 @@ impl ShardRetention {
     }
 
     /// Those who needed something up to `through` lose their place.
-    fn take_places(&self, through: Lsn) -> Vec<NodeId> {
-        let shard = self.log.shard();
+    fn take_places(&self, shard: ShardId, through: Lsn) -> Vec<NodeId> {
         let mut laggards = Vec::new();
         for known in self.registry.followers() {
             let position = known.position(shard);
@@ -368,9 +413,11 @@ impl Retainer {
             let mut any = false;
             for host in &self.hosts {
                 let retention = host.retention();
-                let opened = retention.log.opened().load().next();
+                let kept = retention.kept();
+                let opened = kept.log.opened().load().next();
                 let released = retention.release();
-                awaited.push([Some(opened), released.waits_for_sync, released.waits_for_target]);
+                // Should the log be replaced meanwhile, `wake` says so.
+                awaited.push((kept, [Some(opened), released.waits_for_sync, released.waits_for_target]));
                 any |= released.any;
                 for node in released.laggards {
                     host.place_lost(node);
@@ -388,11 +435,10 @@ impl Retainer {
         self.save();
     }
 
-    fn wait(&self, wake: Lsn, awaited: &[[Option<Lsn>; 3]]) {
+    fn wait(&self, wake: Lsn, awaited: &[(Kept, [Option<Lsn>; 3])]) {
         let mut conditions = vec![self.stop.until(), self.wake.until(wake)];
-        for (host, awaited) in self.hosts.iter().zip(awaited) {
-            let retention = host.retention();
-            let marks = [Some(retention.log.opened()), Some(retention.log.synced()), retention.applied.as_deref()];
+        for (kept, awaited) in awaited {
+            let marks = [Some(kept.log.opened()), Some(kept.log.synced()), kept.applied.as_deref()];
             let both = marks.into_iter().zip(awaited).filter_map(|(mark, at_least)| mark.zip(*at_least));
             conditions.extend(both.map(|(mark, at_least)| Until { mark, at_least }));
         }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::commit::{Commits, FollowerMarks};
+use parking_lot::RwLock;
+
+use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
@@ -17,6 +19,8 @@ use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
 use crate::protocol::{FailureReason, SessionKind as Recovery};
+use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
+use crate::rebuild::places::Places;
 use crate::shipper::Shipper;
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
@@ -26,7 +30,8 @@ use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
-    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
+    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
+    SessionKind, SessionPhase, ShardInfo, SyncRequest,
 };
 
 /// One shard as the server sees it.
@@ -45,7 +50,8 @@ pub(crate) struct ServerShard {
 pub(crate) struct Server {
     role: Role,
     directory: Arc<DataDir>,
-    shards: Vec<ServerShard>,
+    /// Replaced as a whole where a rebuild gives a shard another log.
+    shards: Vec<RwLock<Arc<ServerShard>>>,
     options: NodeOptions,
     started: Instant,
     /// The node stops; what is pending is still shipped.
@@ -54,13 +60,25 @@ pub(crate) struct Server {
     stop: ShutdownSignal,
     threads: Arc<Threads>,
     connections: AtomicUsize,
+    /// Rebuilds served at a time.
+    rebuild_places: Arc<Places>,
 }
 
 /// What a request gets: the answer, and what is then shipped to whom.
 struct Answer {
     info: ShardInfo,
-    reader: Option<LogReader>,
+    lanes: Lanes,
     stream: Option<StreamKey>,
+}
+
+/// What a stream carries.
+enum Lanes {
+    /// Nothing more.
+    None,
+    /// The log.
+    Log(LogReader),
+    /// A base of this target and the log beside it, from where the rebuild will say.
+    Rebuild(LogReader, Arc<dyn ReplicationTarget>),
 }
 
 impl Server {
@@ -77,7 +95,8 @@ impl Server {
         Server {
             role,
             directory,
-            shards,
+            rebuild_places: Places::new(options.max_rebuilds),
+            shards: shards.into_iter().map(|shard| RwLock::new(Arc::new(shard))).collect(),
             options,
             started: Instant::now(),
             draining,
@@ -87,7 +106,22 @@ impl Server {
         }
     }
 
-    pub(crate) fn shard(&self, shard: ShardId) -> Result<&ServerShard> {
+    pub(crate) fn shard(&self, shard: ShardId) -> Result<Arc<ServerShard>> {
+        Ok(Arc::clone(&self.shard_cell(shard)?.read()))
+    }
+
+    /// All of them, as they are now.
+    fn all_shards(&self) -> impl Iterator<Item = Arc<ServerShard>> + '_ {
+        self.shards.iter().map(|shard| Arc::clone(&shard.read()))
+    }
+
+    /// Another log has taken the place of a shard's.
+    pub(crate) fn replace_shard(&self, shard: ShardId, with: ServerShard) -> Result<()> {
+        *self.shard_cell(shard)?.write() = Arc::new(with);
+        Ok(())
+    }
+
+    fn shard_cell(&self, shard: ShardId) -> Result<&RwLock<Arc<ServerShard>>> {
         let count = self.shards.len();
         self.shards
             .get(usize::from(shard.0))
@@ -170,13 +204,13 @@ impl Server {
         receiver.set_deadline(None)?;
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
-                server.describe(&request, version).map(|info| Answer { info, reader: None, stream: None })
+                server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
             }
             Purpose::Follow => server.start_following(&request, version, &peer, &over),
             Purpose::Tail => server.start_tail(&request, version),
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
-        let Answer { info, reader, stream } = match answer {
+        let Answer { info, lanes, stream } = match answer {
             Ok(answer) => answer,
             Err(refusal) => {
                 log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
@@ -186,11 +220,12 @@ impl Server {
         };
         let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
         sender.send_message(&Message::ShardInfo(info))?;
-        let Some(reader) = reader else { return Ok(()) };
-        let agreed = Stream { server, peer: &peer, request, info, over };
-        match stream {
-            Some(stream) => agreed.serve_follower(stream, reader, sender, receiver.as_mut()),
-            None => agreed.serve_tail(reader, sender, receiver.as_mut()),
+        let of_shard = server.shard(request.shard)?;
+        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, agreement: Arc::default() };
+        match (stream, lanes) {
+            (_, Lanes::None) => Ok(()),
+            (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
+            (None, lanes) => agreed.serve_tail(lanes, sender, receiver.as_mut()),
         }
     }
 
@@ -270,7 +305,7 @@ impl Server {
         let shard = self.shard(request.shard).map_err(internal)?;
         let admitted = shard.host.admit(request, peer, over)?;
         let answer = match (admitted.session.kind, admitted.place) {
-            (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(shard, &admitted, request),
+            (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(&shard, &admitted, request, version),
             (kind, Some(place)) => self.describe(request, version).map(|info| Answer {
                 info: ShardInfo {
                     session: SessionId(admitted.session.id.0),
@@ -281,7 +316,7 @@ impl Server {
                     start_offset: place.offset,
                     ..info
                 },
-                reader: Some(shard.log.reader_at(place)),
+                lanes: Lanes::Log(shard.log.reader_at(place)),
                 stream: Some(admitted.stream),
             }),
         };
@@ -295,9 +330,24 @@ impl Server {
         shard: &ServerShard,
         admitted: &Admitted,
         request: &SyncRequest,
+        version: u16,
     ) -> Result<Answer, Refusal> {
-        shard.host.decline(admitted.stream, FailureReason::BaseUnavailable);
-        Err(shard.host.not_retained(request, shard.log.tail(), shard.log.head()))
+        let Some(store) = shard.target.clone() else {
+            shard.host.decline(admitted.stream, FailureReason::BaseUnavailable);
+            return Err(shard.host.not_retained(request, shard.log.tail(), shard.log.head()));
+        };
+        // The reader gets its place when the base is open.
+        let place = shard.log.segment_start_for(shard.log.head().next()).map_err(internal)?;
+        self.describe(request, version).map(|info| Answer {
+            info: ShardInfo {
+                session: SessionId(admitted.session.id.0),
+                session_kind: SessionKind::Rebuild,
+                target: admitted.session.target,
+                ..info
+            },
+            lanes: Lanes::Rebuild(shard.log.reader_at(place), store),
+            stream: Some(admitted.stream),
+        })
     }
 
     /// Whether the follower can follow this node and this log, wherever it stands.
@@ -312,7 +362,7 @@ impl Server {
         if request.epoch > manifest.epoch {
             // So that it does not lead again under its old epoch after a restart.
             self.directory.accept_epoch(request.epoch).map_err(internal)?;
-            for shard in &self.shards {
+            for shard in self.all_shards() {
                 shard.log.depose(manifest.epoch, request.epoch);
             }
             return Err(Refusal(
@@ -349,7 +399,8 @@ impl Server {
     }
 
     fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<Answer, Refusal> {
-        let log = &self.shard(request.shard).map_err(internal)?.log;
+        let shard = self.shard(request.shard).map_err(internal)?;
+        let log = &shard.log;
         let from = if request.from == Lsn::ZERO { log.tail() } else { request.from };
         let place = log.position_before(from).map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
         let info = self.describe(request, version)?;
@@ -360,7 +411,7 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok(Answer { info, reader: Some(log.reader_at(place)), stream: None })
+        Ok(Answer { info, lanes: Lanes::Log(log.reader_at(place)), stream: None })
     }
 
     fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {
@@ -381,16 +432,16 @@ impl Server {
 
     /// Takes a follower out of every shard, and what is known of it out of the directory.
     pub(crate) fn forget_follower(&self, node: NodeId) -> Result<()> {
-        self.shards.iter().for_each(|shard| shard.host.forget(node));
-        let Some(shard) = self.shards.first() else { return Ok(()) };
+        self.all_shards().for_each(|shard| shard.host.forget(node));
+        let Some(shard) = self.all_shards().next() else { return Ok(()) };
         let forgotten = shard.host.retention().registry().retain(|known| known != node);
-        self.shards.iter().for_each(|shard| shard.host.retention().poke());
+        self.all_shards().for_each(|shard| shard.host.retention().poke());
         forgotten
     }
 
     /// What the node says about itself now.
     pub(crate) fn status(&self) -> Status {
-        Status::collect(self.role, self.directory.manifest(), self.started.elapsed(), &self.shards)
+        Status::collect(self.role, self.directory.manifest(), self.started.elapsed(), self.all_shards())
     }
 
     /// Stops in two steps: shippers send what is pending and their followers acknowledge it, for no longer than the
@@ -398,7 +449,7 @@ impl Server {
     pub(crate) fn drain(&self) {
         let deadline = Instant::now().checked_add(self.options.drain_timeout);
         self.draining.shutdown();
-        for over in self.shards.iter().flat_map(|shard| shard.host.streams()) {
+        for over in self.all_shards().flat_map(|shard| shard.host.streams()) {
             let _ =
                 over.wait_timeout(deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now())));
         }
@@ -413,6 +464,9 @@ struct Stream<'a> {
     request: SyncRequest,
     info: ShardInfo,
     over: ShutdownSignal,
+    of_shard: Arc<ServerShard>,
+    /// About the rebuild, if it is one.
+    agreement: Arc<Agreement>,
 }
 
 impl Stream<'_> {
@@ -420,12 +474,12 @@ impl Stream<'_> {
     fn serve_follower(
         &self,
         stream: StreamKey,
-        reader: LogReader,
+        lanes: Lanes,
         sender: Box<dyn FrameSender>,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
-        let SyncRequest { node, shard, received, durable, applied, .. } = self.request;
-        let commits = &self.server.shard(shard)?.commits;
+        let SyncRequest { node, shard, .. } = self.request;
+        let commits = &self.of_shard.commits;
         let follower = commits.follower(node)?;
         log::info!(
             "node {node}, shard {shard}: following from LSN {} of {} ({:?}, session {}, {})",
@@ -435,9 +489,9 @@ impl Stream<'_> {
             self.info.session,
             self.peer
         );
-        commits.acknowledge(&follower, received, durable.min(received), applied.min(received), unix_ms());
+        self.take_initial_marks(commits, &follower);
+        let shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
         follower.stream_began();
-        let shipper = self.shipper(reader, sender, Some(Arc::clone(&follower)));
         let over = self.over.clone();
         let name = format!("tl-ship-s{shard}");
         let result = self
@@ -457,24 +511,54 @@ impl Stream<'_> {
         result
     }
 
+    /// What the follower has by its request. During a rebuild that is nothing, and it does not count.
+    fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
+        let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
+        follower.set_counts(!is_rebuild);
+        let SyncRequest { received, durable, applied, .. } = self.request;
+        let received = if is_rebuild { Lsn::ZERO } else { received };
+        commits.acknowledge(follower, received, durable.min(received), applied.min(received), unix_ms());
+    }
+
     fn shipper(
         &self,
-        reader: LogReader,
+        lanes: Lanes,
         sender: Box<dyn FrameSender>,
-        follower: Option<Arc<FollowerMarks>>,
-    ) -> Shipper {
-        let shard = &self.server.shards[usize::from(self.request.shard.0)];
-        Shipper {
+        follower: Option<(StreamKey, Arc<FollowerMarks>)>,
+    ) -> Result<Shipper> {
+        let (stream, follower) = follower.unzip();
+        let (reader, rebuild) = match (lanes, stream) {
+            (Lanes::Log(reader), _) => (reader, None),
+            (Lanes::Rebuild(reader, store), Some(stream)) => (
+                reader,
+                Some(IssuedRebuild {
+                    session: self.info.session,
+                    epoch: self.info.epoch,
+                    target: self.info.target,
+                    shard: self.request.shard,
+                    store,
+                    places: Arc::clone(&self.server.rebuild_places),
+                    agreement: Arc::clone(&self.agreement),
+                    host: Arc::clone(&self.of_shard.host),
+                    stream,
+                }),
+            ),
+            (Lanes::None | Lanes::Rebuild(..), _) => {
+                return Err(Error::invalid("a stream with nothing to ship to anybody"));
+            }
+        };
+        Ok(Shipper {
             reader,
+            rebuild,
             sender,
-            commits: Arc::clone(&shard.commits),
+            commits: Arc::clone(&self.of_shard.commits),
             follower,
             epoch: self.info.epoch,
             heartbeat: self.server.options.heartbeat,
             stream_over: self.over.clone(),
             draining: self.server.draining.clone(),
             target: self.info.target,
-        }
+        })
     }
 
     fn read_acknowledgements(
@@ -495,6 +579,10 @@ impl Stream<'_> {
             match header.kind {
                 FrameKind::Ack => match receiver.receive_message_body(header)? {
                     Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
+                    other => return Err(crate::receiver::refusal(self.peer, other)),
+                },
+                FrameKind::SessionAck => match receiver.receive_message_body(header)? {
+                    Message::SessionAck(ack) => self.take_session_acknowledgement(stream, commits, follower, ack)?,
                     other => return Err(crate::receiver::refusal(self.peer, other)),
                 },
                 FrameKind::Heartbeat => {
@@ -521,7 +609,7 @@ impl Stream<'_> {
                 format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
             ));
         }
-        let ServerShard { log, host, .. } = self.server.shard(self.request.shard)?;
+        let ServerShard { log, host, .. } = self.of_shard.as_ref();
         // Bytes are published just before the mark says so: an acknowledgement can be here first.
         let written = [log.written().until(ack.received), self.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
@@ -543,14 +631,83 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
-    fn serve_tail(
+    /// What the follower says about its rebuild. About another session it changes nothing.
+    fn take_session_acknowledgement(
         &self,
-        reader: LogReader,
-        sender: Box<dyn FrameSender>,
-        receiver: &mut dyn FrameReceiver,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        ack: SessionAck,
     ) -> Result<()> {
-        let shipper = self.shipper(reader, sender, None);
+        let SyncRequest { node, shard, .. } = self.request;
+        if self.info.session_kind != SessionKind::Rebuild
+            || (ack.session, ack.epoch) != (self.info.session, self.info.epoch)
+        {
+            log::debug!("node {node}, shard {shard}: a word about session {}, which this is not", ack.session);
+            return Ok(());
+        }
+        let (host, session) = (&self.of_shard.host, self.info.session.0);
+        match ack.phase {
+            SessionPhase::Accepted => host.rebuild_progress(stream, session, 0),
+            SessionPhase::Running | SessionPhase::BaseComplete => {
+                let all = ack.phase == SessionPhase::BaseComplete;
+                let blocks = self.agreement.take_run(all).ok_or_else(|| {
+                    Error::protocol(self.peer, format!("it has taken more of session {session} than was sent"))
+                })?;
+                host.rebuild_progress(stream, session, blocks);
+            }
+            SessionPhase::Failed => {
+                log::warn!("node {node}, shard {shard}: it gave up session {session}: {:?}", ack.reason);
+                host.rebuild_failed(stream, session, reason_of(ack.reason));
+            }
+            SessionPhase::Completed => self.complete_rebuild(stream, commits, follower, ack)?,
+        }
+        Ok(())
+    }
+
+    /// The follower stands where it says: it counts from now on, and the stream goes on as any other.
+    fn complete_rebuild(
+        &self,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        ack: SessionAck,
+    ) -> Result<()> {
+        let SyncRequest { node, shard, .. } = self.request;
+        let log = &self.of_shard.log;
+        let written = [log.written().until(ack.achieved), self.over.until()];
+        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
+        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
+        if !self.agreement.is_base_sent() || !is_written || ack.achieved < self.info.target {
+            return Err(Error::protocol(
+                self.peer,
+                format!(
+                    "it says that it completed a session at LSN {}, of a log that ends at {}, with {} to be reached",
+                    ack.achieved,
+                    log.head(),
+                    self.info.target
+                ),
+            ));
+        }
+        if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
+            let at_least = |level| follower.at(level).max(ack.achieved);
+            follower.set_counts(true);
+            commits.acknowledge(
+                follower,
+                at_least(AckLevel::Received),
+                at_least(AckLevel::Durable),
+                at_least(AckLevel::Applied),
+                unix_ms(),
+            );
+            log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
+            self.agreement.accept();
+        }
+        Ok(())
+    }
+
+    /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
+    fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
+        let shipper = self.shipper(lanes, sender, None)?;
         let over = self.over.clone();
         let shard = self.request.shard;
         self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
@@ -590,6 +747,22 @@ impl Drop for LeaveStream<'_> {
         if let Ok(shard) = self.server.shard(self.shard) {
             shard.host.stream_ended(self.stream);
         }
+    }
+}
+
+/// The follower's word for why a session failed, as the engine says it.
+fn reason_of(failure: SessionFailure) -> FailureReason {
+    match failure {
+        SessionFailure::EpochMismatch => FailureReason::EpochMismatch,
+        SessionFailure::TransportLost => FailureReason::TransportLost,
+        SessionFailure::ProgressStalled => FailureReason::ProgressStalled,
+        SessionFailure::DeadlineExceeded => FailureReason::DeadlineExceeded,
+        SessionFailure::PinLost => FailureReason::PinLost,
+        SessionFailure::BaseUnavailable => FailureReason::BaseUnavailable,
+        SessionFailure::LocalWalCorrupt => FailureReason::LocalWalCorrupt,
+        SessionFailure::LocalBaseCorrupt => FailureReason::LocalBaseCorrupt,
+        SessionFailure::Superseded => FailureReason::Superseded,
+        SessionFailure::None | SessionFailure::Cancelled => FailureReason::Cancelled,
     }
 }
 

@@ -4,19 +4,27 @@
 //! mapping, and parks on the log's `written` mark when it has caught up. It knows nothing of other followers and waits
 //! for none of them: a slow follower is a position that lags. A stream that fails ends the shipper; the next stream of
 //! the same follower begins where the follower then is, so nothing is lost.
+//!
+//! During a rebuild the stream carries two lanes. The log has priority: before each run of the base what is published
+//! is sent, up to a bound. So the log need not be held back for the length of the copy, and the follower's applier is never far behind.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::commit::{AckLevel, Commits, FollowerMarks};
-use crate::error::Result;
+use crate::error::{Error, RefusalCode, Result};
 use crate::limits::MAX_WAL_DATA_LEN;
+use crate::protocol::FailureReason;
+use crate::rebuild::base_lane::{BaseLane, IssuedRebuild};
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Body, FrameSender};
 use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::{LogReader, unix_ms};
-use crate::watermark::{Until, Waited, wait_any};
-use crate::wire::{CaughtUp, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Heartbeat, Message, Sync, WalDataHeader};
+use crate::watermark::{Until, WaitStrategy, Waited, wait_any};
+use crate::wire::{
+    CaughtUp, ErrorMessage, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Heartbeat, Message, SessionAction, Sync,
+    WalDataHeader,
+};
 
 /// What a shipper works with.
 pub(crate) struct Shipper {
@@ -34,7 +42,12 @@ pub(crate) struct Shipper {
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
     pub(crate) target: Lsn,
+    /// A rebuild to begin with. The reader's position is set once it is known where the log lane begins.
+    pub(crate) rebuild: Option<IssuedRebuild>,
 }
+
+/// Log bytes after which a run of the base is sent although more log has come.
+const LOG_BEFORE_BASE: u64 = 1 << 20;
 
 /// How far a shipper has come.
 struct Progress {
@@ -64,22 +77,39 @@ impl Shipper {
             last_sent: Instant::now(),
             caught_up: false,
         };
+        let mut base = match self.rebuild.take() {
+            None => None,
+            Some(rebuild) => match self.start_rebuild(rebuild, &mut progress)? {
+                None => return Ok(()),
+                started => started,
+            },
+        };
         loop {
-            self.ship_published(&mut progress)?;
+            // Priority is not everything: behind a writer that never rests, the base would never be sent.
+            let budget = if base.is_some() { LOG_BEFORE_BASE } else { u64::MAX };
+            self.ship_published(&mut progress, budget)?;
             self.ask_for_haste(&mut progress)?;
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
             let draining = self.draining.is_shutdown();
-            if draining && log.written().load() <= progress.shipped {
+            // A closed log grows no more: another has taken its place on this node.
+            if (draining && log.written().load() <= progress.shipped) || log.is_closed() {
                 return self.sender.finish();
             }
+            if self.ship_base(&mut base, &mut progress)? {
+                continue;
+            }
+            // After a failure the log has ended, and what is in it is shipped all the same.
+            let ended = if log.poison().is_none() { log.until_ended() } else { self.stream_over.until() };
             let conditions = [
                 Until { mark: log.written(), at_least: progress.shipped.next() },
                 Until { mark: self.commits.durable_wanted(), at_least: progress.durable_asked.next() },
                 Until { mark: self.commits.applied_wanted(), at_least: progress.applied_asked.next() },
                 self.stream_over.until(),
                 self.draining.until(),
+                base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
+                ended,
             ];
             let deadline = progress.last_sent.checked_add(self.heartbeat);
             if wait_any(&conditions, log.options().wait, deadline) == Waited::TimedOut {
@@ -88,9 +118,83 @@ impl Shipper {
         }
     }
 
+    /// Waits for a place, opens the base, and tells the follower what is to come. `None` if the stream or the node ends
+    /// first.
+    fn start_rebuild(&mut self, rebuild: IssuedRebuild, progress: &mut Progress) -> Result<Option<BaseLane>> {
+        let place = rebuild.places.ask();
+        if !place.is_granted() {
+            log::info!("shard {}: the rebuild of session {} waits for its turn", rebuild.shard, rebuild.session);
+            self.sender.send_message(&Message::SessionControl(rebuild.control(SessionAction::Wait)))?;
+        }
+        while !place.is_granted() {
+            let conditions = [place.until_granted(), self.stream_over.until(), self.draining.until()];
+            let deadline = progress.last_sent.checked_add(self.heartbeat);
+            match wait_any(&conditions, WaitStrategy::Park, deadline) {
+                Waited::Reached(0) => {}
+                Waited::Reached(_) => return self.sender.finish().map(|()| None),
+                Waited::TimedOut => self.beat(progress)?,
+            }
+        }
+        let shard = rebuild.shard;
+        let (host, stream, session) = (Arc::clone(&rebuild.host), rebuild.stream, rebuild.session.0);
+        let opened = host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place)).and_then(|lane| {
+            let start = self.place_log(lane.info().base_lsn)?;
+            host.rebuild_starts(stream, session, start)?;
+            Ok((lane, start))
+        });
+        let (lane, log_start) = opened.inspect_err(|error| {
+            self.refuse_base(error);
+            host.rebuild_failed(stream, session, FailureReason::BaseUnavailable);
+        })?;
+        let info = lane.info();
+        log::info!(
+            "shard {shard}: sending a base at LSN {} of {} blocks of {} bytes, and the log from LSN {log_start} on",
+            info.base_lsn,
+            info.block_count,
+            info.block_len
+        );
+        progress.last_sent = Instant::now();
+        self.sender.send_message(&Message::SessionControl(lane.start(log_start)))?;
+        Ok(Some(lane))
+    }
+
+    /// Sets the reader to the beginning of the log that a base at `base_lsn` needs, a segment's first LSN.
+    fn place_log(&mut self, base_lsn: Lsn) -> Result<Lsn> {
+        let log = Arc::clone(self.reader.log());
+        let place = log.segment_start_for(base_lsn.next())?;
+        self.reader = log.reader_at(place);
+        Ok(place.segment)
+    }
+
+    /// Sends the next run of the base, or the acceptance of what the follower made of it. Returns whether it sent
+    /// anything.
+    fn ship_base(&mut self, base: &mut Option<BaseLane>, progress: &mut Progress) -> Result<bool> {
+        let Some(lane) = base else { return Ok(false) };
+        if lane.is_accepted() {
+            self.sender.send_message(&Message::SessionControl(lane.accept()))?;
+            *base = None;
+        } else if !lane.send_next(self.sender.as_mut()).inspect_err(|error| self.refuse_base(error))? {
+            return Ok(false);
+        }
+        progress.last_sent = Instant::now();
+        Ok(true)
+    }
+
+    /// Tells the follower, as well as may be, why it gets no base.
+    fn refuse_base(&mut self, error: &Error) {
+        if !matches!(error, Error::Network { .. }) {
+            // A target that gives no bases will give none tomorrow.
+            let is_final = matches!(error, Error::Invalid { .. });
+            let code = if is_final { RefusalCode::NotRetained } else { RefusalCode::Internal };
+            let refusal = ErrorMessage::new(code, format!("there is no base: {error}"));
+            let _ = self.sender.send_message(&Message::Error(refusal));
+        }
+    }
+
     /// Sends everything published behind the position.
-    fn ship_published(&mut self, progress: &mut Progress) -> Result<()> {
-        loop {
+    fn ship_published(&mut self, progress: &mut Progress, budget: u64) -> Result<()> {
+        let mut sent = 0;
+        while sent < budget {
             // Read before the bytes: all records up to it are among what is published then.
             let written = self.reader.log().written().load();
             let Some(range) = self.reader.next(u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64)? else {
@@ -111,10 +215,12 @@ impl Shipper {
             progress.flags = self.haste(progress);
             self.sender.send(FrameKind::WalData, progress.flags, &header.to_bytes(), Body::Log(&range))?;
             progress.last_sent = Instant::now();
+            sent += range.len();
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
         }
+        Ok(())
     }
 
     /// Flags for data: which acknowledgements somebody waits for.

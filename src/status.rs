@@ -28,6 +28,7 @@
 
 use std::fmt::Write as _;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::commit::AckLevel;
@@ -191,7 +192,12 @@ impl FollowerStatus {
 }
 
 impl Status {
-    pub(crate) fn collect(role: Role, manifest: Manifest, uptime: Duration, shards: &[ServerShard]) -> Status {
+    pub(crate) fn collect(
+        role: Role,
+        manifest: Manifest,
+        uptime: Duration,
+        shards: impl Iterator<Item = Arc<ServerShard>>,
+    ) -> Status {
         Status {
             role,
             cluster: manifest.cluster,
@@ -199,7 +205,7 @@ impl Status {
             region: manifest.region,
             epoch: manifest.epoch,
             uptime,
-            shards: shards.iter().map(ShardStatus::collect).collect(),
+            shards: shards.map(|shard| ShardStatus::collect(&shard)).collect(),
         }
     }
 

@@ -293,5 +293,6 @@ fn request_for(purpose: Purpose, shard: ShardId, from: Lsn) -> SyncRequest {
         applied: Lsn::ZERO,
         chain: Chain::default(),
         from,
+        flags: 0,
     }
 }

@@ -82,6 +82,7 @@ fn messages() -> Vec<Message> {
             applied: Lsn(2),
             chain: Chain(0x0a0b_0c0d),
             from: Lsn::ZERO,
+            flags: 0,
         }),
         Message::CaughtUp(CaughtUp { head: Lsn(4) }),
         Message::Ack(Ack {

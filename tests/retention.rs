@@ -111,6 +111,7 @@ fn request(leader: &Leader, node: u64) -> SyncRequest {
         applied: Lsn::ZERO,
         chain: Chain::genesis(manifest.cluster, manifest.region, SHARD),
         from: Lsn::ZERO,
+        flags: 0,
     }
 }
 

@@ -248,7 +248,8 @@ impl Engine {
             progress: Progress { achieved: start, base_blocks: 0 },
             deadline,
             last_progress: now,
-            awaiting: kind != SessionKind::KeepUp,
+            // A rebuild may have to wait for its turn: its budget begins when the follower has taken it on.
+            awaiting: kind == SessionKind::CatchUp,
             reason: None,
         };
         self.state.wake_at = self.state.wake_at.min(issued.due(&self.limits).unwrap_or(Millis::MAX));
@@ -295,7 +296,12 @@ impl Engine {
         if let Some(session) = &mut self.state.replicas[index].session {
             self.dirty |= session.phase != Phase::Running;
             session.enter(Phase::Running)?;
+            if !session.awaiting && session.kind == SessionKind::Rebuild {
+                session.awaiting = true;
+                session.touch(now);
+            }
             session.advance(now, progress);
+            self.state.wake_at = self.state.wake_at.min(session.due(&self.limits).unwrap_or(Millis::MAX));
         }
         Ok(())
     }

@@ -126,7 +126,7 @@ pub struct SessionLimits {
     /// A rebuild fails this long after it was issued.
     pub rebuild_deadline_ms: Millis,
     /// Any session fails after this long without progress; a keep-up only counts the time in which the follower is
-    /// known to be behind.
+    /// known to be behind, a rebuild the time since its follower has taken it on.
     pub stall_budget_ms: Millis,
 }
 
@@ -166,7 +166,8 @@ pub struct Session {
     pub deadline: Option<Millis>,
     /// When it last got further, or was issued.
     pub last_progress: Millis,
-    /// The stall budget is running: always, except for a keep-up whose follower has everything.
+    /// The stall budget is running: always, except for a keep-up whose follower has everything and for a rebuild that
+    /// its follower has not taken on yet.
     pub awaiting: bool,
     /// Why it failed; `Some` exactly when it did.
     pub reason: Option<FailureReason>,

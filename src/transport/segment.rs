@@ -134,6 +134,7 @@ pub(super) fn ship(mut connection: Connection, payload: &WalSegmentPayload, time
         applied: header.id.first_lsn.previous(),
         chain: header.chain_before,
         from: header.id.first_lsn,
+        flags: 0,
     }))?;
     match await_answer(&mut *connection.receiver)? {
         Message::ShardInfo(ShardInfo { version, .. }) if PROTOCOL_VERSIONS.contains(version) => {}

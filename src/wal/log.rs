@@ -30,7 +30,7 @@ use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
 use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
-use crate::wal::segment::{SegmentHeader, sync_directory};
+use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
 use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
@@ -274,6 +274,12 @@ impl Log {
         }
     }
 
+    /// Whether it was closed: nothing is ever written to it again, and a newer log may have taken its place.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.end_reason.get(), Some(EndReason::Closed))
+    }
+
     /// The failure that made the shard read-only, if there was one.
     #[must_use]
     pub fn poison(&self) -> Option<&str> {
@@ -311,7 +317,16 @@ impl Log {
 
     /// Takes a prepared file into use: it gets its name, its header page and its place in the list. The name is made
     /// durable by the first sync of the segment.
+    ///
+    /// Recovery refuses a log that begins past LSN 1 without a readable header: there the header is durable before the
+    /// name is.
     pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
+        let begins_log = self.segments.read().is_empty() && header.id.first_lsn > Lsn::FIRST;
+        if begins_log {
+            write_all_at(&prepared.file, &header.encode(), 0)
+                .and_then(|()| prepared.file.sync_data())
+                .map_err(Error::io("write the header of", &prepared.path))?;
+        }
         let path = self.directory.join(header.id.to_string());
         std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);

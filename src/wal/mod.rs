@@ -52,7 +52,7 @@ pub use writer::{LogEnd, LogWriter};
 
 use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
-use crate::types::Lsn;
+use crate::types::{Epoch, HybridTimestamp, Lsn};
 use crate::watermark::WaitStrategy;
 pub(crate) use mapping::Mapping;
 use spares::Spares;
@@ -130,17 +130,10 @@ impl Wal {
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] if the log is open already; [`Error::Corrupt`] for damage to what was synced; [`Error::Mismatch`] if the files belong to another log;
-    /// [`Error::Io`].
+    /// [`Error::InUse`] if the log is open already; [`Error::Corrupt`] for damage to what was synced;
+    /// [`Error::Mismatch`] if the files belong to another log; [`Error::Io`].
     pub fn open(directory: &Path, identity: LogIdentity, options: WalOptions) -> Result<(Wal, LogWriter)> {
-        if !segment::is_valid_size(identity.segment_size) {
-            return Err(Error::invalid(format!(
-                "segments of {} bytes: a segment has whole pages of 4096 bytes, at least {} and at most {} bytes",
-                identity.segment_size,
-                crate::limits::MIN_SEGMENT_SIZE,
-                crate::limits::MAX_SEGMENT_SIZE
-            )));
-        }
+        check_size(&identity)?;
         let lock = lock_directory(directory)?;
         let recovered = recovery::recover(directory, &identity, options.known_synced)?;
         if let Some(torn) = &recovered.torn {
@@ -180,6 +173,53 @@ impl Wal {
         log.sync_all()?;
         let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log), _lock: Arc::clone(&lock) };
         let writer = LogWriter::new(log, lock, open, end, recovered.timestamp, recovered.torn);
+        Ok((wal, writer))
+    }
+
+    /// Replaces whatever log there is in `directory` by an empty one whose next record is `next_lsn`, for a follower
+    /// that is being rebuilt: what was in the old log is gone from here on, and a crash leaves a beginning of it.
+    ///
+    /// An empty log knows no history, so the first header page that the writer takes in is believed, within limits:
+    /// it must be of this log, begin with `next_lsn` and have an epoch of at most `newest_epoch`. Everything after it is
+    /// checked against it. A log that begins with LSN 1 needs no such trust.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] if the log is open already; [`Error::Invalid`] for a segment size or an LSN that cannot be;
+    /// [`Error::Io`].
+    pub fn open_at(
+        directory: &Path,
+        identity: LogIdentity,
+        options: WalOptions,
+        next_lsn: Lsn,
+        newest_epoch: Epoch,
+    ) -> Result<(Wal, LogWriter)> {
+        check_size(&identity)?;
+        if next_lsn == Lsn::ZERO {
+            return Err(Error::invalid("a log begins with LSN 1 or later"));
+        }
+        let lock = lock_directory(directory)?;
+        let (segments, others) = walk::list(directory)?;
+        // The newest first: what a crash leaves is a beginning of the old log, which is a log.
+        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(
+            others
+                .into_iter()
+                .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name)),
+        );
+        for path in paths {
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+        segment::sync_directory(directory).map_err(Error::io("sync directory", directory))?;
+        let spares = Spares::new(directory, &identity, &options, Vec::new());
+        let head = next_lsn.previous();
+        let log = Arc::new(Log::new(directory, identity, options, Vec::new(), head, spares));
+        log.sync_all()?;
+        let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log), _lock: Arc::clone(&lock) };
+        let end = LogEnd { head, chain: identity.genesis(), epoch: Epoch::ZERO, segment: next_lsn, offset: 0 };
+        let mut writer = LogWriter::new(log, lock, None, end, HybridTimestamp::default(), None);
+        if next_lsn > Lsn::FIRST {
+            writer.trust_first_header(newest_epoch);
+        }
         Ok((wal, writer))
     }
 
@@ -248,6 +288,18 @@ fn lock_directory(directory: &Path) -> Result<Arc<File>> {
         Err(std::fs::TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),
         Err(std::fs::TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
+}
+
+fn check_size(identity: &LogIdentity) -> Result<()> {
+    if segment::is_valid_size(identity.segment_size) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "segments of {} bytes: a segment has whole pages of 4096 bytes, at least {} and at most {} bytes",
+        identity.segment_size,
+        crate::limits::MIN_SEGMENT_SIZE,
+        crate::limits::MAX_SEGMENT_SIZE
+    )))
 }
 
 /// Stack of the crate's threads: they call no user code but a target's and keep buffers on the heap.

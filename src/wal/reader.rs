@@ -113,10 +113,10 @@ impl Log {
             return Err(self.not_retained(lsn));
         }
         let Some(segment) = self.segment_holding(lsn) else {
-            if head != Lsn::ZERO {
+            if head != Lsn::ZERO && !self.segments().is_empty() {
                 return Err(self.not_retained(lsn));
             }
-            // Nothing has been written yet.
+            // Nothing has been written yet. Where the log does not begin with LSN 1, its first header will say the chain.
             let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
             return Ok(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
         };
@@ -137,6 +137,24 @@ impl Log {
             }
         }
         if place.lsn.next() == lsn { Ok(place) } else { Err(self.not_retained(lsn)) }
+    }
+
+    /// The beginning of the segment that holds `lsn`; where `lsn` is the one after the head, of the newest segment, even
+    /// if that is sealed. So a stream that begins here carries a whole segment, header page first, and with it where the
+    /// log stands. Of a log in which nothing was ever written it is the beginning.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRetained`](crate::Error::NotRetained) if `lsn` is before the tail or more than one past the head.
+    pub fn segment_start_for(&self, lsn: Lsn) -> Result<LogPosition> {
+        if lsn > self.head().next() {
+            return Err(self.not_retained(lsn));
+        }
+        match self.segment_holding(lsn) {
+            Some(segment) => Ok(start_of(&segment)),
+            None if lsn == Lsn::FIRST && self.head() == Lsn::ZERO => self.position_before(lsn),
+            None => Err(self.not_retained(lsn)),
+        }
     }
 
     /// The place at which a log with the same history goes on whose head is `lsn` with `chain`; `None` if no log with

@@ -51,6 +51,11 @@ use crate::wal::walk::{self, Plausible, SegmentFile};
 const SPARE_PREFIX: &str = "spare-";
 const SPARE_SUFFIX: &str = ".wal.tmp";
 
+/// Whether a file of this name is a segment prepared ahead of need, or one on its way there.
+pub(super) fn is_spare_name(name: &str) -> bool {
+    name.strip_prefix(SPARE_PREFIX).is_some_and(|rest| rest.ends_with(SPARE_SUFFIX) || rest.ends_with(".wal.old"))
+}
+
 /// What makes a log this log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogIdentity {

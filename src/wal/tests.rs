@@ -454,3 +454,82 @@ fn large_batches_read_back_the_same_whichever_way_they_went_in() {
         assert_eq!(records(wal.log(), 1), found);
     }
 }
+
+#[test]
+fn a_log_that_begins_in_the_middle_is_the_leaders_from_there_on_and_survives_a_restart() {
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let identity = super::log_fixture::IDENTITY;
+    let (leader, mut writer) = Wal::open(leader_dir.path(), identity, WalOptions::default()).unwrap();
+    writer.set_epoch(Epoch(3)).unwrap();
+    for _ in 0..200 {
+        writer.append(&[7; 1000]).unwrap();
+    }
+    // What is there before goes.
+    let (old, mut old_writer) = Wal::open(follower_dir.path(), identity, WalOptions::default()).unwrap();
+    old_writer.append(b"old").unwrap();
+    drop((old, old_writer));
+
+    let start = leader.log().segment_start_for(Lsn(150)).unwrap();
+    assert!(start.offset == 0 && start.segment > Lsn(1) && start.segment <= Lsn(150));
+    let open_at = |epoch| Wal::open_at(follower_dir.path(), identity, WalOptions::default(), start.segment, epoch);
+    let (follower, mut sink) = open_at(Epoch(3)).unwrap();
+    assert_eq!(follower.log().synced().load(), start.segment.previous());
+    assert!(sink.append(b"no").unwrap_err().to_string().contains("where its log begins"));
+    let mut reader = leader.log().reader_at(start);
+    while let Some(range) = reader.next(10_000).unwrap() {
+        let mut at = range.start();
+        while at < range.end() {
+            let window = sink.ingest_window(range.segment().id().first_lsn, at, range.end() - at).unwrap();
+            let len = window.len() as u64;
+            window.copy_from_slice(range.segment().bytes(at..at + len).unwrap());
+            sink.ingest_filled(len).unwrap();
+            at += len;
+        }
+    }
+    assert_eq!((follower.log().tail(), follower.log().head()), (start.segment, Lsn(200)));
+    drop(sink);
+    follower.close().unwrap();
+    let (follower, sink) = Wal::open(follower_dir.path(), identity, WalOptions::default()).unwrap();
+    assert_eq!((follower.log().tail(), sink.end()), (start.segment, writer.end()));
+    drop((follower, sink));
+
+    // A header that is not believed: an epoch that the session does not have, another segment.
+    let refused = |epoch, first_lsn| {
+        let (wal, mut sink) =
+            Wal::open_at(follower_dir.path(), identity, WalOptions::default(), first_lsn, epoch).unwrap();
+        let segment = leader.log().segment_beginning(start.segment).unwrap();
+        let window = sink.ingest_window(first_lsn, 0, 4096).unwrap();
+        window.copy_from_slice(segment.bytes(0..4096).unwrap());
+        let refused = sink.ingest_filled(4096).is_err();
+        drop(sink);
+        wal.close().unwrap();
+        refused
+    };
+    assert!(refused(Epoch(2), start.segment));
+    assert!(refused(Epoch(3), start.segment.next()));
+    assert!(!refused(Epoch(3), start.segment));
+    // Nothing but a header: it says where the log stands.
+    let (follower, sink) = Wal::open(follower_dir.path(), identity, WalOptions::default()).unwrap();
+    assert_eq!((follower.log().tail(), sink.end().head), (start.segment, start.lsn));
+    assert_eq!(sink.end().chain, start.chain);
+}
+
+#[test]
+fn a_stream_for_the_next_record_can_begin_with_a_whole_segment() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = Wal::open(directory.path(), super::log_fixture::IDENTITY, WalOptions::default()).unwrap();
+    let log = wal.log();
+    assert_eq!(log.segment_start_for(Lsn(1)).unwrap().segment, Lsn(1));
+    assert!(log.segment_start_for(Lsn(2)).is_err());
+    writer.set_epoch(Epoch(1)).unwrap();
+    for _ in 0..200 {
+        writer.append(&[7; 1000]).unwrap();
+    }
+    let newest = log.segments().last().unwrap().id().first_lsn;
+    assert_eq!(log.segment_start_for(Lsn(201)).unwrap().segment, newest);
+    assert!(log.segment_start_for(Lsn(202)).is_err());
+    log.wait_synced(Lsn(200), None).unwrap();
+    log.release_through(Lsn::MAX, "the test says so").unwrap();
+    assert_eq!(log.tail(), newest, "the newest segment stays");
+    assert!(log.segment_start_for(newest.previous()).is_err());
+}

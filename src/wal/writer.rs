@@ -67,6 +67,9 @@ pub struct LogWriter {
     header_page: Vec<u8>,
     /// Whether what is arriving is a header page: of the next segment, or once more of an open one without batches.
     header_due: bool,
+    /// Nothing is known of the log before its first segment: the header page of that is believed, up to this epoch
+    /// (follower only).
+    trusted_epoch: Option<Epoch>,
     /// Published end of the open segment at which to ask for more pages to be made ready.
     populate_at: u64,
     torn_tail: Option<TornTail>,
@@ -111,6 +114,7 @@ impl LogWriter {
             window: 0,
             header_page: Vec::new(),
             header_due: false,
+            trusted_epoch: None,
             populate_at: 0,
             torn_tail,
         }
@@ -120,6 +124,11 @@ impl LogWriter {
     #[must_use]
     pub fn log(&self) -> &Arc<Log> {
         &self.log
+    }
+
+    /// The next header page says where the log begins; see [`Wal::open_at`](super::Wal::open_at).
+    pub(super) fn trust_first_header(&mut self, newest_epoch: Epoch) {
+        self.trusted_epoch = Some(newest_epoch);
     }
 
     /// What recovery had to cut off when the log was opened, if anything.
@@ -249,6 +258,12 @@ impl LogWriter {
     #[cold]
     fn roll(&mut self) -> Result<()> {
         self.log.check_writable()?;
+        if self.trusted_epoch.is_some() {
+            return Err(Error::invalid(format!(
+                "shard {} is waiting for its leader to say where its log begins, and takes no records",
+                self.log.shard()
+            )));
+        }
         let prepared = self.log.spares().take()?;
         // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
         let empty = self.open.take_if(|open| open.end() == SEGMENT_HEADER_LEN);
@@ -372,11 +387,15 @@ impl LogWriter {
             self.header_due = false;
             return Ok(());
         }
+        let (epoch, chain_before) = match self.trusted_epoch {
+            Some(newest) => (header.epoch.clamp(Epoch::FIRST, newest.max(Epoch::FIRST)), header.chain_before),
+            None => (header.epoch.max(self.epoch), self.chain),
+        };
         let due = SegmentHeader {
             id: WalSegmentId { region: identity.region, shard: identity.shard, first_lsn: self.next_lsn },
             cluster: identity.cluster,
-            epoch: header.epoch.max(self.epoch),
-            chain_before: self.chain,
+            epoch,
+            chain_before,
             segment_size: identity.segment_size,
         };
         if header != due {
@@ -391,6 +410,8 @@ impl LogWriter {
         }
         self.open = Some(self.log.activate(prepared, header)?);
         self.epoch = header.epoch;
+        self.chain = header.chain_before;
+        self.trusted_epoch = None;
         self.arrived = 0;
         self.header_due = false;
         self.populate_at = self.log.populate_at_start();

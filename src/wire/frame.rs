@@ -86,7 +86,7 @@ kinds! {
     ShardInfo = 2, at most len(ShardInfo::LEN);
     /// A [`WalDataHeader`] and bytes of a segment.
     WalData = 3, at most len(WalDataHeader::LEN) + MAX_WAL_DATA_LEN;
-    /// A [`BaseDataHeader`] and the bytes of one block of the base.
+    /// A [`BaseDataHeader`] and the bytes of some blocks of the base.
     BaseData = 4, at most len(BaseDataHeader::LEN) + MAX_BASE_DATA_LEN;
     /// Every block of the base has been sent: a [`BaseComplete`].
     BaseComplete = 5, at most len(BaseComplete::LEN);

@@ -49,6 +49,7 @@ message! {
     /// | 67 | 8 | `applied` |
     /// | 75 | 4 | `chain` |
     /// | 79 | 8 | `from` |
+    /// | 87 | 1 | `flags`, see [`SyncRequest::BASE_INCOMPLETE`] |
     pub struct SyncRequest in SyncRequest {
         /// The versions that the asker speaks.
         pub versions: VersionRange,
@@ -78,11 +79,22 @@ message! {
         pub chain: Chain,
         /// With [`Purpose::Tail`], the first LSN wanted; else 0.
         pub from: Lsn,
+        /// What else is to be known of the asker. Flags that the answerer does not know say nothing.
+        pub flags: u8,
     }
+}
+
+impl SyncRequest {
+    /// Flag: a rebuild of the asker's target was begun and not completed, so neither its marks nor its log tell what it
+    /// has. Only another rebuild helps.
+    pub const BASE_INCOMPLETE: u8 = 1;
 }
 
 message! {
     /// The answer to a [`SyncRequest`]: what the shard is, and what the stream will carry.
+    ///
+    /// Where a rebuild's log begins is not known yet: `start`, `start_segment` and `start_offset` are 0, and
+    /// [`SessionControl`] says it.
     ///
     /// | offset | size | field |
     /// |---:|---:|---|

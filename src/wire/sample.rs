@@ -34,6 +34,7 @@ pub(crate) fn sync_request() -> SyncRequest {
         applied: Lsn(8),
         chain: Chain(0xaabb_ccdd),
         from: Lsn(9),
+        flags: SyncRequest::BASE_INCOMPLETE,
     }
 }
 
@@ -70,7 +71,7 @@ pub(crate) fn golden_messages() -> Vec<(Message, &'static str)> {
         (
             sync_request().into(),
             "0100 0200 03 0102030405060708090a0b0c0d0e0f10 1100000000000000 2200 3300 4400 0000000400000000
-             0500000000000000 0102030405060708 0700000000000000 0800000000000000 ddccbbaa 0900000000000000",
+             0500000000000000 0102030405060708 0700000000000000 0800000000000000 ddccbbaa 0900000000000000 01",
         ),
         (
             shard_info().into(),
@@ -101,9 +102,13 @@ pub(crate) fn golden_messages() -> Vec<(Message, &'static str)> {
                 kind: SessionKind::CatchUp,
                 base_lsn: Lsn(8),
                 target: Lsn(9),
+                log_start: Lsn(10),
+                block_len: 11,
+                block_count: 12,
             }
             .into(),
-            "0700000000000000 0500000000000000 03 02 0800000000000000 0900000000000000",
+            "0700000000000000 0500000000000000 03 02 0800000000000000 0900000000000000
+             0a00000000000000 0b000000 0c00000000000000",
         ),
         (
             SessionAck {

@@ -27,6 +27,8 @@ choice! {
         Cancel = 2,
         /// The leader has seen the achieved LSN and agrees: the follower counts from now on.
         Accept = 3,
+        /// The session begins later: others are being served.
+        Wait = 4,
     }
 }
 
@@ -85,6 +87,9 @@ message! {
     /// | 17 | 1 | `kind`, see [`SessionKind`] |
     /// | 18 | 8 | `base_lsn` |
     /// | 26 | 8 | `target` |
+    /// | 34 | 8 | `log_start` |
+    /// | 42 | 4 | `block_len` |
+    /// | 46 | 8 | `block_count` |
     pub struct SessionControl in SessionControl {
         /// Which session.
         pub session: SessionId,
@@ -98,6 +103,13 @@ message! {
         pub base_lsn: Lsn,
         /// The LSN that the session must reach, fixed when it was issued.
         pub target: Lsn,
+        /// When a rebuild starts, the first LSN of the segment with which the log lane begins, at most one past
+        /// `base_lsn`; else 0.
+        pub log_start: Lsn,
+        /// When a rebuild starts, bytes of each block of the base, or 0 if they have no numbers; else 0.
+        pub block_len: u32,
+        /// When a rebuild starts, blocks of the base; else 0.
+        pub block_count: u64,
     }
 }
 
@@ -126,7 +138,8 @@ message! {
 }
 
 message! {
-    /// The prefix of a `BaseData` body; the block's bytes follow, as many as `length` says and the frame has left.
+    /// The prefix of a `BaseData` body. The bytes of consecutive blocks follow, as many as `length` says and the frame has
+    /// left; where blocks have no numbers, those of one chunk.
     ///
     /// | offset | size | field |
     /// |---:|---:|---|
@@ -140,11 +153,11 @@ message! {
         pub session: SessionId,
         /// The term under which it was issued.
         pub epoch: Epoch,
-        /// The number of the block.
+        /// The number of the first block, or of the chunk.
         pub block: u64,
-        /// Bytes of the block.
+        /// Bytes of all blocks in the frame.
         pub length: u32,
-        /// CRC-32 (IEEE) of the block's bytes.
+        /// CRC-32 (IEEE) of these bytes.
         pub checksum: u32,
     }
 }
@@ -166,7 +179,7 @@ message! {
         pub epoch: Epoch,
         /// The LSN at or above which every block stands.
         pub base_lsn: Lsn,
-        /// How many blocks were sent.
+        /// How many blocks, or chunks, were sent.
         pub blocks: u64,
         /// CRC-32 (IEEE) of the bytes of all blocks, in the order in which they were sent.
         pub checksum: u32,

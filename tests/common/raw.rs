@@ -22,6 +22,7 @@ pub fn follow_request(manifest: &Manifest, node: u64, shard: ShardId) -> SyncReq
         applied: Lsn::ZERO,
         chain: Chain::genesis(manifest.cluster, manifest.region, shard),
         from: Lsn::ZERO,
+        flags: 0,
     }
 }
 

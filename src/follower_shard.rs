@@ -1,0 +1,253 @@
+//! One shard of a follower: its log, the log's writer and the applier, as one thing that can be replaced while the node
+//! runs.
+//!
+//! The shard's receiver owns it. Other threads see its log and its marks through the server, the checkpoint and
+//! [`ShardState`], and are given the new ones when a rebuild replaces the log.
+//!
+//! # Replacing the log
+//!
+//! | step | a crash after it leaves |
+//! |---|---|
+//! | the target has its mark | the old log, and a target that asks for a rebuild |
+//! | the checkpoint forgets the shard | the same; recovery expects nothing of the log |
+//! | the old segments are removed, newest first | a beginning of the old log |
+//! | the first header page has arrived | a log that begins there |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+use crate::applier::Applier;
+use crate::commit::Commits;
+use crate::error::{Error, Result};
+use crate::follower::{Following, ShardState};
+use crate::node::{CheckpointShard, Checkpointer, NODE_THREAD_STACK};
+use crate::rebuild::RebuildSession;
+use crate::server::{Server, ServerShard};
+use crate::shutdown::ShutdownSignal;
+use crate::target::ReplicationTarget;
+use crate::types::{Epoch, Lsn, ShardId};
+use crate::wal::{Log, LogIdentity, LogWriter, Wal, WalOptions};
+use crate::watermark::Watermark;
+
+/// One shard of a follower.
+pub(crate) struct FollowerShard {
+    pub(crate) shard: ShardId,
+    pub(crate) node: Arc<Following>,
+    pub(crate) state: Arc<ShardState>,
+    pub(crate) server: Arc<Server>,
+    pub(crate) checkpointer: Arc<Checkpointer>,
+    /// None only after replacing it failed; following then ends.
+    pub(crate) open: Option<(Wal, LogWriter)>,
+    pub(crate) applied: Arc<AppliedMark>,
+    /// Up to where that is durable. Moved by the checkpointer.
+    pub(crate) saved: Arc<Watermark>,
+    pub(crate) applier: Option<RunningApplier>,
+}
+
+/// Up to where a shard's target has applied its log.
+#[derive(Debug)]
+pub(crate) struct AppliedMark {
+    /// Of the present log: a rebuild begins with another one. Moved by the shard's applier only.
+    own: Watermark,
+    /// What the node tells: it lives as long as the node, never moves back, and stands still while the target is being
+    /// rebuilt and serves nothing.
+    told: Arc<Watermark>,
+    is_told: AtomicBool,
+}
+
+impl AppliedMark {
+    /// A mark at `applied`, told unless the target is being rebuilt.
+    pub(crate) fn new(applied: Lsn, told: Arc<Watermark>, is_told: bool) -> Arc<AppliedMark> {
+        let mark = AppliedMark { own: Watermark::new(applied), told, is_told: AtomicBool::new(false) };
+        if is_told {
+            mark.tell();
+        }
+        Arc::new(mark)
+    }
+
+    /// What the node tells.
+    pub(crate) fn told(&self) -> &Arc<Watermark> {
+        &self.told
+    }
+
+    pub(crate) fn own(&self) -> &Watermark {
+        &self.own
+    }
+
+    pub(crate) fn load(&self) -> Lsn {
+        self.own.load()
+    }
+
+    /// Moves it. For the one applier.
+    pub(crate) fn publish(&self, lsn: Lsn) {
+        self.own.publish(lsn);
+        if self.is_told.load(Ordering::SeqCst) {
+            self.told.advance(lsn);
+        }
+    }
+
+    /// Tells it from now on. The flag is set before the mark is read, and an applier moves the mark before it reads the
+    /// flag, all in one order: one of the two tells what the other does not.
+    pub(crate) fn tell(&self) {
+        self.is_told.store(true, Ordering::SeqCst);
+        self.told.advance(self.own.load());
+    }
+}
+
+/// An applier on its thread.
+pub(crate) struct RunningApplier {
+    stop: ShutdownSignal,
+    thread: JoinHandle<()>,
+}
+
+/// The rebuild that an applier works for.
+#[derive(Clone)]
+pub(crate) struct RebuildOfApplier {
+    pub(crate) session: Arc<Mutex<RebuildSession>>,
+    /// What ended the session, if an error did.
+    pub(crate) failure: Arc<Mutex<Option<Error>>>,
+    /// Ends the stream that serves it.
+    pub(crate) over: ShutdownSignal,
+}
+
+impl FollowerShard {
+    /// The writer of its log.
+    pub(crate) fn writer(&mut self) -> Result<&mut LogWriter> {
+        self.open.as_mut().map(|(_, writer)| writer).ok_or(Error::ShutDown)
+    }
+
+    /// Its log.
+    pub(crate) fn log(&self) -> Result<Arc<Log>> {
+        self.open.as_ref().map(|(wal, _)| Arc::clone(wal.log())).ok_or(Error::ShutDown)
+    }
+
+    pub(crate) fn target(&self) -> &Arc<dyn ReplicationTarget> {
+        self.node.target()
+    }
+
+    /// Whether the target waits for a rebuild, so that nothing else can be applied to it.
+    pub(crate) fn is_incomplete(&self) -> Result<bool> {
+        self.target().is_rebuilding(self.shard)
+    }
+
+    /// Starts the applier unless it runs already, or the target waits for a rebuild.
+    pub(crate) fn ensure_applier(&mut self) -> Result<()> {
+        if self.applier.is_none() && !self.is_incomplete()? {
+            self.start_applier(None)?;
+        }
+        Ok(())
+    }
+
+    /// Starts the applier. An error that it meets in a rebuild ends the rebuild; any other ends following.
+    pub(crate) fn start_applier(&mut self, rebuild: Option<RebuildOfApplier>) -> Result<()> {
+        let stop = ShutdownSignal::new();
+        let applier = Applier {
+            shard: self.shard,
+            log: self.log()?,
+            target: Arc::clone(self.target()),
+            applied: Arc::clone(&self.applied),
+            rebuild: rebuild.as_ref().map(|rebuild| Arc::clone(&rebuild.session)),
+            stop: stop.clone(),
+        };
+        let (node, shard) = (Arc::clone(&self.node), self.shard);
+        let run = move || {
+            let Err(error) = applier.run() else { return };
+            match rebuild.filter(|rebuild| !rebuild.session.lock().is_completed()) {
+                Some(rebuild) => {
+                    rebuild.failure.lock().get_or_insert(error);
+                    rebuild.over.shutdown();
+                }
+                None => node.fail(shard, error),
+            }
+        };
+        let name = format!("tl-apply-s{shard}");
+        let thread = std::thread::Builder::new().name(name.clone()).stack_size(NODE_THREAD_STACK).spawn(run);
+        self.applier = Some(RunningApplier { stop, thread: thread.map_err(Error::io("start thread", name))? });
+        Ok(())
+    }
+
+    /// Ends the applier. What is in the log is still applied, unless a rebuild is what ended.
+    pub(crate) fn stop_applier(&mut self) {
+        let Some(RunningApplier { stop, thread }) = self.applier.take() else { return };
+        stop.shutdown();
+        if thread.join().is_err() {
+            log::error!("the applier of shard {} panicked", self.shard);
+        }
+    }
+
+    /// Replaces the log by an empty one that begins with `first_lsn`, for a target that has applied `base_lsn` and tells
+    /// nobody. The target has its mark and the applier has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`]: the shard has no log then, and following must end.
+    pub(crate) fn replace_log(&mut self, first_lsn: Lsn, base_lsn: Lsn, newest_epoch: Epoch) -> Result<()> {
+        let shard = self.shard;
+        self.replace(first_lsn, base_lsn, newest_epoch).map_err(|error| match error {
+            Error::Poisoned { .. } | Error::ShutDown => error,
+            other => Error::Poisoned { shard, reason: other.to_string() },
+        })
+    }
+
+    fn replace(&mut self, first_lsn: Lsn, base_lsn: Lsn, newest_epoch: Epoch) -> Result<()> {
+        self.checkpointer.forget(self.shard)?;
+        let manifest = self.node.manifest();
+        let identity = LogIdentity {
+            cluster: manifest.cluster,
+            region: manifest.region,
+            shard: self.shard,
+            segment_size: manifest.segment_size,
+        };
+        let options = WalOptions { known_synced: Lsn::ZERO, ..self.node.options.wal };
+        let path = self.node.shard_path(self.shard);
+        self.applied = AppliedMark::new(base_lsn, Arc::clone(&self.applied.told), false);
+        self.saved = Arc::new(Watermark::new(base_lsn));
+        let before = self.server.shard(self.shard)?;
+        // Nothing is released meanwhile: a file of the old log may have the name of one of the new.
+        let (wal, writer) = before.host.replace_log(&self.saved, || {
+            // Writer and threads end before the files go, and with them what keeps others out of the directory.
+            drop(self.open.take());
+            Wal::open_at(&path, identity, options, first_lsn, newest_epoch)
+        })?;
+        self.state.set_applied(&self.applied);
+        let log = Arc::clone(wal.log());
+        self.open = Some((wal, writer));
+        self.server.replace_shard(
+            self.shard,
+            ServerShard {
+                commits: Arc::new(Commits::new(Arc::clone(&log), self.node.options.commit)),
+                log,
+                host: Arc::clone(&before.host),
+                following: Some(Arc::clone(&self.state)),
+                target: Some(Arc::clone(self.target())),
+            },
+        )
+    }
+
+    /// What the checkpoint needs to know of the shard again, once its rebuild has completed.
+    pub(crate) fn checkpoint_shard(&self) -> Result<CheckpointShard> {
+        let applied = Some((Arc::clone(&self.applied), Arc::clone(self.target())));
+        Ok(CheckpointShard { log: self.log()?, applied, saved: Arc::clone(&self.saved) })
+    }
+
+    /// Ends the applier and closes the log.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`] if something in the log is not on stable storage.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        self.stop_applier();
+        let Some((wal, writer)) = self.open.take() else { return Ok(()) };
+        drop(writer);
+        wal.close()
+    }
+}
+
+impl Drop for FollowerShard {
+    fn drop(&mut self) {
+        self.stop_applier();
+    }
+}

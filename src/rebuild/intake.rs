@@ -1,0 +1,411 @@
+//! The follower's side of one rebuild's stream: what to do with its frames, and completing it.
+//!
+//! | thread | does |
+//! |---|---|
+//! | receiver | takes on the session, puts blocks |
+//! | applier | applies the log lane through the session |
+//! | completer | waits until base and log are there, completes, reports |
+//!
+//! They share the [`RebuildSession`] behind a lock. The completer has a thread of its own because the receiver waits in
+//! the socket, where a quiet leader may send nothing for long, and because making a large base durable takes time, during
+//! which signs of life must go on.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, Result};
+use crate::follower::ShardState;
+use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
+use crate::limits::MAX_BASE_DATA_LEN;
+use crate::node::{CheckpointShard, Checkpointer};
+use crate::rebuild::{RebuildContract, RebuildSession};
+use crate::receiver::{AckLane, blame, refusal};
+use crate::shutdown::ShutdownSignal;
+use crate::target::{BaseInfo, BlockId};
+use crate::transport::{FrameReceiver, FrameSender};
+use crate::types::{Epoch, Lsn};
+use crate::wal::{Log, unix_ms};
+use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
+use crate::wire::{
+    BaseComplete, BaseDataHeader, Heartbeat, Message, SessionAck, SessionAction, SessionControl, SessionFailure,
+    SessionId, SessionKind, SessionPhase, ShardInfo,
+};
+
+/// A rebuild that this stream serves.
+pub(crate) struct Intake {
+    contract: RebuildContract,
+    session: Arc<Mutex<RebuildSession>>,
+    /// What ended it on another thread.
+    pub(crate) failure: Arc<Mutex<Option<Error>>>,
+    over: ShutdownSignal,
+    /// 1 once the base is complete. Moved by the receiver.
+    base_complete: Watermark,
+}
+
+/// What of the base has arrived. The receiver's own.
+pub(crate) struct Arrived {
+    bytes: Vec<u8>,
+    checksum: crc32fast::Hasher,
+    blocks: u64,
+}
+
+impl Arrived {
+    pub(crate) fn new() -> Arrived {
+        Arrived { bytes: Vec::new(), checksum: crc32fast::Hasher::new(), blocks: 0 }
+    }
+}
+
+impl Intake {
+    /// Waits until the leader starts the session, then takes it on: the target gets its mark and the shard an empty log.
+    /// Signs of life go out meanwhile. A refusal is told to the leader.
+    ///
+    /// # Errors
+    ///
+    /// What ended the stream; [`Error::Invalid`] if what is here is newer than the base, and then nothing has changed.
+    pub(crate) fn take_on(
+        own: &mut FollowerShard,
+        info: &ShardInfo,
+        (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
+        over: &ShutdownSignal,
+    ) -> Result<Intake> {
+        let start = await_start(info, sender, receiver)?;
+        let base = BaseInfo { base_lsn: start.base_lsn, block_len: start.block_len, block_count: start.block_count };
+        let contract = RebuildContract { session: info.session, epoch: info.epoch, target: info.target, base };
+        if start.log_start == Lsn::ZERO || start.log_start > base.base_lsn.next() || base.block_len > MAX_BASE_DATA_LEN
+        {
+            return Err(Error::protocol(
+                receiver.peer(),
+                format!(
+                    "it starts a rebuild with blocks of {} bytes at LSN {} and a log from LSN {} on",
+                    base.block_len, base.base_lsn, start.log_start
+                ),
+            ));
+        }
+        let failure_of = |reason| failed(&contract, reason);
+        let heartbeat = own.node.options.heartbeat;
+        let taken = while_beating(sender, heartbeat, info.epoch, over, || Self::prepare(own, contract, &start, over));
+        if let Err(error) = &taken {
+            let reason =
+                if error.is_corruption() { SessionFailure::LocalBaseCorrupt } else { SessionFailure::BaseUnavailable };
+            let _ = sender.send_message(&failure_of(reason));
+        }
+        taken
+    }
+
+    fn prepare(
+        own: &mut FollowerShard,
+        contract: RebuildContract,
+        start: &SessionControl,
+        over: &ShutdownSignal,
+    ) -> Result<Intake> {
+        own.stop_applier();
+        let (shard, base) = (own.shard, contract.base);
+        let durable = own.target().durable_applied(shard)?.unwrap_or(Lsn::ZERO);
+        let here = durable.max(own.applied.load());
+        if !own.is_incomplete()? && here > base.base_lsn {
+            return Err(Error::invalid(format!(
+                "shard {shard} has applied LSN {here}, which is newer than the offered base at LSN {}; nothing was \
+                 changed; make the node with the newer state the leader, or start with an empty directory",
+                base.base_lsn
+            )));
+        }
+        let mut session = RebuildSession::new(shard, Arc::clone(own.target()));
+        session.start(contract)?;
+        own.replace_log(start.log_start, base.base_lsn, contract.epoch)?;
+        log::info!(
+            "shard {shard}: rebuilding from a base at LSN {} of {} blocks, and the log from LSN {} to at least {}",
+            base.base_lsn,
+            base.block_count,
+            start.log_start,
+            contract.target
+        );
+        own.state.set_rebuild(session.progress());
+        let intake = Intake {
+            contract,
+            session: Arc::new(Mutex::new(session)),
+            failure: Arc::default(),
+            over: over.clone(),
+            base_complete: Watermark::default(),
+        };
+        if base.is_numbered() {
+            own.start_applier(Some(intake.of_applier()))?;
+        }
+        Ok(intake)
+    }
+
+    fn of_applier(&self) -> RebuildOfApplier {
+        RebuildOfApplier {
+            session: Arc::clone(&self.session),
+            failure: Arc::clone(&self.failure),
+            over: self.over.clone(),
+        }
+    }
+
+    /// The follower's word about the session.
+    pub(crate) fn word(&self, phase: SessionPhase, achieved: Lsn) -> Message {
+        let RebuildContract { session, epoch, .. } = self.contract;
+        Message::SessionAck(SessionAck { session, epoch, phase, achieved, reason: SessionFailure::None })
+    }
+
+    /// One `BaseData` frame: its blocks are put, unless the log has written them since, and the leader is told.
+    pub(crate) fn take_base(
+        &self,
+        own: &FollowerShard,
+        receiver: &mut dyn FrameReceiver,
+        arrived: &mut Arrived,
+        lane: &AckLane,
+    ) -> Result<()> {
+        let mut fields = [0; BaseDataHeader::LEN];
+        receiver.receive_exact(&mut fields)?;
+        let peer = receiver.peer().to_owned();
+        let header = BaseDataHeader::decode(&fields).map_err(|error| error.from_peer(&peer))?;
+        let left = receiver.remaining();
+        // No more than a frame can have.
+        arrived.bytes.resize(usize::try_from(left).unwrap_or_default(), 0);
+        receiver.receive_exact(&mut arrived.bytes)?;
+        if !self.is_about(header.session, header.epoch) {
+            return Ok(());
+        }
+        let checksum = crc32fast::hash(&arrived.bytes);
+        if header.length != left || left == 0 || header.checksum != checksum {
+            return Err(Error::protocol(
+                peer,
+                format!(
+                    "blocks from {} on came damaged: {left} bytes with checksum {checksum:08x}, announced were {} with {:08x}",
+                    header.block, header.length, header.checksum
+                ),
+            ));
+        }
+        arrived.checksum.update(&arrived.bytes);
+        self.put_blocks(&peer, header.block, arrived)?;
+        let progress = self.session.lock().progress();
+        own.state.set_rebuild(progress);
+        lane.send_message(&self.word(SessionPhase::Running, progress.applied))
+    }
+
+    fn put_blocks(&self, peer: &str, first: u64, arrived: &mut Arrived) -> Result<()> {
+        let block_len = usize::try_from(self.contract.base.block_len).unwrap_or(usize::MAX);
+        let is_chunk = block_len == 0;
+        let blocks = arrived.bytes.chunks(if is_chunk { arrived.bytes.len() } else { block_len });
+        for (bytes, index) in blocks.zip(0u64..) {
+            let block = first.saturating_add(index);
+            if !is_chunk && bytes.len() != block_len || is_chunk && block != arrived.blocks {
+                return Err(Error::protocol(
+                    peer,
+                    format!("block {block} has {} bytes or the wrong place", bytes.len()),
+                ));
+            }
+            // One block at a time, so that the applier comes in between.
+            self.session.lock().apply_base_block(BlockId(block), bytes).map_err(blame(peer))?;
+            arrived.blocks += 1;
+        }
+        Ok(())
+    }
+
+    /// The end of the base.
+    pub(crate) fn take_end(
+        &self,
+        own: &mut FollowerShard,
+        peer: &str,
+        end: BaseComplete,
+        arrived: &Arrived,
+    ) -> Result<()> {
+        if !self.is_about(end.session, end.epoch) {
+            return Ok(());
+        }
+        let checksum = arrived.checksum.clone().finalize();
+        if end.checksum != checksum || end.base_lsn != self.contract.base.base_lsn {
+            return Err(Error::protocol(peer, format!("the base at LSN {} came damaged", self.contract.base.base_lsn)));
+        }
+        let progress = {
+            let mut session = self.session.lock();
+            session.mark_base_complete(end.blocks).map_err(blame(peer))?;
+            session.progress()
+        };
+        own.state.set_rebuild(progress);
+        // A snapshot is there as a whole now: the log that has waited follows it.
+        if !self.contract.base.is_numbered() {
+            own.start_applier(Some(self.of_applier()))?;
+        }
+        self.base_complete.advance(Lsn(1));
+        Ok(())
+    }
+
+    /// The leader's word about the session.
+    pub(crate) fn take_control(&self, own: &FollowerShard, peer: &str, control: SessionControl) -> Result<()> {
+        if !self.is_about(control.session, control.epoch) {
+            return Ok(());
+        }
+        match control.action {
+            SessionAction::Accept => {
+                log::info!("shard {}: rebuilt, and {peer} counts on it", own.shard);
+                Ok(())
+            }
+            SessionAction::Cancel => {
+                self.session.lock().cancel(SessionFailure::Cancelled);
+                own.state.set_rebuild(self.session.lock().progress());
+                Err(cancelled(peer))
+            }
+            other => Err(Error::protocol(peer, format!("it says {other:?} in the middle of a session"))),
+        }
+    }
+
+    /// Waits until the rebuild can be completed, completes it, and reports that. For a thread of its own. What goes wrong
+    /// ends the stream.
+    pub(crate) fn run_completer(&self, own: &Completion, lane: &AckLane) {
+        if let Err(error) = self.complete_when_ready(own, lane) {
+            self.failure.lock().get_or_insert(error);
+            self.over.shutdown();
+        }
+    }
+
+    fn complete_when_ready(&self, own: &Completion, lane: &AckLane) -> Result<()> {
+        let over = self.over.until();
+        let is_reached =
+            |condition: Until<'_>| wait_any(&[condition, over], WaitStrategy::Park, None) == Waited::Reached(0);
+        if !is_reached(self.base_complete.until(Lsn(1))) {
+            return Ok(());
+        }
+        lane.send_message(&self.word(SessionPhase::BaseComplete, own.applied.load()))?;
+        let needed = self.session.lock().needed();
+        let log = &own.log;
+        if !is_reached(own.applied.own().until(needed)) || !is_reached(log.written().until(needed)) {
+            return Ok(());
+        }
+        let achieved = {
+            // The applier waits here, so nothing is applied that the log does not have on stable storage.
+            let mut session = self.session.lock();
+            log.sync_all()?;
+            let achieved = session.try_complete()?;
+            own.state.set_rebuild(session.progress());
+            achieved
+        };
+        let Some(achieved) = achieved else { return Ok(()) };
+        own.checkpointer.take_up(log.shard(), own.taken_up.clone());
+        own.applied.tell();
+        log::info!("shard {}: the rebuild is complete at LSN {achieved}", log.shard());
+        lane.send_message(&self.word(SessionPhase::Completed, achieved))
+    }
+
+    /// Ends the session if it is still active: the stream is over.
+    pub(crate) fn end(&self, own: &mut FollowerShard) {
+        self.session.lock().cancel(SessionFailure::TransportLost);
+        let (is_completed, progress) = {
+            let session = self.session.lock();
+            (session.is_completed(), session.progress())
+        };
+        own.state.set_rebuild(progress);
+        if !is_completed {
+            own.stop_applier();
+        }
+    }
+
+    /// What the leader is told if the session ends here and now.
+    pub(crate) fn failure_word(&self, error: &Error) -> Option<Message> {
+        let session = self.session.lock();
+        let reason = match error {
+            Error::Corrupt { .. } => SessionFailure::LocalBaseCorrupt,
+            Error::Poisoned { .. } => SessionFailure::LocalWalCorrupt,
+            Error::Network { .. } => return None,
+            _ => SessionFailure::Cancelled,
+        };
+        session.active().then(|| failed(&self.contract, reason))
+    }
+
+    fn is_about(&self, session: SessionId, epoch: Epoch) -> bool {
+        (session, epoch) == (self.contract.session, self.contract.epoch)
+    }
+}
+
+/// What the completer works with.
+pub(crate) struct Completion {
+    log: Arc<Log>,
+    applied: Arc<AppliedMark>,
+    state: Arc<ShardState>,
+    checkpointer: Arc<Checkpointer>,
+    taken_up: CheckpointShard,
+}
+
+impl Completion {
+    pub(crate) fn of(own: &FollowerShard) -> Result<Completion> {
+        Ok(Completion {
+            log: own.log()?,
+            applied: Arc::clone(&own.applied),
+            state: Arc::clone(&own.state),
+            checkpointer: Arc::clone(&own.checkpointer),
+            taken_up: own.checkpoint_shard()?,
+        })
+    }
+}
+
+fn failed(contract: &RebuildContract, reason: SessionFailure) -> Message {
+    let RebuildContract { session, epoch, .. } = *contract;
+    Message::SessionAck(SessionAck { session, epoch, phase: SessionPhase::Failed, achieved: Lsn::ZERO, reason })
+}
+
+fn cancelled(peer: &str) -> Error {
+    Error::Refused {
+        peer: peer.to_owned(),
+        code: crate::error::RefusalCode::Superseded,
+        reason: "it called the rebuild off".to_owned(),
+    }
+}
+
+/// Waits for its turn, answering each sign of life.
+fn await_start(
+    info: &ShardInfo,
+    sender: &mut dyn FrameSender,
+    receiver: &mut dyn FrameReceiver,
+) -> Result<SessionControl> {
+    loop {
+        let peer = receiver.peer().to_owned();
+        match receiver.receive_message()? {
+            Message::Heartbeat(_) => sender.send_message(&sign_of_life(info.epoch))?,
+            Message::SessionControl(control) if (control.session, control.epoch) != (info.session, info.epoch) => {}
+            Message::SessionControl(control) => match control.action {
+                SessionAction::Start if control.kind == SessionKind::Rebuild && control.target == info.target => {
+                    return Ok(control);
+                }
+                SessionAction::Wait => {
+                    log::info!("shard {}: {peer} serves others first", info.shard);
+                    sender.send_message(&sign_of_life(info.epoch))?;
+                }
+                SessionAction::Cancel => return Err(cancelled(&peer)),
+                _ => return Err(Error::protocol(peer, format!("a rebuild is to start, and it says {control:?}"))),
+            },
+            other => return Err(refusal(&peer, other)),
+        }
+    }
+}
+
+fn sign_of_life(epoch: Epoch) -> Message {
+    Message::Heartbeat(Heartbeat {
+        epoch,
+        head: Lsn::ZERO,
+        committed: Lsn::ZERO,
+        chain: crate::types::Chain::default(),
+        sent_unix_ms: unix_ms(),
+    })
+}
+
+/// Does `work`, which may take long, while signs of life go out.
+fn while_beating<T>(
+    sender: &mut dyn FrameSender,
+    heartbeat: std::time::Duration,
+    epoch: Epoch,
+    over: &ShutdownSignal,
+    work: impl FnOnce() -> T,
+) -> T {
+    let done = over.child();
+    std::thread::scope(|scope| {
+        let beats = std::thread::Builder::new().name("tl-beat".to_owned()).stack_size(crate::wal::THREAD_STACK);
+        let beat = || while !done.wait_timeout(heartbeat) && sender.send_message(&sign_of_life(epoch)).is_ok() {};
+        if let Err(error) = beats.spawn_scoped(scope, beat) {
+            log::warn!("no signs of life for now: {error}");
+        }
+        let result = work();
+        done.shutdown();
+        result
+    })
+}

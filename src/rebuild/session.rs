@@ -1,0 +1,645 @@
+//! The follower's side of one rebuild: what is applied from which lane, and when it is done.
+//!
+//! # Phases
+//!
+//! ```text
+//!  idle ──start──▶ accepted ──first entry or block──▶ running ──base complete──▶ base_complete ──try──▶ completed
+//!                      │                                 │                           │
+//!                      └───────────── cancel, or any error of a lane ────────────────┴────────────────▶ failed
+//! ```
+//!
+//! A completed or failed session can start again; one that is active is superseded by a new start, so it fails first.
+//! The legal transitions stand in [`RebuildPhase::may_become`], and nowhere else.
+//!
+//! # Which lane wins
+//!
+//! A block's bit is set when a record that touches it has been applied, in the same step: whoever holds the session
+//! applies the record and sets the bit, or looks at the bit and puts the block. So an image never covers a record. A
+//! target that cannot number its blocks gets the whole base first: until that is complete the log lane waits in the local
+//! log.
+//!
+//! # When it is done
+//!
+//! 1. The base is complete: every block was put or skipped, and the leader has said how many there were.
+//! 2. Applied has reached the target, which was frozen when the session was issued, and the newest effect that came with
+//!    a block ([`BaseSink::consistent_from`]): before that the image is no state that ever was.
+//! 3. The local log has been synced up to what is applied. Then the target makes the base durable and takes its mark
+//!    away, and the session is completed at what is applied, the *achieved* LSN.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::rebuild::BlockBitmap;
+use crate::target::{BaseInfo, BaseSink, BlockId, ReplicationTarget};
+use crate::types::{Epoch, Lsn, ShardId};
+use crate::wal::Batch;
+use crate::wire::{SessionFailure, SessionId};
+
+/// How far a rebuild has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RebuildPhase {
+    /// There is none.
+    #[default]
+    Idle,
+    /// The target carries its mark, and nothing has arrived yet.
+    Accepted,
+    /// Log entries and blocks are being applied.
+    Running,
+    /// Every block has arrived; the log has not come far enough yet.
+    BaseComplete,
+    /// The target serves again.
+    Completed,
+    /// It was given up. The target serves nothing until another rebuild completes.
+    Failed,
+}
+
+impl RebuildPhase {
+    /// All of them.
+    pub const ALL: [RebuildPhase; 6] = [
+        RebuildPhase::Idle,
+        RebuildPhase::Accepted,
+        RebuildPhase::Running,
+        RebuildPhase::BaseComplete,
+        RebuildPhase::Completed,
+        RebuildPhase::Failed,
+    ];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            RebuildPhase::Idle => "idle",
+            RebuildPhase::Accepted => "accepted",
+            RebuildPhase::Running => "running",
+            RebuildPhase::BaseComplete => "base_complete",
+            RebuildPhase::Completed => "completed",
+            RebuildPhase::Failed => "failed",
+        }
+    }
+
+    /// Whether a rebuild is under way.
+    #[must_use]
+    pub const fn is_active(self) -> bool {
+        matches!(self, RebuildPhase::Accepted | RebuildPhase::Running | RebuildPhase::BaseComplete)
+    }
+
+    /// Whether this phase can be followed by `next`.
+    #[must_use]
+    pub const fn may_become(self, next: RebuildPhase) -> bool {
+        use RebuildPhase as P;
+        match (self, next) {
+            (P::Idle | P::Completed | P::Failed, P::Accepted) => true,
+            (P::Accepted, P::Running) => true,
+            // A base without any block is complete before anything ran.
+            (P::Accepted | P::Running, P::BaseComplete) => true,
+            (P::BaseComplete, P::Completed) => true,
+            (P::Accepted | P::Running | P::BaseComplete, P::Failed) => true,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for RebuildPhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The terms of a rebuild, fixed when the leader starts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RebuildContract {
+    /// Which session.
+    pub session: SessionId,
+    /// The leader's term.
+    pub epoch: Epoch,
+    /// The LSN that the log lane must reach: the leader's head when it issued the session.
+    pub target: Lsn,
+    /// What the base is.
+    pub base: BaseInfo,
+}
+
+/// How a rebuild goes, for those who ask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RebuildProgress {
+    /// Which session.
+    pub session: SessionId,
+    /// Its phase.
+    pub phase: RebuildPhase,
+    /// Blocks of the base that have arrived.
+    pub blocks_done: u64,
+    /// Of these, blocks that were left out because the log was ahead of them.
+    pub blocks_skipped: u64,
+    /// Blocks of the whole image, blank ones included, which are never sent; 0 where blocks have no numbers.
+    pub blocks_total: u64,
+    /// Up to where the log lane has been applied.
+    pub applied: Lsn,
+    /// Up to where it must be at least.
+    pub target: Lsn,
+}
+
+/// One shard's rebuilds on a follower, one at a time. Whoever applies log entries and whoever puts blocks share it behind
+/// a lock.
+///
+/// ```
+/// use std::sync::Arc;
+/// use towline::rebuild::{RebuildContract, RebuildPhase, RebuildSession};
+/// use towline::target::{BlockId, FixedStore, FixedStoreOptions, ReplicationTarget};
+/// use towline::wire::SessionId;
+/// use towline::{Epoch, Lsn, ShardId};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let leader = FixedStore::open(dir.path().join("leader"), &FixedStoreOptions::default())?;
+/// let follower = Arc::new(FixedStore::open(dir.path().join("follower"), &FixedStoreOptions::default())?);
+/// leader.put(b"boat", b"red", |_, _| Ok(Lsn(1)))?;
+///
+/// let mut base = leader.open_base(ShardId(0))?;
+/// let mut session = RebuildSession::new(ShardId(0), follower.clone());
+/// let contract = RebuildContract { session: SessionId(1), epoch: Epoch(1), target: Lsn(1), base: base.info() };
+/// session.start(contract)?;
+/// let mut block = vec![0; usize::try_from(base.info().block_len)?];
+/// while let Some(run) = base.next_run(&mut block)? {
+///     session.apply_base_block(run.first, &block)?;
+/// }
+/// session.mark_base_complete(1)?;
+/// assert_eq!(session.try_complete()?, Some(Lsn(1)));
+/// assert_eq!(session.phase(), RebuildPhase::Completed);
+/// assert_eq!(follower.get(b"boat")?.as_deref(), Some(&b"red"[..]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct RebuildSession {
+    shard: ShardId,
+    store: Arc<dyn ReplicationTarget>,
+    phase: RebuildPhase,
+    /// The terms; none before the first start.
+    contract: Option<RebuildContract>,
+    /// Open while the session is active.
+    sink: Option<Box<dyn BaseSink>>,
+    covered: BlockBitmap,
+    applied: Lsn,
+    done: u64,
+    skipped: u64,
+    failure: SessionFailure,
+    touched: Vec<BlockId>,
+}
+
+impl RebuildSession {
+    /// No rebuild yet, of one shard of a target.
+    #[must_use]
+    pub fn new(shard: ShardId, target: Arc<dyn ReplicationTarget>) -> RebuildSession {
+        RebuildSession {
+            shard,
+            store: target,
+            phase: RebuildPhase::Idle,
+            contract: None,
+            sink: None,
+            covered: BlockBitmap::new(0),
+            applied: Lsn::ZERO,
+            done: 0,
+            skipped: 0,
+            failure: SessionFailure::None,
+            touched: Vec::new(),
+        }
+    }
+
+    /// Takes on a rebuild: the target gets its durable mark, and its old state is gone. A session that is active fails as
+    /// superseded.
+    ///
+    /// # Errors
+    ///
+    /// What the target gives: [`Error::Invalid`] if its state is newer than the base or it takes none, and then nothing
+    /// has changed in it; [`Error::Mismatch`]; I/O errors. The session is not started then.
+    pub fn start(&mut self, contract: RebuildContract) -> Result<()> {
+        self.cancel(SessionFailure::Superseded);
+        self.sink = Some(self.store.begin_base(self.shard, contract.base)?);
+        self.enter(RebuildPhase::Accepted)?;
+        // Blocks past the end of the image never come with it: they need no bit.
+        self.covered = BlockBitmap::new(contract.base.block_count);
+        self.applied = contract.base.base_lsn;
+        self.contract = Some(contract);
+        (self.done, self.skipped, self.failure) = (0, 0, SessionFailure::None);
+        Ok(())
+    }
+
+    /// Applies the records of a batch of the local log, and marks the blocks that they touch. Records that the base holds
+    /// already are left out; those after it come without gaps.
+    ///
+    /// # Errors
+    ///
+    /// A gap, and what the target gives: the session has failed then. [`Error::Invalid`] if no session is active, or if
+    /// the target needs the whole base first ([`takes_log`](Self::takes_log)): nothing has changed then.
+    pub fn apply_log_entry(&mut self, batch: &Batch<'_>) -> Result<()> {
+        if !self.takes_log() {
+            return Err(self.out_of_place("a log entry"));
+        }
+        let result = self.apply_batch(batch);
+        self.fail_on_error(result)
+    }
+
+    fn apply_batch(&mut self, batch: &Batch<'_>) -> Result<()> {
+        let last = batch.header.last_lsn();
+        if last <= self.applied {
+            return Ok(());
+        }
+        if batch.header.first_lsn > self.applied.next() {
+            return Err(Error::invalid(format!(
+                "the log of shard {} goes on with LSN {} where LSN {} is due",
+                self.shard,
+                batch.header.first_lsn,
+                self.applied.next()
+            )));
+        }
+        if self.phase == RebuildPhase::Accepted {
+            self.enter(RebuildPhase::Running)?;
+        }
+        self.store.apply_batch(self.shard, batch)?;
+        if self.base().is_numbered() {
+            self.mark_touched(batch)?;
+        }
+        self.applied = last;
+        Ok(())
+    }
+
+    fn mark_touched(&mut self, batch: &Batch<'_>) -> Result<()> {
+        for record in batch.records().filter(|record| record.lsn > self.applied) {
+            self.touched.clear();
+            if !self.store.blocks_of(self.shard, record, &mut self.touched)? {
+                return Err(Error::invalid(format!(
+                    "the target of shard {} numbers the blocks of its base, but not those of its records",
+                    self.shard
+                )));
+            }
+            let limit = self.covered.limit_blocks();
+            for &block in self.touched.iter().filter(|block| block.0 < limit) {
+                self.covered.mark_applied(block)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts one block, or one chunk of an image without numbered blocks, unless the log has written it since. Returns
+    /// whether it was put.
+    ///
+    /// # Errors
+    ///
+    /// What the target gives: the session has failed then. [`Error::Invalid`] if no base is due.
+    pub fn apply_base_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<bool> {
+        let (RebuildPhase::Accepted | RebuildPhase::Running, Some(sink)) = (self.phase, &mut self.sink) else {
+            return Err(self.out_of_place("a base block"));
+        };
+        self.done += 1;
+        if !self.covered.should_apply_base(block) {
+            self.skipped += 1;
+            return Ok(false);
+        }
+        let result = sink.put_block(block, bytes);
+        self.fail_on_error(result)?;
+        if self.phase == RebuildPhase::Accepted {
+            self.enter(RebuildPhase::Running)?;
+        }
+        Ok(true)
+    }
+
+    /// Notes that the leader has sent the whole base, of `blocks` blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if another number of blocks arrived: the session has failed then. The same if no base is due.
+    pub fn mark_base_complete(&mut self, blocks: u64) -> Result<()> {
+        if !matches!(self.phase, RebuildPhase::Accepted | RebuildPhase::Running) {
+            return Err(self.out_of_place("the end of a base"));
+        }
+        if blocks != self.done {
+            let error = format!("{} blocks of a base arrived, and {blocks} were sent", self.done);
+            return self.fail_on_error(Err(Error::invalid(error)));
+        }
+        self.enter(RebuildPhase::BaseComplete)
+    }
+
+    /// The LSN that must be applied before the session can complete; final once the base is complete.
+    #[must_use]
+    pub fn needed(&self) -> Lsn {
+        let target = self.contract.map_or(Lsn::ZERO, |contract| contract.target);
+        self.sink.as_ref().map_or(target, |sink| sink.consistent_from().max(target))
+    }
+
+    /// Completes the session if the base is complete and the log has come far enough. The local log must have been synced
+    /// up to what is applied. Returns the achieved LSN, or `None` while something is missing.
+    ///
+    /// # Errors
+    ///
+    /// What the target gives: the session has failed then.
+    pub fn try_complete(&mut self) -> Result<Option<Lsn>> {
+        if self.phase != RebuildPhase::BaseComplete || self.applied < self.needed() {
+            return Ok(None);
+        }
+        let achieved = self.applied;
+        let result = self.sink.as_mut().map_or(Ok(()), |sink| sink.complete(achieved));
+        self.fail_on_error(result)?;
+        self.sink = None;
+        self.enter(RebuildPhase::Completed)?;
+        Ok(Some(achieved))
+    }
+
+    /// Gives up, for a reason. The target serves nothing until another rebuild completes. Changes nothing unless a
+    /// session is active.
+    pub fn cancel(&mut self, reason: SessionFailure) {
+        if !self.active() {
+            return;
+        }
+        if let Some(mut sink) = self.sink.take() {
+            sink.cancel();
+        }
+        self.failure = reason;
+        self.phase = RebuildPhase::Failed;
+    }
+
+    /// Whether a rebuild is under way.
+    #[must_use]
+    pub fn active(&self) -> bool {
+        self.phase.is_active()
+    }
+
+    /// Whether the newest rebuild has completed.
+    #[must_use]
+    pub fn is_completed(&self) -> bool {
+        self.phase == RebuildPhase::Completed
+    }
+
+    /// Whether log entries can be applied now: a target without numbered blocks needs the whole base first.
+    #[must_use]
+    pub fn takes_log(&self) -> bool {
+        self.active() && (self.base().is_numbered() || self.phase == RebuildPhase::BaseComplete)
+    }
+
+    /// Whether an event is about this session. One that is not is stale, and must change nothing.
+    #[must_use]
+    pub fn is(&self, session: SessionId, epoch: Epoch) -> bool {
+        self.contract.is_some_and(|own| (own.session, own.epoch) == (session, epoch))
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn phase(&self) -> RebuildPhase {
+        self.phase
+    }
+
+    /// Why it failed; [`SessionFailure::None`] if it has not.
+    #[must_use]
+    pub fn failure(&self) -> SessionFailure {
+        self.failure
+    }
+
+    /// How it goes.
+    #[must_use]
+    pub fn progress(&self) -> RebuildProgress {
+        RebuildProgress {
+            session: self.contract.map_or(SessionId::NONE, |contract| contract.session),
+            phase: self.phase,
+            blocks_done: self.done,
+            blocks_skipped: self.skipped,
+            blocks_total: self.base().block_count,
+            applied: self.applied,
+            target: self.contract.map_or(Lsn::ZERO, |contract| contract.target),
+        }
+    }
+
+    fn base(&self) -> BaseInfo {
+        self.contract.map(|contract| contract.base).unwrap_or_default()
+    }
+
+    fn enter(&mut self, next: RebuildPhase) -> Result<()> {
+        if !self.phase.may_become(next) {
+            return Err(Error::invalid(format!(
+                "a rebuild of shard {} cannot go from {} to {next}",
+                self.shard, self.phase
+            )));
+        }
+        self.phase = next;
+        Ok(())
+    }
+
+    fn out_of_place(&self, what: &str) -> Error {
+        Error::invalid(format!("{what} of shard {} has no place in a rebuild that is {}", self.shard, self.phase))
+    }
+
+    fn fail_on_error<T>(&mut self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.cancel(SessionFailure::LocalBaseCorrupt);
+        }
+        result
+    }
+}
+
+impl Drop for RebuildSession {
+    fn drop(&mut self) {
+        self.cancel(SessionFailure::Cancelled);
+    }
+}
+
+impl fmt::Debug for RebuildSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RebuildSession").field("shard", &self.shard).field("progress", &self.progress()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::target::{BaseSource, FixedStore, FixedStoreOptions, LogOnly};
+    use crate::types::{Chain, HybridTimestamp};
+    use crate::wal::batch::{self, BatchIter, Expected};
+
+    const SHARD: ShardId = ShardId(0);
+
+    #[test]
+    fn every_pair_of_phases_is_legal_or_refused_by_name() {
+        use RebuildPhase as P;
+        let legal = [
+            (P::Idle, P::Accepted),
+            (P::Completed, P::Accepted),
+            (P::Failed, P::Accepted),
+            (P::Accepted, P::Running),
+            (P::Accepted, P::BaseComplete),
+            (P::Running, P::BaseComplete),
+            (P::BaseComplete, P::Completed),
+            (P::Accepted, P::Failed),
+            (P::Running, P::Failed),
+            (P::BaseComplete, P::Failed),
+        ];
+        for from in P::ALL {
+            assert_eq!(from.is_active(), from.may_become(P::Failed), "{from}: exactly what is under way can fail");
+            for next in P::ALL {
+                assert_eq!(from.may_become(next), legal.contains(&(from, next)), "{from} to {next}");
+                let mut session = RebuildSession::new(SHARD, Arc::new(LogOnly));
+                session.phase = from;
+                let entered = session.enter(next);
+                assert_eq!(entered.is_ok(), from.may_become(next));
+                if let Err(error) = entered {
+                    assert!(error.to_string().contains(from.as_str()) && error.to_string().contains(next.as_str()));
+                }
+            }
+        }
+    }
+
+    /// A leader's store with two keys, its records, and a follower's empty store.
+    struct Pair {
+        _directory: tempfile::TempDir,
+        leader: FixedStore,
+        records: Vec<Vec<u8>>,
+        follower: Arc<FixedStore>,
+        session: RebuildSession,
+    }
+
+    impl Pair {
+        fn new() -> Pair {
+            let directory = tempfile::tempdir().unwrap();
+            let open = |name| FixedStore::open(directory.path().join(name), &FixedStoreOptions::default()).unwrap();
+            let (leader, follower) = (open("leader"), Arc::new(open("follower")));
+            let session = RebuildSession::new(SHARD, follower.clone());
+            let mut pair = Pair { _directory: directory, leader, records: Vec::new(), follower, session };
+            pair.put(b"one", b"1");
+            pair.put(b"two", b"2");
+            pair
+        }
+
+        fn put(&mut self, key: &[u8], value: &[u8]) {
+            let records = &mut self.records;
+            let append = |_, record: &[u8]| {
+                records.push(record.to_vec());
+                Ok(Lsn(records.len() as u64))
+            };
+            self.leader.put(key, value, append).unwrap();
+        }
+
+        fn delete(&mut self, key: &[u8]) {
+            let records = &mut self.records;
+            let append = |_, record: &[u8]| {
+                records.push(record.to_vec());
+                Ok(Lsn(records.len() as u64))
+            };
+            self.leader.delete(key, append).unwrap();
+        }
+
+        fn start(&mut self, session: u64) -> Box<dyn BaseSource> {
+            let base = self.leader.open_base(SHARD).unwrap();
+            let target = Lsn(self.records.len() as u64);
+            let contract = RebuildContract { session: SessionId(session), epoch: Epoch(1), target, base: base.info() };
+            self.session.start(contract).unwrap();
+            base
+        }
+
+        /// The batch of the records `first..=last`, as the log would have it.
+        fn log_entry(&mut self, first: u64, last: u64) -> Result<()> {
+            let at = Expected { first_lsn: Lsn(first), chain: Chain(7), epoch: Epoch(1) };
+            let range = usize::try_from(first - 1).unwrap()..usize::try_from(last).unwrap();
+            let records: Vec<&[u8]> = self.records[range].iter().map(Vec::as_slice).collect();
+            let bytes = batch::build(at, HybridTimestamp::default(), Lsn::ZERO, &records);
+            self.session.apply_log_entry(&BatchIter::new(&bytes).next().unwrap())
+        }
+
+        fn copy(&mut self, base: &mut dyn BaseSource) -> u64 {
+            let mut block = vec![0; usize::try_from(base.info().block_len).unwrap()];
+            let mut sent = 0;
+            while let Some(run) = base.next_run(&mut block).unwrap() {
+                self.session.apply_base_block(run.first, &block).unwrap();
+                sent += 1;
+            }
+            sent
+        }
+    }
+
+    #[test]
+    fn the_log_wins_over_the_base_and_completion_waits_for_both() {
+        let mut pair = Pair::new();
+        let mut base = pair.start(1);
+        assert_eq!(pair.session.phase(), RebuildPhase::Accepted);
+        pair.put(b"one", b"newer");
+        pair.put(b"three", b"3");
+        pair.delete(b"two");
+        // Records that the base has already come once more, and change nothing.
+        pair.log_entry(1, 2).unwrap();
+        assert_eq!((pair.session.phase(), pair.session.progress().applied), (RebuildPhase::Accepted, Lsn(2)));
+        pair.log_entry(2, 3).unwrap();
+        assert_eq!(pair.session.phase(), RebuildPhase::Running);
+        let sent = pair.copy(base.as_mut());
+        let progress = pair.session.progress();
+        assert_eq!((progress.blocks_done, progress.blocks_skipped), (sent, 1), "the slot of one, and no other");
+        assert_eq!(pair.session.try_complete().unwrap(), None, "the base is not complete");
+        pair.session.mark_base_complete(sent).unwrap();
+        assert_eq!(pair.session.needed(), Lsn(5), "the slot of two came with the base, deleted");
+        assert_eq!(pair.session.try_complete().unwrap(), None, "the log is not there");
+        assert!(pair.follower.get(b"one").is_err());
+        pair.log_entry(4, 5).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(5)));
+        assert_eq!(pair.follower.get(b"one").unwrap().as_deref(), Some(&b"newer"[..]));
+        assert_eq!(pair.follower.get(b"two").unwrap(), None);
+        assert!(!pair.session.active() && pair.session.is_completed());
+    }
+
+    #[test]
+    fn a_gap_in_the_log_lane_fails_the_session() {
+        let mut pair = Pair::new();
+        let _base = pair.start(1);
+        pair.put(b"three", b"3");
+        pair.put(b"four", b"4");
+        let error = pair.log_entry(4, 4).unwrap_err();
+        assert!(error.to_string().contains("LSN 3 is due"), "{error}");
+        assert_eq!(pair.session.phase(), RebuildPhase::Failed);
+        assert!(pair.follower.is_rebuilding(SHARD).unwrap());
+        assert!(pair.log_entry(3, 3).is_err(), "a failed session takes nothing");
+    }
+
+    #[test]
+    fn a_base_that_lacks_blocks_fails_the_session() {
+        let mut pair = Pair::new();
+        let mut base = pair.start(1);
+        let sent = pair.copy(base.as_mut());
+        assert!(pair.session.mark_base_complete(sent + 1).is_err());
+        assert_eq!(pair.session.phase(), RebuildPhase::Failed);
+    }
+
+    #[test]
+    fn a_new_session_supersedes_the_old_and_stale_ids_are_told_apart() {
+        let mut pair = Pair::new();
+        let mut old = pair.start(1);
+        let mut base = pair.start(2);
+        assert!(pair.session.is(SessionId(2), Epoch(1)));
+        assert!(!pair.session.is(SessionId(1), Epoch(1)) && !pair.session.is(SessionId(2), Epoch(2)));
+        let sent = pair.copy(base.as_mut());
+        pair.session.mark_base_complete(sent).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(2)));
+        let mut block = vec![0; usize::try_from(old.info().block_len).unwrap()];
+        let run = old.next_run(&mut block).unwrap().unwrap();
+        assert!(pair.session.apply_base_block(run.first, &block).is_err(), "completed");
+        assert!(pair.session.mark_base_complete(1).is_err());
+    }
+
+    #[test]
+    fn a_cancelled_session_leaves_the_mark_and_says_why() {
+        let mut pair = Pair::new();
+        let _base = pair.start(1);
+        pair.session.cancel(SessionFailure::TransportLost);
+        pair.session.cancel(SessionFailure::Cancelled);
+        assert_eq!(
+            (pair.session.phase(), pair.session.failure()),
+            (RebuildPhase::Failed, SessionFailure::TransportLost)
+        );
+        assert!(pair.follower.is_rebuilding(SHARD).unwrap());
+        let mut base = pair.start(2);
+        assert_eq!(pair.session.failure(), SessionFailure::None);
+        let sent = pair.copy(base.as_mut());
+        pair.session.mark_base_complete(sent).unwrap();
+        assert!(pair.session.try_complete().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_target_that_takes_no_base_starts_nothing() {
+        let mut session = RebuildSession::new(SHARD, Arc::new(LogOnly));
+        let contract =
+            RebuildContract { session: SessionId(1), epoch: Epoch(1), target: Lsn(1), base: BaseInfo::default() };
+        assert!(session.start(contract).is_err());
+        assert_eq!(session.phase(), RebuildPhase::Idle);
+        assert!(session.mark_base_complete(0).is_err() && session.try_complete().unwrap().is_none());
+    }
+}
