@@ -29,16 +29,16 @@ use crate::node::{
 };
 use crate::protocol;
 use crate::rebuild::RebuildProgress;
-use crate::receiver::{Receiver, exchange};
+use crate::receiver::Receiver;
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::{ReplicationTarget, TargetTopology};
 use crate::transport::{Connection, Transport};
-use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId};
+use crate::types::{ClusterId, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter, Wal, segment, unix_ms};
 use crate::watermark::Watermark;
-use crate::wire::{PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest};
+use crate::wire::ShardInfo;
 
 /// What the threads of a follower share.
 pub(crate) struct Following {
@@ -419,8 +419,8 @@ fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) 
     let options = &builder.options;
     let mut backoff = Backoff::new(options.backoff_base, options.backoff_cap, node.0);
     loop {
-        let error = match ask_topology(transport, address, options) {
-            Ok((peer, info)) => return manifest_for(&peer, &info, node),
+        let error = match crate::tail::ask_topology(transport, address, options.handshake_timeout) {
+            Ok(info) => return manifest_for(address, &info, node),
             Err(error) => error,
         };
         // A name that does not resolve is a mistake; an address where nobody listens yet is not.
@@ -434,35 +434,6 @@ fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) 
             return Err(Error::ShutDown);
         }
     }
-}
-
-/// What a node says it was made with.
-pub(crate) fn ask_topology(
-    transport: &dyn Transport,
-    address: &str,
-    options: &NodeOptions,
-) -> Result<(String, ShardInfo)> {
-    let Connection { peer, mut sender, mut receiver, closer: _ } =
-        transport.connect(address, options.handshake_timeout)?;
-    let request = SyncRequest {
-        versions: PROTOCOL_VERSIONS,
-        purpose: Purpose::Topology,
-        cluster: ClusterId::UNKNOWN,
-        node: crate::types::NodeId(0),
-        region: RegionId(0),
-        shard: ShardId(0),
-        shard_count: 0,
-        segment_size: 0,
-        epoch: Epoch::ZERO,
-        received: Lsn::ZERO,
-        durable: Lsn::ZERO,
-        applied: Lsn::ZERO,
-        chain: Chain::default(),
-        from: Lsn::ZERO,
-        flags: 0,
-    };
-    let info = exchange(&peer, sender.as_mut(), receiver.as_mut(), request, options.handshake_timeout)?;
-    Ok((peer, info))
 }
 
 /// A follower's manifest by what its leader said, which is checked: it decides how much is allocated here.

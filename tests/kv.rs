@@ -259,7 +259,7 @@ fn nodes_killed_under_load_agree_again_after_a_restart() {
 
 #[test]
 fn scenarios_of_the_demo_are_proven() {
-    for scenario in ["catch-up", "slow-follower"] {
+    for scenario in ["catch-up", "rebuild", "slow-follower"] {
         let directory = tempfile::tempdir().unwrap();
         let common = ["demo", "--seconds", "1", "--max-mb", "3", "--shards", "2", "--dir", text(directory.path())];
         let (code, out, error) = run(&[&common[..], &["--scenario", scenario, "--json"]].concat(), b"");

@@ -30,6 +30,9 @@ type Step<T> = Result<T, Box<dyn std::error::Error>>;
 pub(super) enum Scenario {
     /// It is away while the leader appends, comes back, and replays the log that it has missed
     CatchUp,
+    /// It is away while the leader appends and gives up the log that it would need: it comes back, and gets a base and the
+    /// log beside it while the leader goes on
+    Rebuild,
     /// It applies slowly for a while: the leader and the others go on, and nothing is lost
     SlowFollower,
 }
@@ -40,6 +43,7 @@ impl Scenario {
         // Every byte is kept, so that all of it can be compared at the end.
         let leader = Node::builder(directory.join("leader"))
             .max_wal_bytes(None)
+            .segment_size(SEGMENT_SIZE.max(segment_for(demo.record_size)))
             .shards(demo.shards)
             .commit(demo.commit)
             .target(Arc::clone(&store) as Arc<dyn ReplicationTarget>)
@@ -81,6 +85,16 @@ impl Scenario {
                 last.stop()?;
                 records += stage.write("the last follower is away", time)?;
                 last = stage.start_follower(demo.followers)?;
+            }
+            Scenario::Rebuild => {
+                last.stop()?;
+                records += stage.write("the last follower is away", time)?;
+                for other in &others {
+                    stage.await_applied("the other followers", other)?;
+                }
+                stage.give_up_log()?;
+                last = stage.start_follower(demo.followers)?;
+                records += stage.write("the last follower is rebuilt, and the leader goes on", time)?;
             }
             Scenario::SlowFollower => {
                 let slow = ShutdownSignal::new();
@@ -174,6 +188,14 @@ struct Stage<'a> {
     random: u64,
 }
 
+/// Small segments, so that there is something to give up.
+const SEGMENT_SIZE: u64 = 1 << 20;
+
+/// A segment that holds a good many records of this size.
+fn segment_for(record_size: u32) -> u64 {
+    (u64::from(record_size) * 16).next_multiple_of(4096).min(towline::limits::MAX_SEGMENT_SIZE)
+}
+
 /// Changes appended together.
 const TOGETHER: usize = 512;
 
@@ -258,6 +280,16 @@ impl Stage<'_> {
                     progress.set(following.applied()?.saturating_sub(from));
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Makes the leader give up all of its log that it may.
+    fn give_up_log(&self) -> Step<()> {
+        for shard in (0..self.demo.shards).map(ShardId) {
+            let log = self.leader.log(shard)?;
+            log.wait_synced(log.head(), None)?;
+            log.release_through(log.head(), "the demo says so")?;
         }
         Ok(())
     }
