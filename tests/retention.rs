@@ -244,6 +244,8 @@ fn laggards_neither_fill_the_disk_nor_stop_appends() {
     let stopped = follow(&leader, &of("stopped"), 2, Arc::new(LogOnly));
     let first = writer.append(b"first").unwrap();
     wait_for(&leader, first, "durable:1");
+    // Or it might stop before it says so.
+    wait_for(&leader, first, "applied:1");
     stopped.shutdown().unwrap();
     let mut silent = ask(&leader, request(&leader, 3)).ok().unwrap();
     let (go, stuck) = Stuck::with_release();
