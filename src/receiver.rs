@@ -2,7 +2,7 @@
 //!
 //! The receiver reads from the socket straight into the mapped segment, at the offset where the leader has the same
 //! bytes, checks every batch against the chain, publishes it, and acknowledges. It comes back by itself when the
-//! stream fails, at the LSN where the log then ends, after a wait that grows from 1 s to 30 s.
+//! stream fails, at the LSN where the log then ends, after a wait that doubles from 1 s to 30 s, shortened at random.
 //!
 //! Where the leader says that only a rebuild helps, the stream begins with one: see [`rebuild`](crate::rebuild). The log
 //! lane is received as ever, into a log that begins with it, and the stream then goes on as any other.

@@ -158,6 +158,12 @@ impl Wal {
             if found.last_lsn > recovered.synced {
                 segment::rewrite_in_pages(&file, 0..found.published).map_err(Error::io("write", &found.path))?;
             }
+            if !found.sealed {
+                // A power cut may have left holes where nothing had been written yet, and a store to a hole needs room:
+                // here that is a plain error.
+                let rest = found.published..identity.segment_size;
+                segment::zero_in_pages(&file, rest).map_err(Error::io("fill", &found.path))?;
+            }
             let sealed = found.sealed.then_some(found.last_lsn);
             let (segment, writer) = Segment::new(found.header, found.path, file, mapping, found.published, sealed);
             last = Some((found.header.id.first_lsn, found.published, sealed.is_some()));

@@ -237,7 +237,7 @@ impl Spares {
         }
     }
 
-    /// Fills a file with zeros, new or not, makes that durable, and maps it.
+    /// Fills a file with zeros, new or not, and maps it; makes that durable unless it is better done later.
     fn prepare(&self, path: &Path) -> Result<Prepared> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;

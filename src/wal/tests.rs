@@ -533,3 +533,26 @@ fn a_stream_for_the_next_record_can_begin_with_a_whole_segment() {
     assert_eq!(log.tail(), newest, "the newest segment stays");
     assert!(log.segment_start_for(newest.previous()).is_err());
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_open_segment_with_holes_is_filled_before_it_is_written_to() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=3);
+    let path = wal.log().segments()[0].path().to_owned();
+    drop(writer);
+    wal.close().unwrap();
+    // What a power cut leaves of a segment whose blocks were reserved and not allocated.
+    let bytes = std::fs::read(&path).unwrap();
+    let used = bytes.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+    std::fs::write(&path, &bytes[..used]).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(SEGMENT).unwrap();
+    assert!(path.metadata().unwrap().blocks() * 512 < SEGMENT);
+    let (wal, mut writer) = open(directory.path());
+    File::open(&path).unwrap().sync_all().unwrap();
+    assert!(path.metadata().unwrap().blocks() * 512 >= SEGMENT, "every block is there");
+    append(&mut writer, 4..=50);
+    assert_holds(wal.log(), 1..=50);
+}
