@@ -16,6 +16,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
+use crate::shipper::Shipper;
 use crate::types::{Lsn, NodeId};
 use crate::wal::Log;
 use crate::watermark::{Until, Waited, Watermark, wait_any};
@@ -258,6 +259,8 @@ pub struct Commits {
     /// For each (level, count) that somebody has asked for: up to where at least that many have acknowledged. Moved
     /// by the threads that read acknowledgements. Never moves back, not even when a follower goes.
     reached: RwLock<Vec<(AckLevel, usize, Arc<Watermark>)>>,
+    /// The streams to followers that stand now. Changed when one begins or ends.
+    shippers: RwLock<Vec<Arc<Shipper>>>,
     /// One at a time computes what is reached, so that each computation sees all marks moved before it.
     computing: Mutex<()>,
     /// The newest LSN that somebody waits for at the durable or the applied level. Moved by waiters; shippers wait on
@@ -274,6 +277,7 @@ impl Commits {
             policy_reached: None,
             followers: RwLock::default(),
             reached: RwLock::default(),
+            shippers: RwLock::default(),
             computing: Mutex::default(),
             durable_wanted: Watermark::new(Lsn::ZERO),
             applied_wanted: Watermark::new(Lsn::ZERO),
@@ -308,8 +312,9 @@ impl Commits {
             return Outcome::NotWritten;
         }
         // Followers are told first, so that their syncs run while this thread does the local one.
-        if let Some((level, _)) = commit.followers {
+        if let Some((level, count)) = commit.followers {
             self.want(level, lsn);
+            self.ship_at_once(lsn, count);
         }
         if commit.synced
             && let Err(error) = self.log.wait_synced(lsn, deadline)
@@ -324,6 +329,23 @@ impl Commits {
             Waited::Reached(_) => outcome_of(self.log.end_reason()),
             Waited::TimedOut => Outcome::TimedOut,
         }
+    }
+
+    /// Ships up to `lsn` to as many followers as are waited for, where their shippers are idle. The others are left to
+    /// their shippers, which were woken when the record was appended: this thread is there already.
+    fn ship_at_once(&self, lsn: Lsn, count: usize) {
+        let shippers = self.shippers.read();
+        shippers.iter().filter(|shipper| shipper.ship_at_once(lsn)).take(count).for_each(drop);
+    }
+
+    /// A stream to a follower begins.
+    pub(crate) fn add_shipper(&self, shipper: &Arc<Shipper>) {
+        self.shippers.write().push(Arc::clone(shipper));
+    }
+
+    /// It is over.
+    pub(crate) fn remove_shipper(&self, shipper: &Arc<Shipper>) {
+        self.shippers.write().retain(|known| !Arc::ptr_eq(known, shipper));
     }
 
     /// Asks followers for haste.

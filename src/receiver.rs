@@ -238,6 +238,8 @@ impl Receiver {
             match header.kind {
                 FrameKind::WalData => {
                     lane.set_haste(header.flags);
+                    // The leader hears of it first, unless it waits for the applier.
+                    let _wake = (header.flags & FLAG_ACK_APPLIED == 0).then(|| WakeReaders(&lane.log));
                     let bytes = self.take_in(peer, receiver, lane)?;
                     unacknowledged += bytes;
                     let drained = !receiver.has_buffered();
@@ -320,6 +322,9 @@ impl Receiver {
             let len = window.len() as u64;
             offset += len;
             lane.take_in(writer, len).map_err(blame(peer))?;
+            if receiver.remaining() > 0 || lane.applied_in_haste.load(Ordering::Relaxed) {
+                lane.log.wake_readers();
+            }
             let epoch = writer.end().epoch;
             if epoch > node.manifest().epoch {
                 // The leader goes on under a newer term. Should the node stop right here, the log says so too.
@@ -426,11 +431,11 @@ impl AckLane {
         self.state.lock().sender.send_message(message)
     }
 
-    /// Checks and publishes what has arrived. Under the lock, so that no acknowledgement is made between the log's mark
+    /// Checks and publishes what has arrived; who waits for it is yet to be woken. Under the lock, so that no acknowledgement is made between the log's mark
     /// and what is known of it here.
     fn take_in(&self, writer: &mut LogWriter, len: u64) -> Result<()> {
         let mut state = self.state.lock();
-        state.received = writer.ingest_filled(len)?;
+        state.received = writer.ingest_quietly(len)?;
         state.chain = writer.end().chain;
         Ok(())
     }
@@ -531,6 +536,16 @@ impl AckLane {
             let _ = self.send_if_moved();
         }
         over.shutdown();
+    }
+}
+
+/// Wakes who waits for the log to grow when the receiver is done with a frame, however that ends: waking a thread takes
+/// longer than acknowledging.
+struct WakeReaders<'a>(&'a Log);
+
+impl Drop for WakeReaders<'_> {
+    fn drop(&mut self) {
+        self.0.wake_readers();
     }
 }
 

@@ -21,7 +21,7 @@ use crate::node::{NodeOptions, Threads};
 use crate::protocol::{FailureReason, SessionKind as Recovery};
 use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
 use crate::rebuild::places::Places;
-use crate::shipper::Shipper;
+use crate::shipper::{LogLane, Shipper};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
@@ -490,23 +490,29 @@ impl Stream<'_> {
             self.peer
         );
         self.take_initial_marks(commits, &follower);
-        let shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
+        let (shipper, rebuild) = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
+        let shipper = Arc::new(shipper);
+        commits.add_shipper(&shipper);
         follower.stream_began();
         let over = self.over.clone();
         let name = format!("tl-ship-s{shard}");
         let result = self
             .server
             .threads
-            .spawn(name, move || {
-                if let Err(error) = shipper.run()
-                    && !over.is_shutdown()
-                {
-                    log::warn!("node {node}, shard {shard}: shipping ended: {error}");
-                    over.shutdown();
+            .spawn(name, {
+                let shipper = Arc::clone(&shipper);
+                move || {
+                    if let Err(error) = shipper.run(rebuild)
+                        && !over.is_shutdown()
+                    {
+                        log::warn!("node {node}, shard {shard}: shipping ended: {error}");
+                        over.shutdown();
+                    }
                 }
             })
             .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
         self.over.shutdown();
+        commits.remove_shipper(&shipper);
         follower.stream_ended();
         result
     }
@@ -525,7 +531,7 @@ impl Stream<'_> {
         lanes: Lanes,
         sender: Box<dyn FrameSender>,
         follower: Option<(StreamKey, Arc<FollowerMarks>)>,
-    ) -> Result<Shipper> {
+    ) -> Result<(Shipper, Option<IssuedRebuild>)> {
         let (stream, follower) = follower.unzip();
         let (reader, rebuild) = match (lanes, stream) {
             (Lanes::Log(reader), _) => (reader, None),
@@ -547,10 +553,9 @@ impl Stream<'_> {
                 return Err(Error::invalid("a stream with nothing to ship to anybody"));
             }
         };
-        Ok(Shipper {
-            reader,
-            rebuild,
-            sender,
+        let shipper = Shipper {
+            log: Arc::clone(&self.of_shard.log),
+            lane: LogLane::new(reader, sender),
             commits: Arc::clone(&self.of_shard.commits),
             follower,
             epoch: self.info.epoch,
@@ -558,7 +563,8 @@ impl Stream<'_> {
             stream_over: self.over.clone(),
             draining: self.server.draining.clone(),
             target: self.info.target,
-        })
+        };
+        Ok((shipper, rebuild))
     }
 
     fn read_acknowledgements(
@@ -707,11 +713,11 @@ impl Stream<'_> {
 
     /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
     fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
-        let shipper = self.shipper(lanes, sender, None)?;
+        let (shipper, rebuild) = self.shipper(lanes, sender, None)?;
         let over = self.over.clone();
         let shard = self.request.shard;
         self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
-            if let Err(error) = shipper.run() {
+            if let Err(error) = shipper.run(rebuild) {
                 log::debug!("shard {shard}: a reader's stream ended: {error}");
             }
             over.shutdown();

@@ -5,11 +5,19 @@
 //! for none of them: a slow follower is a position that lags. A stream that fails ends the shipper; the next stream of
 //! the same follower begins where the follower then is, so nothing is lost.
 //!
+//! Who waits for a commit need not wait for this thread to wake up: if the shipper is idle and its follower has
+//! everything shipped before, the waiting thread ships the little that is new by itself ([`Shipper::ship_at_once`]).
+//! What makes up the position and the stream is therefore behind a lock, which the shipper's thread holds while it works
+//! and not while it is parked. Others only try it, and send only what the stream takes at once, so a slow follower
+//! holds up nobody.
+//!
 //! During a rebuild the stream carries two lanes. The log has priority: before each run of the base what is published
 //! is sent, up to a bound. So the log need not be held back for the length of the copy, and the follower's applier is never far behind.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::error::{Error, RefusalCode, Result};
@@ -17,19 +25,18 @@ use crate::limits::MAX_WAL_DATA_LEN;
 use crate::protocol::FailureReason;
 use crate::rebuild::base_lane::{BaseLane, IssuedRebuild};
 use crate::shutdown::ShutdownSignal;
-use crate::transport::{Body, FrameSender};
+use crate::transport::{Body, FrameSender, SentAtOnce};
 use crate::types::{Chain, Epoch, Lsn};
-use crate::wal::{LogReader, unix_ms};
+use crate::wal::{Log, LogReader, unix_ms};
 use crate::watermark::{Until, WaitStrategy, Waited, wait_any};
 use crate::wire::{
     CaughtUp, ErrorMessage, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Heartbeat, Message, SessionAction, Sync,
     WalDataHeader,
 };
 
-/// What a shipper works with.
+/// Ships one shard's log over one stream.
 pub(crate) struct Shipper {
-    pub(crate) reader: LogReader,
-    pub(crate) sender: Box<dyn FrameSender>,
+    pub(crate) log: Arc<Log>,
     pub(crate) commits: Arc<Commits>,
     /// Whose stream it is; none for a reader that does not count as a follower.
     pub(crate) follower: Option<Arc<FollowerMarks>>,
@@ -42,15 +49,20 @@ pub(crate) struct Shipper {
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
     pub(crate) target: Lsn,
-    /// A rebuild to begin with. The reader's position is set once it is known where the log lane begins.
-    pub(crate) rebuild: Option<IssuedRebuild>,
+    /// Locked by the shipper's thread while it works, and tried by threads that wait for a commit.
+    pub(crate) lane: Mutex<LogLane>,
 }
 
 /// Log bytes after which a run of the base is sent although more log has come.
 const LOG_BEFORE_BASE: u64 = 1 << 20;
+/// Log bytes that a thread ships at most before it waits for a commit. More is the shipper's own work: it takes long
+/// enough for a wake-up not to matter.
+const AT_ONCE: u64 = 64 * 1024;
 
-/// How far a shipper has come.
-struct Progress {
+/// The stream, and how far a shipper has come with it.
+pub(crate) struct LogLane {
+    reader: LogReader,
+    sender: Box<dyn FrameSender>,
     shipped: Lsn,
     /// The newest LSN for which the follower has been asked to hurry, by level.
     durable_asked: Lsn,
@@ -61,160 +73,201 @@ struct Progress {
     caught_up: bool,
 }
 
-impl Shipper {
-    /// Ships until the stream is over, it fails, or the node stops and everything pending is sent.
-    ///
-    /// # Errors
-    ///
-    /// What ended the stream. [`Error::NotRetained`](crate::Error::NotRetained) if retention has overtaken it.
-    pub(crate) fn run(mut self) -> Result<()> {
-        let log = Arc::clone(self.reader.log());
-        let mut progress = Progress {
+impl LogLane {
+    /// From the reader's position on.
+    pub(crate) fn new(reader: LogReader, sender: Box<dyn FrameSender>) -> Mutex<LogLane> {
+        Mutex::new(LogLane {
+            reader,
+            sender,
             shipped: Lsn::ZERO,
             durable_asked: Lsn::ZERO,
             applied_asked: Lsn::ZERO,
             flags: 0,
             last_sent: Instant::now(),
             caught_up: false,
-        };
-        let mut base = match self.rebuild.take() {
+        })
+    }
+}
+
+/// How a range of the log goes out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// However long it takes.
+    Blocking,
+    /// As far as the stream takes it without waiting.
+    AtOnce,
+}
+
+impl Shipper {
+    /// Ships until the stream is over, it fails, or the node stops and everything pending is sent. Begins with the
+    /// rebuild, if there is one: the reader's position is set once it is known where the log lane begins.
+    ///
+    /// # Errors
+    ///
+    /// What ended the stream. [`Error::NotRetained`](crate::Error::NotRetained) if retention has overtaken it.
+    pub(crate) fn run(&self, rebuild: Option<IssuedRebuild>) -> Result<()> {
+        let log = &self.log;
+        let mut base = match rebuild {
             None => None,
-            Some(rebuild) => match self.start_rebuild(rebuild, &mut progress)? {
+            Some(rebuild) => match self.start_rebuild(rebuild, &mut self.lane.lock())? {
                 None => return Ok(()),
                 started => started,
             },
         };
         loop {
+            let mut lane = self.lane.lock();
+            lane.sender.flush()?;
             // Priority is not everything: behind a writer that never rests, the base would never be sent.
             let budget = if base.is_some() { LOG_BEFORE_BASE } else { u64::MAX };
-            self.ship_published(&mut progress, budget)?;
-            self.ask_for_haste(&mut progress)?;
+            self.ship_published(&mut lane, budget, Pace::Blocking)?;
+            self.ask_for_haste(&mut lane)?;
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node.
-            if (draining && log.written().load() <= progress.shipped) || log.is_closed() {
-                return self.sender.finish();
+            if (draining && log.written().load() <= lane.shipped) || log.is_closed() {
+                return lane.sender.finish();
             }
-            if self.ship_base(&mut base, &mut progress)? {
+            if self.ship_base(&mut base, &mut lane)? {
                 continue;
             }
+            let (shipped, durable_asked, applied_asked) = (lane.shipped, lane.durable_asked, lane.applied_asked);
+            let deadline = lane.last_sent.checked_add(self.heartbeat);
+            drop(lane);
             // After a failure the log has ended, and what is in it is shipped all the same.
             let ended = if log.poison().is_none() { log.until_ended() } else { self.stream_over.until() };
             let conditions = [
-                Until { mark: log.written(), at_least: progress.shipped.next() },
-                Until { mark: self.commits.durable_wanted(), at_least: progress.durable_asked.next() },
-                Until { mark: self.commits.applied_wanted(), at_least: progress.applied_asked.next() },
+                Until { mark: log.written(), at_least: shipped.next() },
+                Until { mark: self.commits.durable_wanted(), at_least: durable_asked.next() },
+                Until { mark: self.commits.applied_wanted(), at_least: applied_asked.next() },
                 self.stream_over.until(),
                 self.draining.until(),
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
                 ended,
             ];
-            let deadline = progress.last_sent.checked_add(self.heartbeat);
             if wait_any(&conditions, log.options().wait, deadline) == Waited::TimedOut {
-                self.beat(&mut progress)?;
+                let mut lane = self.lane.lock();
+                // Somebody else may have sent something meanwhile.
+                if lane.last_sent.elapsed() >= self.heartbeat {
+                    lane.sender.flush()?;
+                    self.beat(&mut lane)?;
+                }
             }
         }
     }
 
+    /// Ships up to `lsn` on the calling thread, if that takes no waiting: the shipper is idle, its follower has
+    /// received everything shipped before, and the stream takes what is new at once. Returns whether it did. If not, the
+    /// shipper's thread does it, which every append wakes anyway.
+    pub(crate) fn ship_at_once(&self, lsn: Lsn) -> bool {
+        let Some(follower) = self.follower.as_ref().filter(|follower| follower.counts()) else { return false };
+        let Some(mut lane) = self.lane.try_lock() else { return false };
+        if !lane.caught_up || follower.at(AckLevel::Received) < lane.shipped || self.stream_over.is_shutdown() {
+            return false;
+        }
+        if let Err(error) = self.ship_published(&mut lane, AT_ONCE, Pace::AtOnce) {
+            log::warn!("node {}, shard {}: shipping ended: {error}", follower.node(), self.log.shard());
+            self.stream_over.shutdown();
+        }
+        lane.shipped >= lsn
+    }
+
     /// Waits for a place, opens the base, and tells the follower what is to come. `None` if the stream or the node ends
     /// first.
-    fn start_rebuild(&mut self, rebuild: IssuedRebuild, progress: &mut Progress) -> Result<Option<BaseLane>> {
+    fn start_rebuild(&self, rebuild: IssuedRebuild, lane: &mut LogLane) -> Result<Option<BaseLane>> {
         let place = rebuild.places.ask();
         if !place.is_granted() {
             log::info!("shard {}: the rebuild of session {} waits for its turn", rebuild.shard, rebuild.session);
-            self.sender.send_message(&Message::SessionControl(rebuild.control(SessionAction::Wait)))?;
+            lane.sender.send_message(&Message::SessionControl(rebuild.control(SessionAction::Wait)))?;
         }
         while !place.is_granted() {
             let conditions = [place.until_granted(), self.stream_over.until(), self.draining.until()];
-            let deadline = progress.last_sent.checked_add(self.heartbeat);
+            let deadline = lane.last_sent.checked_add(self.heartbeat);
             match wait_any(&conditions, WaitStrategy::Park, deadline) {
                 Waited::Reached(0) => {}
-                Waited::Reached(_) => return self.sender.finish().map(|()| None),
-                Waited::TimedOut => self.beat(progress)?,
+                Waited::Reached(_) => return lane.sender.finish().map(|()| None),
+                Waited::TimedOut => self.beat(lane)?,
             }
         }
         let shard = rebuild.shard;
         let (host, stream, session) = (Arc::clone(&rebuild.host), rebuild.stream, rebuild.session.0);
-        let opened = host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place)).and_then(|lane| {
-            let start = self.place_log(lane.info().base_lsn)?;
+        let opened = host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place)).and_then(|base| {
+            let start = self.place_log(base.info().base_lsn, lane)?;
             host.rebuild_starts(stream, session, start)?;
-            Ok((lane, start))
+            Ok((base, start))
         });
-        let (lane, log_start) = opened.inspect_err(|error| {
-            self.refuse_base(error);
+        let (base, log_start) = opened.inspect_err(|error| {
+            refuse_base(error, lane.sender.as_mut());
             host.rebuild_failed(stream, session, FailureReason::BaseUnavailable);
         })?;
-        let info = lane.info();
+        let info = base.info();
         log::info!(
             "shard {shard}: sending a base at LSN {} of {} blocks of {} bytes, and the log from LSN {log_start} on",
             info.base_lsn,
             info.block_count,
             info.block_len
         );
-        progress.last_sent = Instant::now();
-        self.sender.send_message(&Message::SessionControl(lane.start(log_start)))?;
-        Ok(Some(lane))
+        lane.last_sent = Instant::now();
+        lane.sender.send_message(&Message::SessionControl(base.start(log_start)))?;
+        Ok(Some(base))
     }
 
     /// Sets the reader to the beginning of the log that a base at `base_lsn` needs, a segment's first LSN.
-    fn place_log(&mut self, base_lsn: Lsn) -> Result<Lsn> {
-        let log = Arc::clone(self.reader.log());
-        let place = log.segment_start_for(base_lsn.next())?;
-        self.reader = log.reader_at(place);
+    fn place_log(&self, base_lsn: Lsn, lane: &mut LogLane) -> Result<Lsn> {
+        let place = self.log.segment_start_for(base_lsn.next())?;
+        lane.reader = self.log.reader_at(place);
         Ok(place.segment)
     }
 
     /// Sends the next run of the base, or the acceptance of what the follower made of it. Returns whether it sent
     /// anything.
-    fn ship_base(&mut self, base: &mut Option<BaseLane>, progress: &mut Progress) -> Result<bool> {
-        let Some(lane) = base else { return Ok(false) };
-        if lane.is_accepted() {
-            self.sender.send_message(&Message::SessionControl(lane.accept()))?;
+    fn ship_base(&self, base: &mut Option<BaseLane>, lane: &mut LogLane) -> Result<bool> {
+        let Some(open) = base else { return Ok(false) };
+        if open.is_accepted() {
+            lane.sender.send_message(&Message::SessionControl(open.accept()))?;
             *base = None;
-        } else if !lane.send_next(self.sender.as_mut()).inspect_err(|error| self.refuse_base(error))? {
-            return Ok(false);
+        } else {
+            let sent = open.send_next(lane.sender.as_mut());
+            if !sent.inspect_err(|error| refuse_base(error, lane.sender.as_mut()))? {
+                return Ok(false);
+            }
         }
-        progress.last_sent = Instant::now();
+        lane.last_sent = Instant::now();
         Ok(true)
     }
 
-    /// Tells the follower, as well as may be, why it gets no base.
-    fn refuse_base(&mut self, error: &Error) {
-        if !matches!(error, Error::Network { .. }) {
-            // A target that gives no bases will give none tomorrow.
-            let is_final = matches!(error, Error::Invalid { .. });
-            let code = if is_final { RefusalCode::NotRetained } else { RefusalCode::Internal };
-            let refusal = ErrorMessage::new(code, format!("there is no base: {error}"));
-            let _ = self.sender.send_message(&Message::Error(refusal));
-        }
-    }
-
     /// Sends everything published behind the position.
-    fn ship_published(&mut self, progress: &mut Progress, budget: u64) -> Result<()> {
+    fn ship_published(&self, lane: &mut LogLane, budget: u64, pace: Pace) -> Result<()> {
         let mut sent = 0;
         while sent < budget {
             // Read before the bytes: all records up to it are among what is published then.
-            let written = self.reader.log().written().load();
-            let Some(range) = self.reader.next(u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64)? else {
-                progress.shipped = progress.shipped.max(written);
+            let written = self.log.written().load();
+            let most = (u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64).min(budget - sent);
+            let Some(range) = lane.reader.next(most)? else {
+                lane.shipped = lane.shipped.max(written);
                 // Asked for everything shipped, now that the last frame of it said so.
-                if progress.flags & FLAG_ACK_DURABLE != 0 {
-                    progress.durable_asked = progress.durable_asked.max(progress.shipped);
+                if lane.flags & FLAG_ACK_DURABLE != 0 {
+                    lane.durable_asked = lane.durable_asked.max(lane.shipped);
                 }
-                if progress.flags & FLAG_ACK_APPLIED != 0 {
-                    progress.applied_asked = progress.applied_asked.max(progress.shipped);
+                if lane.flags & FLAG_ACK_APPLIED != 0 {
+                    lane.applied_asked = lane.applied_asked.max(lane.shipped);
                 }
                 if let Some(follower) = &self.follower {
-                    follower.set_shipped(progress.shipped);
+                    follower.set_shipped(lane.shipped);
                 }
-                return self.report_caught_up(progress);
+                return self.report_caught_up(lane);
             };
             let header = WalDataHeader { segment: range.segment().id().first_lsn, offset: range.start() };
-            progress.flags = self.haste(progress);
-            self.sender.send(FrameKind::WalData, progress.flags, &header.to_bytes(), Body::Log(&range))?;
-            progress.last_sent = Instant::now();
+            lane.flags = self.haste(lane);
+            let (prefix, body) = (header.to_bytes(), Body::Log(&range));
+            if pace == Pace::Blocking {
+                lane.sender.send(FrameKind::WalData, lane.flags, &prefix, body)?;
+            } else if lane.sender.send_at_once(FrameKind::WalData, lane.flags, &prefix, body)? == SentAtOnce::Nothing {
+                lane.reader.put_back(&range);
+                return Ok(());
+            }
+            lane.last_sent = Instant::now();
             sent += range.len();
             if self.stream_over.is_shutdown() {
                 return Ok(());
@@ -224,58 +277,69 @@ impl Shipper {
     }
 
     /// Flags for data: which acknowledgements somebody waits for.
-    fn haste(&self, progress: &Progress) -> u8 {
+    fn haste(&self, lane: &LogLane) -> u8 {
         let policy = self.commits.policy().asked_of_followers().map(|(level, _)| level);
         let mut flags = 0;
         let durable = self.commits.durable_wanted().load();
-        if policy == Some(AckLevel::Durable) || durable > progress.durable_asked {
+        if policy == Some(AckLevel::Durable) || durable > lane.durable_asked {
             flags |= FLAG_ACK_DURABLE;
         }
         let applied = self.commits.applied_wanted().load();
-        if policy == Some(AckLevel::Applied) || applied > progress.applied_asked {
+        if policy == Some(AckLevel::Applied) || applied > lane.applied_asked {
             flags |= FLAG_ACK_APPLIED;
         }
         flags
     }
 
     /// Tells the follower that somebody waits for records that it has been sent without saying so.
-    fn ask_for_haste(&mut self, progress: &mut Progress) -> Result<()> {
+    fn ask_for_haste(&self, lane: &mut LogLane) -> Result<()> {
         let durable = self.commits.durable_wanted().load();
         let applied = self.commits.applied_wanted().load();
         let mut flags = 0;
-        if durable > progress.durable_asked {
+        if durable > lane.durable_asked {
             flags |= FLAG_ACK_DURABLE;
         }
-        if applied > progress.applied_asked {
+        if applied > lane.applied_asked {
             flags |= FLAG_ACK_APPLIED;
         }
         if flags == 0 {
             return Ok(());
         }
-        progress.durable_asked = progress.durable_asked.max(durable);
-        progress.applied_asked = progress.applied_asked.max(applied);
-        progress.last_sent = Instant::now();
-        self.sender.send_message_with_flags(&Message::Sync(Sync { lsn: durable.max(applied) }), flags)
+        lane.durable_asked = lane.durable_asked.max(durable);
+        lane.applied_asked = lane.applied_asked.max(applied);
+        lane.last_sent = Instant::now();
+        lane.sender.send_message_with_flags(&Message::Sync(Sync { lsn: durable.max(applied) }), flags)
     }
 
-    fn report_caught_up(&mut self, progress: &mut Progress) -> Result<()> {
-        if progress.caught_up || progress.shipped < self.target {
+    fn report_caught_up(&self, lane: &mut LogLane) -> Result<()> {
+        if lane.caught_up || lane.shipped < self.target {
             return Ok(());
         }
-        progress.caught_up = true;
-        progress.last_sent = Instant::now();
-        self.sender.send_message(&Message::CaughtUp(CaughtUp { head: progress.shipped }))
+        lane.caught_up = true;
+        lane.last_sent = Instant::now();
+        lane.sender.send_message(&Message::CaughtUp(CaughtUp { head: lane.shipped }))
     }
 
     /// Shows the follower that the leader lives, and how far behind it is.
-    fn beat(&mut self, progress: &mut Progress) -> Result<()> {
-        progress.last_sent = Instant::now();
-        self.sender.send_message(&Message::Heartbeat(Heartbeat {
+    fn beat(&self, lane: &mut LogLane) -> Result<()> {
+        lane.last_sent = Instant::now();
+        lane.sender.send_message(&Message::Heartbeat(Heartbeat {
             epoch: self.epoch,
-            head: self.reader.log().head(),
+            head: self.log.head(),
             committed: self.commits.committed(),
             chain: Chain::default(),
             sent_unix_ms: unix_ms(),
         }))
+    }
+}
+
+/// Tells the follower, as well as may be, why it gets no base.
+fn refuse_base(error: &Error, sender: &mut dyn FrameSender) {
+    if !matches!(error, Error::Network { .. }) {
+        // A target that gives no bases will give none tomorrow.
+        let is_final = matches!(error, Error::Invalid { .. });
+        let code = if is_final { RefusalCode::NotRetained } else { RefusalCode::Internal };
+        let refusal = ErrorMessage::new(code, format!("there is no base: {error}"));
+        let _ = sender.send_message(&Message::Error(refusal));
     }
 }

@@ -151,6 +151,21 @@ impl Watermark {
         self.wake_if_reached(to.0);
     }
 
+    /// [`publish`](Watermark::publish) without waking anybody: the caller has something more urgent to do, and calls
+    /// [`wake`](Watermark::wake) after it, whatever happens meanwhile. Those who look see the mark moved at once.
+    #[inline]
+    pub(crate) fn publish_quietly(&self, to: Lsn) {
+        debug_assert!(self.value.load(Ordering::Relaxed) <= to.0, "a published mark goes back to {to}");
+        // W1. The wake that follows does W2 and W3, later than usual but in the same order.
+        self.value.store(to.0, Ordering::SeqCst);
+    }
+
+    /// Wakes those who waited for where the mark stands.
+    #[inline]
+    pub(crate) fn wake(&self) {
+        self.wake_if_reached(self.value.load(Ordering::Relaxed));
+    }
+
     /// Whether anyone waits for this mark to reach something. A hint: it may be outdated before it is returned.
     /// Those who wait for [`Lsn::MAX`], which no log reaches, do not count.
     #[must_use]

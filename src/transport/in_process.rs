@@ -12,14 +12,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, TrySendError, bounded, select};
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 use crate::limits::{MAX_CONTROL_LEN, MAX_IN_PROCESS_FRAMES, MAX_PENDING_CONNECTIONS};
 use crate::transport::{
-    Body, Closer, Connection, FrameReceiver, FrameSender, Listener, Transport, closed_by_peer, closed_here, misused,
-    outgoing_header, receive_timed_out, refuse_zero_timeout,
+    Body, Closer, Connection, FrameReceiver, FrameSender, Listener, SentAtOnce, Transport, closed_by_peer, closed_here,
+    misused, outgoing_header, receive_timed_out, refuse_zero_timeout,
 };
 use crate::wal::LogRange;
 use crate::wire::{FrameHeader, FrameKind};
@@ -277,34 +277,51 @@ struct InProcessSender {
     side: Arc<Side>,
 }
 
-impl FrameSender for InProcessSender {
-    fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()> {
+impl InProcessSender {
+    fn peer_gone(&self) -> Error {
+        let source = io::Error::new(io::ErrorKind::BrokenPipe, "closed by peer");
+        Error::Network { action: "send to", peer: self.side.peer.clone(), source }
+    }
+
+    /// The frame to send, if both sides still stand.
+    fn frame(&self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<Frame> {
         let header = outgoing_header(kind, flags, prefix, body.bytes())?;
-        let side = &*self.side;
-        let peer_gone = || Error::Network {
-            action: "send to",
-            peer: side.peer.clone(),
-            source: io::Error::new(io::ErrorKind::BrokenPipe, "closed by peer"),
-        };
-        if side.own_end.has_come() {
-            return Err(closed_here("send to", &side.peer));
+        if self.side.own_end.has_come() {
+            return Err(closed_here("send to", &self.side.peer));
         }
-        if side.peer_end.has_come() {
-            return Err(peer_gone());
+        if self.side.peer_end.has_come() {
+            return Err(self.peer_gone());
         }
         let body = match body {
             Body::Bytes(bytes) => FrameBody::Owned(bytes.into()),
             Body::Log(range) => FrameBody::Log(range.clone()),
         };
+        Ok(Frame { header, prefix: Prefix::new(prefix), body })
+    }
+}
+
+impl FrameSender for InProcessSender {
+    fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()> {
+        let frame = self.frame(kind, flags, prefix, body)?;
+        let side = &*self.side;
         // Only this sender locks it.
         let outgoing = side.outgoing.lock();
         let Some(outgoing) = outgoing.as_ref() else { return Err(closed_here("send to", &side.peer)) };
         select! {
-            send(outgoing, Frame { header, prefix: Prefix::new(prefix), body }) -> sent => {
-                sent.map_err(|_| peer_gone())
-            }
+            send(outgoing, frame) -> sent => sent.map_err(|_| self.peer_gone()),
             recv(side.own_end.signal) -> _ => Err(closed_here("send to", &side.peer)),
-            recv(side.peer_end.signal) -> _ => Err(peer_gone()),
+            recv(side.peer_end.signal) -> _ => Err(self.peer_gone()),
+        }
+    }
+
+    fn send_at_once(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<SentAtOnce> {
+        let frame = self.frame(kind, flags, prefix, body)?;
+        let outgoing = self.side.outgoing.lock();
+        let Some(outgoing) = outgoing.as_ref() else { return Err(closed_here("send to", &self.side.peer)) };
+        match outgoing.try_send(frame) {
+            Ok(()) => Ok(SentAtOnce::Whole),
+            Err(TrySendError::Full(_)) => Ok(SentAtOnce::Nothing),
+            Err(TrySendError::Disconnected(_)) => Err(self.peer_gone()),
         }
     }
 

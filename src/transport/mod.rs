@@ -165,6 +165,17 @@ impl<'a> Body<'a> {
     }
 }
 
+/// How much of a frame went out without waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SentAtOnce {
+    /// All of it.
+    Whole,
+    /// A part. The rest goes out before anything else that is sent, and nothing more can be sent at once before that.
+    Part,
+    /// Nothing: the frame has to be sent in the ordinary way.
+    Nothing,
+}
+
 /// The half of a connection that sends.
 pub trait FrameSender: Send {
     /// Sends one frame: its header, `prefix` and `body`, in one system call where the system has one for that. Blocks
@@ -175,6 +186,27 @@ pub trait FrameSender: Send {
     /// [`Error::Invalid`] if the frame is longer than its kind may be or has flags that its kind does not have: nothing
     /// was sent, and the sender stays usable. [`Error::Network`] otherwise, a time-out included, and then for ever.
     fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()>;
+
+    /// Sends one frame as far as that takes no waiting: for threads that must not be held up by a peer. A transport that
+    /// cannot tell sends nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    fn send_at_once(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<SentAtOnce> {
+        let _ = (kind, flags, prefix, body);
+        Ok(SentAtOnce::Nothing)
+    }
+
+    /// Sends the rest of a frame of which [`send_at_once`](Self::send_at_once) sent a part. Blocks as
+    /// [`send`](Self::send), which does this first, does.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Ends this direction in good order: the peer receives what was sent before, and then "closed by peer", while this
     /// side can still receive. Nothing can be sent afterwards.

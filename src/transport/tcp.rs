@@ -17,8 +17,8 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use crate::error::{Error, Result};
 use crate::limits::{FRAME_HEADER_LEN, MAX_CONTROL_LEN, MAX_PENDING_CONNECTIONS, RECEIVE_BUFFER_LEN};
 use crate::transport::{
-    Body, Closer, Connection, FrameReceiver, FrameSender, Listener, Transport, closed_by_peer, closed_here, misused,
-    outgoing_header, receive_error, receive_timed_out, refuse_zero_timeout,
+    Body, Closer, Connection, FrameReceiver, FrameSender, Listener, SentAtOnce, Transport, closed_by_peer, closed_here,
+    misused, outgoing_header, receive_error, receive_timed_out, refuse_zero_timeout,
 };
 use crate::wire::{FrameHeader, FrameKind};
 
@@ -155,7 +155,7 @@ impl TcpTransport {
         });
         Connection {
             peer,
-            sender: Box::new(TcpSender { socket: Arc::clone(&socket), failed: false }),
+            sender: Box::new(TcpSender { socket: Arc::clone(&socket), failed: false, unsent: Vec::new() }),
             receiver: Box::new(TcpReceiver::new(socket, self.options.spin_receive)),
             closer,
         }
@@ -338,6 +338,30 @@ struct TcpSender {
     socket: Arc<Shared>,
     /// Part of a frame may have been sent: nothing that follows would be understood.
     failed: bool,
+    /// The rest of a frame of which a part was sent at once. Empty but when the peer was slower than it seemed.
+    unsent: Vec<u8>,
+}
+
+impl TcpSender {
+    /// Refuses once the stream is over.
+    fn check_open(&self) -> Result<()> {
+        let peer = &self.socket.peer;
+        if self.socket.is_closed_here() {
+            return Err(closed_here("send to", peer));
+        }
+        if self.failed {
+            let source = io::Error::new(io::ErrorKind::BrokenPipe, "an earlier frame was not sent to its end");
+            return Err(Error::Network { action: "send to", peer: peer.clone(), source });
+        }
+        Ok(())
+    }
+
+    /// A write has failed, and nothing can follow.
+    fn fail(&mut self, error: io::Error) -> Error {
+        self.failed = true;
+        let peer = &self.socket.peer;
+        if self.socket.is_closed_here() { closed_here("send to", peer) } else { Error::network("send to", peer)(error) }
+    }
 }
 
 /// Calls `write` until it has taken all bytes, however few at a time.
@@ -365,7 +389,6 @@ fn write_all(
 fn write_vectored(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     {
-        const MSG_NOSIGNAL: i32 = 0x4000;
         SockRef::from(stream).send_vectored_with_flags(slices, MSG_NOSIGNAL)
     }
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
@@ -375,30 +398,60 @@ fn write_vectored(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usiz
     }
 }
 
+/// One vectored write of as much as the system takes without waiting; `WouldBlock` if that is nothing, or if it cannot
+/// be asked for.
+fn write_at_once(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    match MSG_DONTWAIT {
+        Some(flag) => SockRef::from(stream).send_vectored_with_flags(slices, flag | MSG_NOSIGNAL),
+        None => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
 impl FrameSender for TcpSender {
     fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()> {
         let body = body.bytes();
         let header = outgoing_header(kind, flags, prefix, body)?.encode();
-        let peer = &self.socket.peer;
-        if self.socket.is_closed_here() {
-            return Err(closed_here("send to", peer));
-        }
-        if self.failed {
-            let source = io::Error::new(io::ErrorKind::BrokenPipe, "an earlier frame was not sent to its end");
-            return Err(Error::Network { action: "send to", peer: peer.clone(), source });
-        }
+        self.flush()?;
         let mut parts = [IoSlice::new(&header), IoSlice::new(prefix), IoSlice::new(body)];
-        match write_all(&mut parts, |parts| write_vectored(&self.socket.stream, parts)) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                self.failed = true;
-                let closed = self.socket.is_closed_here();
-                Err(if closed { closed_here("send to", peer) } else { Error::network("send to", peer)(error) })
-            }
+        let written = write_all(&mut parts, |parts| write_vectored(&self.socket.stream, parts));
+        written.map_err(|error| self.fail(error))
+    }
+
+    fn send_at_once(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<SentAtOnce> {
+        let body = body.bytes();
+        let header = outgoing_header(kind, flags, prefix, body)?.encode();
+        self.check_open()?;
+        if !self.unsent.is_empty() {
+            return Ok(SentAtOnce::Nothing);
         }
+        let parts = [IoSlice::new(&header), IoSlice::new(prefix), IoSlice::new(body)];
+        let sent = match write_at_once(&self.socket.stream, &parts) {
+            Ok(sent) => sent,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Ok(SentAtOnce::Nothing);
+            }
+            Err(error) => return Err(self.fail(error)),
+        };
+        let mut before = 0;
+        for part in parts {
+            self.unsent.extend_from_slice(part.get(sent.saturating_sub(before)..).unwrap_or_default());
+            before += part.len();
+        }
+        Ok(if self.unsent.is_empty() { SentAtOnce::Whole } else { SentAtOnce::Part })
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.check_open()?;
+        if self.unsent.is_empty() {
+            return Ok(());
+        }
+        let unsent = std::mem::take(&mut self.unsent);
+        let written = write_all(&mut [IoSlice::new(&unsent)], |parts| write_vectored(&self.socket.stream, parts));
+        written.map_err(|error| self.fail(error))
     }
 
     fn finish(&mut self) -> Result<()> {
+        self.flush()?;
         self.failed = true;
         self.socket.stream.shutdown(Shutdown::Write).map_err(Error::network("finish sending to", &self.socket.peer))
     }
@@ -557,6 +610,9 @@ impl TcpReceiver {
         misused(self.frame.map(|frame| frame.kind), self.left, asked)
     }
 }
+
+/// The flag by which one call raises no signal when the peer is gone, where it takes a flag for that.
+const MSG_NOSIGNAL: i32 = if cfg!(any(target_os = "linux", target_os = "android")) { 0x4000 } else { 0 };
 
 /// The flag by which one call does not block on a blocking socket, where there is one.
 const MSG_DONTWAIT: Option<i32> = if cfg!(any(target_os = "linux", target_os = "android")) {

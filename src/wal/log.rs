@@ -252,6 +252,16 @@ impl Log {
         self.written.publish(lsn);
     }
 
+    #[inline]
+    pub(super) fn publish_written_quietly(&self, lsn: Lsn) {
+        self.written.publish_quietly(lsn);
+    }
+
+    /// Wakes those who wait for what has been published quietly.
+    pub(crate) fn wake_readers(&self) {
+        self.written.wake();
+    }
+
     /// Refuses once the log is closed or poisoned.
     #[inline]
     pub(super) fn check_writable(&self) -> Result<()> {

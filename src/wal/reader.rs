@@ -100,6 +100,13 @@ impl LogReader {
     }
 }
 
+impl LogReader {
+    /// Takes back the range that [`next`](Self::next) gave last: it will be given again.
+    pub(crate) fn put_back(&mut self, range: &LogRange) {
+        self.offset = range.start();
+    }
+}
+
 impl Log {
     /// The place before the batch that holds `lsn`, where a stream that must deliver `lsn` begins. For the LSN after
     /// the head that is the end of the log.

@@ -348,6 +348,14 @@ impl LogWriter {
     /// [`Error::Invalid`] if the bytes do not continue this log; nothing of them is kept, and the log stays what it
     /// was. Also what can go wrong with opening a segment.
     pub fn ingest_filled(&mut self, len: u64) -> Result<Lsn> {
+        let result = self.ingest_quietly(len);
+        self.log.wake_readers();
+        result
+    }
+
+    /// [`ingest_filled`](Self::ingest_filled), but those who wait for the log to grow are not woken: the caller does
+    /// that, with [`Log::wake_readers`].
+    pub(crate) fn ingest_quietly(&mut self, len: u64) -> Result<Lsn> {
         if len > self.window {
             return Err(Error::invalid(format!("{len} bytes of a window of {}", self.window)));
         }
@@ -468,7 +476,7 @@ impl LogWriter {
             open.seal(self.next_lsn.previous());
         }
         if moved {
-            self.log.publish_written(self.next_lsn.previous());
+            self.log.publish_written_quietly(self.next_lsn.previous());
         }
         Ok(())
     }
