@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
 use crate::shipper::Shipper;
 use crate::types::{Lsn, NodeId};
-use crate::wal::Log;
+use crate::wal::{Log, LogWriter, SyncPolicy};
 use crate::watermark::{Until, Waited, Watermark, wait_any};
 
 /// What a follower has done with a record.
@@ -306,16 +306,56 @@ impl Commits {
         self.followers.read().clone()
     }
 
+    /// Appends records as one batch and waits until they are committed as `commit` says, or the deadline passes: what
+    /// [`LogWriter::append_batch`] and [`wait`](Self::wait) do, in less time. The calling thread ships the records
+    /// itself where a follower's stream is idle, instead of waking a thread for it. Returns the LSN of the last record
+    /// and how waiting for it ended.
+    ///
+    /// # Errors
+    ///
+    /// As [`LogWriter::append_batch`]: then nothing was appended. [`Error::Invalid`] if the writer is not this shard's.
+    pub fn append_and_wait<R: AsRef<[u8]>>(
+        &self,
+        writer: &mut LogWriter,
+        records: &[R],
+        commit: Commit,
+        deadline: Option<Instant>,
+    ) -> Result<(Lsn, Outcome)> {
+        if !Arc::ptr_eq(writer.log(), &self.log) {
+            return Err(Error::invalid(format!("the writer is not that of shard {}", self.log.shard())));
+        }
+        let lsn = writer.append_batch_quietly(records)?;
+        self.want_shipped(lsn, commit);
+        // Those who have it by now sleep on.
+        self.log.wake_readers();
+        let every_batch = self.log.options().sync == SyncPolicy::EveryBatch;
+        Ok((lsn, self.wait_shipped(lsn, if every_batch { commit.and_synced() } else { commit }, deadline)))
+    }
+
     /// Waits until `lsn` is committed as `commit` says, or the deadline passes.
     pub fn wait(&self, lsn: Lsn, commit: Commit, deadline: Option<Instant>) -> Outcome {
         if lsn > self.log.head() {
             return Outcome::NotWritten;
         }
-        // Followers are told first, so that their syncs run while this thread does the local one.
-        if let Some((level, count)) = commit.followers {
-            self.want(level, lsn);
-            self.ship_at_once(lsn, count);
-        }
+        self.want_shipped(lsn, commit);
+        self.wait_shipped(lsn, commit, deadline)
+    }
+
+    /// Has followers hurry with `lsn`, and ships it where no other thread has done so yet.
+    fn want_shipped(&self, lsn: Lsn, commit: Commit) {
+        let Some((level, count)) = commit.followers else { return };
+        let wanted = match level {
+            AckLevel::Received => None,
+            AckLevel::Durable => Some(&self.durable_wanted),
+            AckLevel::Applied => Some(&self.applied_wanted),
+        };
+        wanted.inspect(|wanted| wanted.advance_quietly(lsn));
+        self.ship_at_once(lsn, count);
+        wanted.inspect(|wanted| wanted.wake());
+    }
+
+    /// Waits for what followers have been told already, so that their syncs run while this thread does the local one.
+    fn wait_shipped(&self, lsn: Lsn, commit: Commit, deadline: Option<Instant>) -> Outcome {
         if commit.synced
             && let Err(error) = self.log.wait_synced(lsn, deadline)
         {
@@ -332,7 +372,7 @@ impl Commits {
     }
 
     /// Ships up to `lsn` to as many followers as are waited for, where their shippers are idle. The others are left to
-    /// their shippers, which were woken when the record was appended: this thread is there already.
+    /// their shippers.
     fn ship_at_once(&self, lsn: Lsn, count: usize) {
         let shippers = self.shippers.read();
         shippers.iter().filter(|shipper| shipper.ship_at_once(lsn)).take(count).for_each(drop);
@@ -346,19 +386,6 @@ impl Commits {
     /// It is over.
     pub(crate) fn remove_shipper(&self, shipper: &Arc<Shipper>) {
         self.shippers.write().retain(|known| !Arc::ptr_eq(known, shipper));
-    }
-
-    /// Asks followers for haste.
-    fn want(&self, level: AckLevel, lsn: Lsn) {
-        match level {
-            AckLevel::Received => {}
-            AckLevel::Durable => {
-                self.durable_wanted.advance(lsn);
-            }
-            AckLevel::Applied => {
-                self.applied_wanted.advance(lsn);
-            }
-        }
     }
 
     pub(crate) fn durable_wanted(&self) -> &Watermark {

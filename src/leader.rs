@@ -222,6 +222,33 @@ impl Leader {
         Ok(self.commits(shard)?.wait(lsn, commit, deadline))
     }
 
+    /// Appends records as one batch and waits until they are committed as `commit` says: the quickest way from a record
+    /// to its acknowledgement, see [`Commits::append_and_wait`]. Returns the LSN of the last record, and how waiting for
+    /// it ended.
+    ///
+    /// ```no_run
+    /// # use towline::{Leader, Outcome, Result, ShardId};
+    /// # fn put(leader: &Leader) -> Result<()> {
+    /// let mut writer = leader.writer(ShardId(0))?;
+    /// let (lsn, outcome) = leader.append_and_wait(&mut writer, &[b"a record"], "received:1".parse()?, None)?;
+    /// assert_eq!(outcome, Outcome::Committed, "LSN {lsn}");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Where nothing was appended: as [`LogWriter::append_batch`].
+    pub fn append_and_wait<R: AsRef<[u8]>>(
+        &self,
+        writer: &mut LogWriter,
+        records: &[R],
+        commit: Commit,
+        deadline: Option<Instant>,
+    ) -> Result<(Lsn, Outcome)> {
+        self.commits(writer.log().shard())?.append_and_wait(writer, records, commit, deadline)
+    }
+
     /// Keeps a shard's log from `lsn` on for as long as the pin lives, within the shard's bound. Owner and reason are for
     /// those who look at the status.
     ///

@@ -6,7 +6,7 @@
 //! more than its limits allow: frames have a maximum length by type, connections a maximum number.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
@@ -28,7 +28,7 @@ use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogReader, unix_ms};
-use crate::watermark::{Waited, wait_any};
+use crate::watermark::{Waited, WaiterName, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
     SessionKind, SessionPhase, ShardInfo, SyncRequest,
@@ -60,6 +60,8 @@ pub(crate) struct Server {
     stop: ShutdownSignal,
     threads: Arc<Threads>,
     connections: AtomicUsize,
+    /// Shippers so far, each of which waits under its number.
+    shippers: AtomicU64,
     /// Rebuilds served at a time.
     rebuild_places: Arc<Places>,
 }
@@ -103,6 +105,7 @@ impl Server {
             stop,
             threads,
             connections: AtomicUsize::new(0),
+            shippers: AtomicU64::new(0),
         }
     }
 
@@ -439,6 +442,11 @@ impl Server {
         forgotten
     }
 
+    /// A name that no other shipper waits under.
+    fn waiter_name(&self) -> WaiterName {
+        WaiterName(self.shippers.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
     /// What the node says about itself now.
     pub(crate) fn status(&self) -> Status {
         Status::collect(self.role, self.directory.manifest(), self.started.elapsed(), self.all_shards())
@@ -555,6 +563,7 @@ impl Stream<'_> {
         };
         let shipper = Shipper {
             log: Arc::clone(&self.of_shard.log),
+            name: self.server.waiter_name(),
             lane: LogLane::new(reader, sender),
             commits: Arc::clone(&self.of_shard.commits),
             follower,

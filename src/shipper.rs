@@ -28,7 +28,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::transport::{Body, FrameSender, SentAtOnce};
 use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::{Log, LogReader, unix_ms};
-use crate::watermark::{Until, WaitStrategy, Waited, wait_any};
+use crate::watermark::{Until, WaitStrategy, Waited, WaiterName, wait_any, wait_any_as};
 use crate::wire::{
     CaughtUp, ErrorMessage, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Heartbeat, Message, SessionAction, Sync,
     WalDataHeader,
@@ -49,6 +49,8 @@ pub(crate) struct Shipper {
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
     pub(crate) target: Lsn,
+    /// By what name its thread waits.
+    pub(crate) name: WaiterName,
     /// Locked by the shipper's thread while it works, and tried by threads that wait for a commit.
     pub(crate) lane: Mutex<LogLane>,
 }
@@ -146,7 +148,7 @@ impl Shipper {
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
                 ended,
             ];
-            if wait_any(&conditions, log.options().wait, deadline) == Waited::TimedOut {
+            if wait_any_as(self.name, &conditions, log.options().wait, deadline) == Waited::TimedOut {
                 let mut lane = self.lane.lock();
                 // Somebody else may have sent something meanwhile.
                 if lane.last_sent.elapsed() >= self.heartbeat {
@@ -158,8 +160,9 @@ impl Shipper {
     }
 
     /// Ships up to `lsn` on the calling thread, if that takes no waiting: the shipper is idle, its follower has
-    /// received everything shipped before, and the stream takes what is new at once. Returns whether it did. If not, the
-    /// shipper's thread does it, which every append wakes anyway.
+    /// received everything shipped before, and the stream takes what is new at once. Returns whether it did; then the
+    /// shipper's thread sleeps on. If not, that thread does it: whoever calls this wakes those who wait for the log to
+    /// grow afterwards, or has done so before.
     pub(crate) fn ship_at_once(&self, lsn: Lsn) -> bool {
         let Some(follower) = self.follower.as_ref().filter(|follower| follower.counts()) else { return false };
         let Some(mut lane) = self.lane.try_lock() else { return false };
@@ -170,7 +173,13 @@ impl Shipper {
             log::warn!("node {}, shard {}: shipping ended: {error}", follower.node(), self.log.shard());
             self.stream_over.shutdown();
         }
-        lane.shipped >= lsn
+        let shipped = lane.shipped >= lsn;
+        if shipped {
+            self.log.written().postpone(self.name, lane.shipped.next());
+            self.commits.durable_wanted().postpone(self.name, lane.durable_asked.next());
+            self.commits.applied_wanted().postpone(self.name, lane.applied_asked.next());
+        }
+        shipped
     }
 
     /// Waits for a place, opens the base, and tells the follower what is to come. `None` if the stream or the node ends

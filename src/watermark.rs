@@ -86,6 +86,17 @@ struct OwnLine<T>(T);
 struct Waiter {
     threshold: u64,
     thread: Thread,
+    name: WaiterName,
+}
+
+/// By what others know a waiter, if they have to: see [`Watermark::postpone`].
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaiterName(pub u64);
+
+impl WaiterName {
+    /// Whoever nobody has to know.
+    pub(crate) const NOBODY: WaiterName = WaiterName(0);
 }
 
 #[cfg(not(loom))]
@@ -136,6 +147,13 @@ impl Watermark {
         moved
     }
 
+    /// [`advance`](Watermark::advance) without waking anybody, as [`publish_quietly`](Watermark::publish_quietly) is
+    /// [`publish`](Watermark::publish).
+    #[doc(hidden)]
+    pub fn advance_quietly(&self, to: Lsn) {
+        self.value.fetch_max(to.0, Ordering::SeqCst);
+    }
+
     /// Moves the mark to `to` and wakes those who waited for that: [`advance`](Watermark::advance) for a mark with a
     /// single writer, without a compare-and-swap.
     ///
@@ -153,17 +171,33 @@ impl Watermark {
 
     /// [`publish`](Watermark::publish) without waking anybody: the caller has something more urgent to do, and calls
     /// [`wake`](Watermark::wake) after it, whatever happens meanwhile. Those who look see the mark moved at once.
+    #[doc(hidden)]
     #[inline]
-    pub(crate) fn publish_quietly(&self, to: Lsn) {
+    pub fn publish_quietly(&self, to: Lsn) {
         debug_assert!(self.value.load(Ordering::Relaxed) <= to.0, "a published mark goes back to {to}");
         // W1. The wake that follows does W2 and W3, later than usual but in the same order.
         self.value.store(to.0, Ordering::SeqCst);
     }
 
-    /// Wakes those who waited for where the mark stands.
+    /// Wakes those who wait for what the mark has reached.
+    #[doc(hidden)]
     #[inline]
-    pub(crate) fn wake(&self) {
+    pub fn wake(&self) {
         self.wake_if_reached(self.value.load(Ordering::Relaxed));
+    }
+
+    /// Lets the waiter of that name sleep on until the mark reaches `at_least`, because the caller has done what it would
+    /// have been woken for below. Does nothing if it is awake: then it looks for itself.
+    ///
+    /// Only thresholds rise, and `next_wake` follows them under the lock: at every moment it is not above the old or the
+    /// new threshold, so claims 1 to 3 hold for the new one as they did for the old.
+    #[doc(hidden)]
+    pub fn postpone(&self, name: WaiterName, at_least: Lsn) {
+        let mut waiters = self.waiters.0.lock();
+        for waiter in waiters.iter_mut().filter(|waiter| waiter.name == name) {
+            waiter.threshold = waiter.threshold.max(at_least.0);
+        }
+        self.set_next_wake(&waiters);
     }
 
     /// Whether anyone waits for this mark to reach something. A hint: it may be outdated before it is returned.
@@ -215,9 +249,9 @@ impl Watermark {
         }
     }
 
-    fn register(&self, threshold: u64, thread: Thread) {
+    fn register(&self, threshold: u64, thread: Thread, name: WaiterName) {
         let mut waiters = self.waiters.0.lock();
-        waiters.push(Waiter { threshold, thread });
+        waiters.push(Waiter { threshold, thread, name });
         // Not `set_next_wake`, which looks at the whole list. Relaxed: the lock orders it.
         if threshold < self.next_wake.load(Ordering::Relaxed) {
             self.next_wake.store(threshold, Ordering::SeqCst);
@@ -318,6 +352,17 @@ pub enum Waited {
 /// assert_eq!(wait_any(&conditions, WaitStrategy::Park, None), Waited::Reached(1));
 /// ```
 pub fn wait_any(conditions: &[Until<'_>], strategy: WaitStrategy, deadline: Option<Instant>) -> Waited {
+    wait_any_as(WaiterName::NOBODY, conditions, strategy, deadline)
+}
+
+/// [`wait_any`] under a name by which others can [postpone](Watermark::postpone) the waking.
+#[doc(hidden)]
+pub fn wait_any_as(
+    name: WaiterName,
+    conditions: &[Until<'_>],
+    strategy: WaitStrategy,
+    deadline: Option<Instant>,
+) -> Waited {
     if let Some(first) = first_that_holds(conditions) {
         return Waited::Reached(first);
     }
@@ -335,7 +380,7 @@ pub fn wait_any(conditions: &[Until<'_>], strategy: WaitStrategy, deadline: Opti
     if has_passed(deadline) {
         return Waited::TimedOut;
     }
-    park(conditions, deadline)
+    park(name, conditions, deadline)
 }
 
 fn spin(conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
@@ -356,10 +401,10 @@ fn spin(conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
     }
 }
 
-fn park(conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
+fn park(name: WaiterName, conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
     let this = current_thread();
     for condition in conditions {
-        condition.mark.register(condition.at_least.0, this.clone());
+        condition.mark.register(condition.at_least.0, this.clone(), name);
     }
     total_order_point();
     let mut expired = false;

@@ -23,6 +23,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
+use towline::watermark::{WaiterName, wait_any_as};
 use towline::{Lsn, ShutdownSignal, Until, WaitStrategy, Waited, Watermark, wait_any};
 
 fn until(mark: &Watermark, at_least: u64) -> Until<'_> {
@@ -201,6 +202,57 @@ fn a_waiter_that_leaves_takes_nobody_along() {
         let _ = wait_any(&[until(&mark, 1)], WaitStrategy::Park, Some(Instant::now()));
         patient.join().unwrap();
         writer.join().unwrap();
+        assert!(!mark.has_waiters());
+    });
+}
+
+#[test]
+fn a_mark_moved_quietly_is_seen_and_its_waiter_woken_later() {
+    loom::model(|| {
+        let mark = Arc::new(Watermark::new(Lsn::ZERO));
+        let writer = spawn_on(&mark, |mark| {
+            mark.publish_quietly(Lsn(1));
+            assert_eq!(mark.load(), Lsn(1));
+            mark.wake();
+        });
+        assert_eq!(wait(&[until(&mark, 1)]), Waited::Reached(0));
+        writer.join().unwrap();
+        assert!(!mark.has_waiters());
+    });
+}
+
+/// One record is dealt with on behalf of the waiter, which may sleep on; the next one wakes it, and so it does a waiter
+/// that nobody stood in for.
+#[test]
+fn a_postponed_waiter_wakes_for_what_comes_after() {
+    const NAME: WaiterName = WaiterName(7);
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let mark = Arc::new(Watermark::new(Lsn::ZERO));
+        let served = Arc::new(AtomicU64::new(0));
+        let waiter = {
+            let (mark, served) = (Arc::clone(&mark), Arc::clone(&served));
+            thread::spawn(move || {
+                // As a shipper does: until all is done, whoever did it.
+                let mut seen = 0;
+                while seen < 2 {
+                    let next = served.load(Ordering::Acquire).max(seen) + 1;
+                    if next <= 2 {
+                        wait_any_as(NAME, &[until(&mark, next)], WaitStrategy::Park, None);
+                    }
+                    seen = mark.load().get();
+                }
+            })
+        };
+        let other = spawn_on(&mark, |mark| assert_eq!(wait(&[until(mark, 1)]), Waited::Reached(0)));
+        mark.publish_quietly(Lsn(1));
+        served.store(1, Ordering::Release);
+        mark.postpone(NAME, Lsn(2));
+        mark.wake();
+        mark.publish(Lsn(2));
+        waiter.join().unwrap();
+        other.join().unwrap();
         assert!(!mark.has_waiters());
     });
 }

@@ -39,6 +39,8 @@ over_both![
     a_newer_stream_of_the_same_node_takes_over,
     waiting_for_a_commit_has_typed_ends,
     committed_follows_the_policy,
+    whoever_waits_ships,
+    whoever_ships_waits_for_nobody_else,
     haste_reaches_an_idle_follower,
     a_newer_epoch_deposes_the_leader,
     an_epoch_change_starts_a_new_segment_everywhere,
@@ -363,6 +365,7 @@ fn waiting_for_a_commit_has_typed_ends(net: &Net) {
     });
     assert_eq!(commits.wait(later, Commit::SYNCED, None), Outcome::Committed, "stopping has synced it");
     assert!(writer.append(b"late").unwrap_err().is_shutdown());
+    assert!(commits.append_and_wait(&mut writer, &[b"late"], Commit::SYNCED, None).unwrap_err().is_shutdown());
 }
 
 fn committed_follows_the_policy(net: &Net) {
@@ -394,6 +397,78 @@ fn committed_follows_the_policy(net: &Net) {
 }
 
 /// With no automatic syncs and no more data, only the leader's word makes a follower sync and say so.
+/// Threads that append and wait in one call, beside one that only appends, ship from several threads: every record
+/// arrives once, in order, and is committed as asked.
+fn whoever_waits_ships(net: &Net) {
+    let (_parent, at) = directories();
+    let leader = net.lead(&at(0), 2);
+    let targets = [Checked::new(2), Checked::new(2)];
+    let followers = [net.follow(&at(1), 1, &targets[0]), net.follow(&at(2), 2, &targets[1])];
+    let heads: Vec<u64> = std::thread::scope(|scope| {
+        let committing = |mut writer: LogWriter| {
+            let leader = &leader;
+            scope.spawn(move || {
+                let shard = writer.log().shard();
+                for number in 1..=300u64 {
+                    let commit: Commit =
+                        ["received:2", "durable:1", "applied:2", "synced"][number as usize % 4].parse().unwrap();
+                    let next = record(shard, Lsn(number));
+                    let (lsn, outcome) =
+                        leader.append_and_wait(&mut writer, &[next], commit, Some(deadline())).unwrap();
+                    assert_eq!((lsn, outcome), (Lsn(number), Outcome::Committed), "shard {shard}, {commit}");
+                }
+                append(&mut writer, 50).get()
+            })
+        };
+        let threads: Vec<_> = writers(&leader).into_iter().map(committing).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(heads, [350, 350]);
+    followers.iter().for_each(|follower| catch_up(&leader, follower));
+    leader.shutdown().unwrap();
+    for (follower, (node, target)) in followers.into_iter().zip((1..).zip(&targets)) {
+        follower.shutdown().unwrap();
+        assert_identical(&at(0), &at(node), &heads);
+        target.assert_saw(&heads);
+    }
+}
+
+/// A follower that acknowledges but reads no more takes what fits in the stream. Whoever appends and waits is then not
+/// held up past the deadline, and the other follower has everything that was asked of one.
+fn whoever_ships_waits_for_nobody_else(net: &Net) {
+    let (_parent, at) = directories();
+    let leader = net.node(&at(0)).segment_size(1 << 20).drain_timeout(Duration::ZERO).lead(&net.address).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    let mut stalled = net.connect();
+    let info = ask(&mut stalled, follow_request(&leader.manifest(), 66, S0)).unwrap();
+    let follower = net.node(&at(1)).follow(&net.address, Arc::new(towline::target::LogOnly)).unwrap();
+    let one: Commit = "received:1".parse().unwrap();
+    let two: Commit = "received:2".parse().unwrap();
+    let lag = || {
+        let known = leader.commits(S0).unwrap().followers();
+        known.iter().find(|known| known.node() == NodeId(66)).map_or(0, |known| known.shipped().get())
+    };
+    let mut appended = 0;
+    let mut last = Lsn::ZERO;
+    while last.records_since(Lsn(lag())) < 32 {
+        let (lsn, outcome) = leader.append_and_wait(&mut writer, &[[7; 48 * 1024]], one, Some(deadline())).unwrap();
+        assert_eq!(outcome, Outcome::Committed);
+        // Says that it has what it never read, so that threads that wait keep shipping to it.
+        let _ = acknowledge(&mut stalled, &info, lsn);
+        last = lsn;
+        appended += 48 * 1024;
+        assert!(appended < 64 << 20, "a stream that nobody reads goes on taking bytes");
+    }
+    let soon = Some(Instant::now());
+    let (lsn, outcome) = leader.append_and_wait(&mut writer, &[b"the last"], two, soon).unwrap();
+    assert_eq!(outcome, Outcome::TimedOut);
+    reach(follower.applied(S0).unwrap(), lsn, "the healthy follower");
+    drop(stalled);
+    leader.shutdown().unwrap();
+    follower.shutdown().unwrap();
+    assert_eq!(common::compare(&at(0), &at(1), S0).relation, Relation::Identical);
+}
+
 fn haste_reaches_an_idle_follower(net: &Net) {
     let (_parent, at) = directories();
     let lazy = WalOptions { sync: towline::wal::SyncPolicy::Never, ..WalOptions::default() };

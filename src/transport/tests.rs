@@ -54,6 +54,64 @@ fn flags_arrive(transport: &dyn Transport) {
     assert_eq!(there.receiver.receive_message_body(header).unwrap(), sync);
 }
 
+fn what_is_sent_at_once_arrives(transport: &dyn Transport) {
+    let (mut here, mut there) = connected(transport);
+    let message = Message::Sync(crate::wire::Sync { lsn: Lsn(3) });
+    for round in 0..100 {
+        let body = message.to_message_bytes();
+        let sent = here.sender.send_at_once(FrameKind::Sync, 0, body.as_slice(), Body::EMPTY).unwrap();
+        assert_eq!(sent, SentAtOnce::Whole, "round {round}");
+        here.sender.flush().unwrap();
+        here.sender.send_message(&message).unwrap();
+        assert_eq!(there.receiver.receive_message().unwrap(), message);
+        assert_eq!(there.receiver.receive_message().unwrap(), message);
+    }
+    let too_long = noise(1 << 20, 1);
+    let refused = here.sender.send_at_once(FrameKind::Sync, 0, &too_long, Body::EMPTY);
+    assert!(matches!(refused, Err(Error::Invalid { .. })), "{refused:?}");
+    here.closer.close();
+    let over = here.sender.send_at_once(FrameKind::CaughtUp, 0, &[0; 8], Body::EMPTY);
+    assert!(matches!(over, Err(Error::Network { .. })), "{over:?}");
+}
+
+/// Nobody reads, so at some point the stream takes no more: nothing blocks, and once somebody reads, every frame that
+/// was taken arrives whole and in order, also the one of which only a part went at once.
+fn what_the_stream_does_not_take_at_once_is_not_lost(transport: &dyn Transport) {
+    let (mut here, mut there) = connected(transport);
+    let mut taken = 0;
+    loop {
+        let body = noise(60_000, taken);
+        match here.sender.send_at_once(FrameKind::BaseData, 0, &[0; 20], Body::Bytes(&body)).unwrap() {
+            SentAtOnce::Whole => taken += 1,
+            SentAtOnce::Part => {
+                taken += 1;
+                let more = here.sender.send_at_once(FrameKind::BaseData, 0, &[0; 20], Body::Bytes(&body)).unwrap();
+                assert_eq!(more, SentAtOnce::Nothing, "a rest is to be sent first");
+                break;
+            }
+            SentAtOnce::Nothing => break,
+        }
+        assert!(taken < 10_000, "a stream that takes everything");
+    }
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            here.sender.flush().unwrap();
+            here.sender.send(FrameKind::BaseData, 0, &[1; 20], Body::Bytes(&noise(10, taken))).unwrap();
+            here.sender.finish().unwrap();
+            // Both halves stay until the peer has everything.
+            let _ = here.receiver.receive_header();
+        });
+        for number in 0..taken {
+            let (header, body) = receive_whole(there.receiver.as_mut()).unwrap();
+            assert_eq!((header.kind, &body[20..]), (FrameKind::BaseData, noise(60_000, number).as_slice()));
+        }
+        let (_, last) = receive_whole(there.receiver.as_mut()).unwrap();
+        assert_eq!(last[20..], noise(10, taken));
+        assert!(is_closed_by_peer(&there.receiver.receive_header().unwrap_err()));
+        drop(there);
+    });
+}
+
 fn the_largest_log_range_arrives_in_the_callers_memory(transport: &dyn Transport) {
     let (mut here, mut there) = connected(transport);
     let record = noise(MAX_WAL_DATA_LEN as usize, 1);
@@ -370,6 +428,8 @@ macro_rules! over_each_transport {
 
 over_each_transport! {
     every_message_arrives,
+    what_is_sent_at_once_arrives,
+    what_the_stream_does_not_take_at_once_is_not_lost,
     flags_arrive,
     the_largest_log_range_arrives_in_the_callers_memory,
     frames_of_all_sizes_arrive_in_order,

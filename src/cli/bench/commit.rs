@@ -115,8 +115,8 @@ fn ours(bench: &Bench, case: Case, record: &[u8], most_bytes: u64) -> Result<Sam
     let (nodes, mut writer) = Nodes::start(bench, 1, settings)?;
     let commits = nodes.commits()?;
     let one = |writer: &mut LogWriter| -> Result<()> {
-        let lsn = writer.append(record)?;
-        match commits.wait(lsn, commit, None) {
+        let (lsn, outcome) = commits.append_and_wait(writer, &[record], commit, None)?;
+        match outcome {
             Outcome::Committed => Ok(()),
             other => Err(format!("LSN {lsn} was not committed: {other:?}").into()),
         }
