@@ -332,15 +332,20 @@ impl Log {
     /// name is.
     pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
         let begins_log = self.segments.read().is_empty() && header.id.first_lsn > Lsn::FIRST;
-        if begins_log {
-            write_all_at(&prepared.file, &header.encode(), 0)
-                .and_then(|()| prepared.file.sync_data())
-                .map_err(Error::io("write the header of", &prepared.path))?;
+        if begins_log || !prepared.filled {
+            let written = write_all_at(&prepared.file, &header.encode(), 0);
+            let durable = written.and_then(|()| if begins_log { prepared.file.sync_data() } else { Ok(()) });
+            durable.map_err(Error::io("write the header of", &prepared.path))?;
         }
         let path = self.directory.join(header.id.to_string());
         std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
+        let filled = prepared.filled;
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
-        writer.unpublished(0..SEGMENT_HEADER_LEN).copy_from_slice(&header.encode());
+        if filled {
+            writer.unpublished(0..SEGMENT_HEADER_LEN).copy_from_slice(&header.encode());
+        } else {
+            writer.use_file_only();
+        }
         writer.publish(SEGMENT_HEADER_LEN);
         log::debug!("shard {}: opened {}", self.shard(), header.id);
         self.segments.write().push(segment);

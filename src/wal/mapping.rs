@@ -6,7 +6,8 @@
 //!    long as the mapping lives: files are filled with real zeros before they are mapped, nobody truncates them, and
 //!    the lock of the log's directory keeps others out. So no access can fault for want of room, except where the
 //!    file system must find new blocks for every overwrite; a device that cannot read a page back is the other way to
-//!    lose the process.
+//!    lose the process. A file that is still to be filled through the file itself ([`SegmentWriter::use_file_only`]) has
+//!    its length and may lack blocks: reading it gives zeros, and nothing is stored to its mapping.
 //! 2. **Below `published`, bytes never change** while the [`Segment`] lives. A file is recycled only by whoever holds
 //!    the last reference to its segment.
 //! 3. **Above `published`, bytes belong to the one [`SegmentWriter`]** of the segment. It cannot be cloned, is made
@@ -28,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Lsn, WalSegmentId};
 use crate::wal::batch::BatchIter;
-use crate::wal::segment::{SegmentHeader, write_all_at};
+use crate::wal::segment::{SegmentHeader, write_all_at, zero_in_pages};
 
 /// Bytes of a cache line; being wrong only costs or wastes a prefetch.
 #[cfg(target_arch = "x86_64")]
@@ -177,7 +178,7 @@ impl Segment {
             published: AtomicU64::new(published),
             sealed: AtomicU64::new(sealed.map_or(0, |last_lsn| last_lsn.next().0)),
         });
-        (Arc::clone(&segment), SegmentWriter { segment, file, end: published })
+        (Arc::clone(&segment), SegmentWriter { segment, file, end: published, stores: true })
     }
 
     /// What its header page says.
@@ -271,6 +272,8 @@ pub(crate) struct SegmentWriter {
     file: File,
     /// Equal to `segment.published`, without the atomic load.
     end: u64,
+    /// Whether bytes may go in through the mapping: the file has all its blocks.
+    stores: bool,
 }
 
 impl SegmentWriter {
@@ -291,9 +294,29 @@ impl SegmentWriter {
         self.segment.mapping.len - self.end
     }
 
+    /// The file lacks blocks: from now on bytes go in with [`write_unpublished`](Self::write_unpublished) only, until
+    /// [`fill`](Self::fill) has been called.
+    pub(crate) fn use_file_only(&mut self) {
+        self.stores = false;
+    }
+
+    /// Whether bytes may go in through the mapping.
+    #[inline]
+    pub(crate) fn takes_stores(&self) -> bool {
+        self.stores
+    }
+
+    /// Gives the rest of the file its blocks, so that bytes may go in through the mapping.
+    pub(crate) fn fill(&mut self) -> io::Result<()> {
+        zero_in_pages(&self.file, self.end..self.segment.mapping.len)?;
+        self.stores = true;
+        Ok(())
+    }
+
     /// The unpublished bytes `from..to`, counted from the published end.
     #[inline]
     pub(crate) fn unpublished(&mut self, range: Range<u64>) -> &mut [u8] {
+        assert!(self.stores, "storing to a mapping whose file lacks blocks");
         // Checked here, so that no sum can wrap to below `published`.
         assert!(range.start <= range.end && range.end <= self.room(), "{range:?} of {} bytes left", self.room());
         let range = self.end + range.start..self.end + range.end;

@@ -2,7 +2,8 @@
 //!
 //! A spare is a file of the right size full of real zeros, synced and mapped: taking one into use is a rename. The
 //! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
-//! copying a record into it. It parks on a condition variable while there is nothing to do.
+//! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
+//! which allocates and fills pages in one step, and a full disk is then an error of that write. It parks on a condition variable while there is nothing to do.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -26,6 +27,9 @@ pub(super) struct Prepared {
     pub(super) path: PathBuf,
     pub(super) file: File,
     pub(super) mapping: Mapping,
+    /// Whether it has its blocks. If not, it has its length only, and nothing may be stored to the mapping: it was made
+    /// for a writer that goes through the file.
+    pub(super) filled: bool,
 }
 
 /// The spares of one log. The log writer takes (and may wait, for want of a spare); retention gives back; the shard's
@@ -40,6 +44,9 @@ pub(super) struct Spares {
     /// Somebody has waited for a sync since the last spare was made. A hint: set by waiters, taken by the preparing
     /// thread.
     sync_waited: AtomicBool,
+    /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set by
+    /// the writer.
+    in_bulk: AtomicBool,
     /// Something for the preparing thread to do.
     wanted: Condvar,
     /// A spare, an error or the end.
@@ -87,6 +94,7 @@ impl Spares {
             populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             sync_waited: AtomicBool::new(false),
+            in_bulk: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
         }
@@ -126,6 +134,11 @@ impl Spares {
         if !self.sync_waited.load(Ordering::Relaxed) {
             self.sync_waited.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Says whether the writer puts large pieces in through the file.
+    pub(super) fn set_bulk(&self, in_bulk: bool) {
+        self.in_bulk.store(in_bulk, Ordering::Relaxed);
     }
 
     /// Blocks until as many spares are ready as are kept, or one cannot be made.
@@ -248,6 +261,9 @@ impl Spares {
             file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
+        if is_new && self.in_bulk.load(Ordering::Relaxed) {
+            return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false });
+        }
         let mut touch = is_new;
         let mut at = 0;
         while at < self.segment_size {
@@ -281,7 +297,7 @@ impl Spares {
             file.sync_all().map_err(Error::io("sync", path))?;
         }
         mapping.populate(0..self.populate_ahead.min(self.segment_size));
-        Ok(Prepared { path: path.to_owned(), file, mapping })
+        Ok(Prepared { path: path.to_owned(), file, mapping, filled: true })
     }
 }
 

@@ -158,6 +158,52 @@ fn a_log_fed_in_any_pieces_is_byte_for_byte_the_same() {
     }
 }
 
+/// Long windows go through memory and the file, short ones through the mapping, and segments taken into use meanwhile may
+/// have no blocks yet: whatever the mixture, the logs are the same, the files as long as they should be, and what follows
+/// a batch that did not arrive whole is zeros.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let identity = LogIdentity { segment_size: 8 << 20, ..identity() };
+    let options = WalOptions { populate_ahead: 1 << 20, sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (leader, mut source) = Wal::open(leader_dir.path(), identity, options).unwrap();
+    source.set_epoch(Epoch(1)).unwrap();
+    let (follower, mut sink) = Wal::open(follower_dir.path(), identity, options).unwrap();
+    let mut without_blocks = 0;
+    for round in 0..12u64 {
+        let lens = [200_000, 70_000, 300, 1 << 20, 5 << 20];
+        let sizes = (0..20).map(|number| lens[usize::try_from((round + number) % 5).unwrap()]);
+        for (len, number) in sizes.zip(0u64..).take(if round % 4 == 3 { 3 } else { 8 }) {
+            source.append(&vec![u8::try_from((round * 20 + number) % 251).unwrap(); len]).unwrap();
+        }
+        feed(leader.log(), &mut sink, [256 * 1024, u64::MAX, 100_000, 3000][usize::try_from(round % 4).unwrap()]);
+        without_blocks += u64::from(!sink.takes_stores());
+        // The beginning of a batch that the stream did not bring to its end.
+        let end = sink.end();
+        source.append(&[9; 150_000]).unwrap();
+        let place = leader.log().position_after(end.head, end.chain).unwrap().unwrap();
+        let range = leader.log().reader_at(place).next(100_000).unwrap().unwrap();
+        let window = sink.ingest_window(range.segment().id().first_lsn, range.start(), range.len()).unwrap();
+        let len = window.len().min(range.bytes().len());
+        window[..len].copy_from_slice(&range.bytes()[..len]);
+        sink.ingest_filled(len as u64).unwrap();
+        sink.discard_partial();
+    }
+    feed(leader.log(), &mut sink, 256 * 1024);
+    assert!(without_blocks > 0, "no segment was taken into use without blocks");
+    assert_eq!(source.end(), sink.end());
+    assert_identical(leader.log(), follower.log());
+    // Who leads next writes behind it, whatever the segment was made for.
+    let last = sink.append(b"mine").unwrap();
+    follower.log().wait_synced(last, None).unwrap();
+    drop((source, sink));
+    follower.close().unwrap();
+    let (follower, sink) = Wal::open(follower_dir.path(), identity, options).unwrap();
+    assert_eq!((sink.end().head, sink.torn_tail()), (last, None));
+    follower.close().unwrap();
+}
+
 #[test]
 fn a_follower_resumes_wherever_its_log_was_cut() {
     let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

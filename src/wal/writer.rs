@@ -23,6 +23,14 @@ const HEADER: usize = limits::index(BATCH_HEADER_LEN);
 /// mapping. Measured here for 16 KiB: 7.9 us as stores with a fault for each page, 6.8 us as one write, and 4.3 us as
 /// stores to pages made ready. Elsewhere than on Linux, mapping and file need not agree.
 const WRITE_THROUGH_FILE_FROM: u64 = 8 * 1024;
+/// A window of at least this many bytes is filled in memory, checked there, and goes in through the file, unless every
+/// page of a segment is made ready ahead: a page's fault costs more than the second copy. Measured: see the table of
+/// what was tried in `benches/README.md`.
+const STAGE_FROM: u64 = 64 * 1024;
+/// The longest beginning of a batch that is kept in memory; a longer one goes on in the mapping.
+const STAGE_MOST: u64 = 4 << 20;
+/// After so many short windows in a row the follower is no longer receiving in bulk.
+const BULK_ENDS: u32 = 16;
 /// Memory for framing that is kept from one batch to the next.
 const KEEP_FRAME: usize = 1 << 20;
 
@@ -57,12 +65,19 @@ pub struct LogWriter {
     timestamp: HybridTimestamp,
     /// Bytes from which on a batch goes in through the file.
     write_from: u64,
+    /// Whether long windows go in through the file (follower only).
+    stages: bool,
     /// Where batches are framed that go in through the file.
     frame: Vec<u8>,
     /// Bytes behind the published end that hold the beginning of a batch still arriving (follower only).
     arrived: u64,
     /// Bytes handed out behind those, to be filled (follower only).
     window: u64,
+    /// Where `arrived` and `window` are if `is_staged`; else they are in the mapping (follower only).
+    staging: Vec<u8>,
+    is_staged: bool,
+    /// Short windows since the last long one (follower only).
+    short_windows: u32,
     /// A header page that is still arriving (follower only).
     header_page: Vec<u8>,
     /// Whether what is arriving is a header page: of the next segment, or once more of an open one without batches.
@@ -101,6 +116,7 @@ impl LogWriter {
     ) -> LogWriter {
         let unready = cfg!(target_os = "linux") && log.options().populate_ahead == 0;
         LogWriter {
+            stages: cfg!(target_os = "linux") && log.options().populate_ahead < log.identity().segment_size,
             log,
             write_from: if unready { WRITE_THROUGH_FILE_FROM } else { u64::MAX },
             _lock: lock,
@@ -112,6 +128,9 @@ impl LogWriter {
             frame: Vec::new(),
             arrived: 0,
             window: 0,
+            staging: Vec::new(),
+            is_staged: false,
+            short_windows: BULK_ENDS,
             header_page: Vec::new(),
             header_due: false,
             trusted_epoch: None,
@@ -172,7 +191,18 @@ impl LogWriter {
     pub fn append(&mut self, record: &[u8]) -> Result<Lsn> {
         let body_len = RECORD_HEADER_LEN + record.len() as u64;
         let len = self.check_len(body_len, record.len() as u64)?;
-        self.append_body(1, len, |body| put_record(body, record))
+        let last = self.place_body(1, len, |body| put_record(body, record))?;
+        self.publish(last)
+    }
+
+    /// Lets everybody see the log up to `last`.
+    #[inline]
+    fn publish(&self, last: Lsn) -> Result<Lsn> {
+        self.log.publish_written(last);
+        if self.log.sync_policy() == SyncPolicy::EveryBatch {
+            self.log.wait_synced(last, None)?;
+        }
+        Ok(last)
     }
 
     /// Appends several records as one batch, which is kept or lost as a whole, and returns the LSN of the last one.
@@ -181,11 +211,24 @@ impl LogWriter {
     ///
     /// As [`append`](Self::append); [`Error::Invalid`] for a batch without records.
     pub fn append_batch<R: AsRef<[u8]>>(&mut self, records: &[R]) -> Result<Lsn> {
+        let last = self.place_batch(records)?;
+        self.publish(last)
+    }
+
+    /// [`append_batch`](Self::append_batch), but those who wait for the log to grow are not woken, and nothing is synced:
+    /// the caller does that, with [`Log::wake_readers`].
+    pub(crate) fn append_batch_quietly<R: AsRef<[u8]>>(&mut self, records: &[R]) -> Result<Lsn> {
+        let last = self.place_batch(records)?;
+        self.log.publish_written_quietly(last);
+        Ok(last)
+    }
+
+    fn place_batch<R: AsRef<[u8]>>(&mut self, records: &[R]) -> Result<Lsn> {
         let count = u32::try_from(records.len()).ok().filter(|&count| count > 0);
         let count = count.ok_or_else(|| Error::invalid("a batch has at least one record and at most 4294967295"))?;
         let body_len: u64 = records.iter().map(|record| RECORD_HEADER_LEN + record.as_ref().len() as u64).sum();
         let len = self.check_len(body_len, body_len - RECORD_HEADER_LEN)?;
-        self.append_body(count, len, |mut body| {
+        self.place_body(count, len, |mut body| {
             for record in records {
                 let (this, rest) = body.split_at_mut(limits::index(RECORD_HEADER_LEN) + record.as_ref().len());
                 put_record(this, record.as_ref());
@@ -204,9 +247,9 @@ impl LogWriter {
         }
     }
 
-    /// One copy, one checksum, two stores: the published end and the written mark.
+    /// One copy, one checksum, and one store: the published end. The written mark follows.
     #[inline]
-    fn append_body(&mut self, record_count: u32, body_len: u32, fill: impl FnOnce(&mut [u8])) -> Result<Lsn> {
+    fn place_body(&mut self, record_count: u32, body_len: u32, fill: impl FnOnce(&mut [u8])) -> Result<Lsn> {
         let total = batch::total_len(u64::from(body_len));
         // A sealing batch must always fit behind this one.
         if self.open.as_ref().is_none_or(|open| open.room() < total + BATCH_HEADER_LEN)
@@ -217,6 +260,9 @@ impl LogWriter {
         self.log.check_writable()?;
         let header = self.next_header(record_count, body_len, 0);
         let Some(open) = &mut self.open else { return Err(Error::ShutDown) };
+        if !open.takes_stores() {
+            open.fill().map_err(Error::io("fill", open.segment().path()))?;
+        }
         if total < self.write_from {
             self.chain = put_batch(open.unpublished(0..total), header, fill);
             open.prefetch(total);
@@ -229,10 +275,6 @@ impl LogWriter {
         self.next_lsn = last.next();
         if open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
-        }
-        self.log.publish_written(last);
-        if self.log.sync_policy() == SyncPolicy::EveryBatch {
-            self.log.wait_synced(last, None)?;
         }
         Ok(last)
     }
@@ -269,6 +311,9 @@ impl LogWriter {
         let empty = self.open.take_if(|open| open.end() == SEGMENT_HEADER_LEN);
         if let Some(open) = empty {
             self.log.discard_empty(open);
+        }
+        if let Some(open) = self.open.as_mut().filter(|open| !open.takes_stores()) {
+            open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
         if let Some(mut open) = self.open.take() {
             let mut header = self.next_header(0, 0, FLAG_SEALING);
@@ -328,7 +373,31 @@ impl LogWriter {
             return Err(Error::invalid(format!("the segment that begins with LSN {segment} has no room for more")));
         }
         self.window = to - self.arrived;
-        Ok(open.unpublished(self.arrived..to))
+        let is_long = self.stages && len >= STAGE_FROM;
+        if is_long && self.short_windows > 0 {
+            self.short_windows = 0;
+            self.log.spares().set_bulk(true);
+        } else if !is_long && self.short_windows < BULK_ENDS {
+            self.short_windows += 1;
+            self.log.spares().set_bulk(self.short_windows < BULK_ENDS);
+        }
+        if self.arrived == 0 {
+            self.is_staged = is_long || !open.takes_stores();
+        } else if self.is_staged && self.arrived > STAGE_MOST {
+            if !open.takes_stores() {
+                open.fill().map_err(Error::io("fill", open.segment().path()))?;
+            }
+            let staged = self.staging.get(..limits::index(self.arrived)).unwrap_or_default();
+            open.unpublished(0..self.arrived).copy_from_slice(staged);
+            self.is_staged = false;
+        }
+        if !self.is_staged {
+            return Ok(open.unpublished(self.arrived..to));
+        }
+        if self.staging.len() < limits::index(to) {
+            self.staging.resize(limits::index(to), 0);
+        }
+        Ok(&mut self.staging[limits::index(self.arrived)..limits::index(to)])
     }
 
     /// The segment (by its first LSN) and the offset in it of the next byte to come from the leader.
@@ -368,12 +437,20 @@ impl LogWriter {
         result.map(|()| self.next_lsn.previous())
     }
 
+    /// Whether the open segment has all its blocks.
+    #[cfg(test)]
+    pub(super) fn takes_stores(&self) -> bool {
+        self.open.as_ref().is_none_or(SegmentWriter::takes_stores)
+    }
+
     /// Forgets the beginning of a batch that will not be completed by the stream it came from, and leaves zeros.
     pub fn discard_partial(&mut self) {
         // Also what was handed out and may have been filled without anybody saying so.
         let arrived = std::mem::take(&mut self.arrived) + std::mem::take(&mut self.window);
         self.header_page.clear();
+        let is_staged = std::mem::take(&mut self.is_staged);
         if !std::mem::take(&mut self.header_due)
+            && !is_staged
             && let Some(open) = &mut self.open
         {
             open.unpublished(0..arrived).fill(0);
@@ -431,7 +508,11 @@ impl LogWriter {
     fn ingest_batches(&mut self) -> Result<()> {
         let Some(open) = &mut self.open else { return Ok(()) };
         let (room, end) = (open.room(), open.end());
-        let arrived = open.unpublished(0..self.arrived);
+        let arrived: &[u8] = if self.is_staged {
+            self.staging.get(..limits::index(self.arrived)).unwrap_or_default()
+        } else {
+            open.unpublished(0..self.arrived)
+        };
         let mut expected = Expected { first_lsn: self.next_lsn, chain: self.chain, epoch: self.epoch };
         let mut whole = 0usize;
         let mut sealed = false;
@@ -464,12 +545,17 @@ impl LogWriter {
         if whole == 0 {
             return Ok(());
         }
+        if self.is_staged {
+            let written = open.write_unpublished(self.staging.get(..whole).unwrap_or_default());
+            written.map_err(Error::io("write", open.segment().path()))?;
+            self.staging.copy_within(whole..limits::index(self.arrived), 0);
+        }
         open.publish(whole as u64);
         self.arrived -= whole as u64;
         self.chain = expected.chain;
         let moved = expected.first_lsn != self.next_lsn;
         self.next_lsn = expected.first_lsn;
-        if open.end() >= self.populate_at {
+        if !self.is_staged && open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
         }
         if sealed && let Some(open) = self.open.take() {
