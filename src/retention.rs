@@ -17,7 +17,7 @@
 //!
 //! All files of the shard's directory: sealed segments, the open one, the spares (as many as are kept ready, and at most
 //! one more) and what is [set aside](crate::wal) of segments given up unsynced (at most two files). Segments begin to go
-//! a reserve below the bound, an eighth of it or two segments if that is more, so that the directory stays under it
+//! a reserve below the bound, an eighth of it or three segments if that is more, so that the directory stays under it
 //! while they do. A bound that is smaller than all this together leaves the open segment, its spares and little else.
 //!
 //! What nobody needs goes once it is synced. What goes because the log is too large goes at once, synced or not: a
@@ -58,10 +58,10 @@ impl Default for RetentionOptions {
 }
 
 impl RetentionOptions {
-    /// Above this many bytes segments go whoever needs them: the bound less a reserve of an eighth of it, or of two
+    /// Above this many bytes segments go whoever needs them: the bound less a reserve of an eighth of it, or of three
     /// segments if that is more.
     fn limit(&self, segment_size: u64) -> Option<u64> {
-        self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(2 * segment_size)).max(segment_size))
+        self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(3 * segment_size)).max(segment_size))
     }
 }
 
@@ -467,11 +467,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reserve_is_an_eighth_or_two_segments_and_leaves_one() {
+    fn the_reserve_is_an_eighth_or_three_segments_and_leaves_one() {
         let limit = |max, size| RetentionOptions { max_wal_bytes: max, min_wal_bytes: 0 }.limit(size);
         assert_eq!(limit(None, 16), None);
         assert_eq!(limit(Some(1600), 16), Some(1400));
-        assert_eq!(limit(Some(160), 16), Some(128));
+        assert_eq!(limit(Some(160), 16), Some(112));
         assert_eq!(limit(Some(40), 16), Some(16));
         assert_eq!(limit(Some(1), 16), Some(16));
     }

@@ -89,6 +89,8 @@ impl Stage<'_> {
         let node = NodeId(u64::from(demo.followers));
         let (began, applied) = (Instant::now(), last.applied()?);
         let behind = self.head()?.saturating_sub(applied);
+        let shards = (0..demo.shards).map(ShardId);
+        let heads = shards.map(|shard| Ok(self.leader.log(shard)?.head())).collect::<Step<Vec<_>>>()?;
         let rate = demo.leader_mb_per_s.map(|mb| (mb.saturating_mul(1_000_000) / u64::from(demo.record_size)).max(1));
         let (mut asked, mut kept_up, mut memory) = (Asked::default(), false, 0);
         let written =
