@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use towline::protocol::SessionKind;
+use towline::protocol::{Mode, SessionKind};
 use towline::status::{FollowerStatus, Status};
-use towline::{NodeId, ShardId};
+use towline::{Lsn, NodeId, ShardId};
 
 use super::frozen::FrozenFollower;
 use super::scenario::{Figure, Following, Stage, Step, Told};
@@ -13,6 +13,8 @@ use super::sizes::{LogSize, anonymous_bytes};
 
 /// How long the followers may take to lose their places, to be rebuilt, or to catch up.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// Who keeps up is not further behind the head, in records of a shard.
+const NEAR: u64 = 16 * 1024;
 /// How often the leader is asked how its followers are.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// How long the leader goes on at most while the followers return.
@@ -97,11 +99,7 @@ impl Stage<'_> {
             self.write_while("the last follower is back, and the leader goes on", rate, |stage, passed| {
                 kept_up |= asked.now_and_then(stage, |status| {
                     memory = memory.max(anonymous_bytes().unwrap_or(0));
-                    status.shards.iter().all(|shard| {
-                        let found = shard.followers.iter().find(|follower| follower.node == node);
-                        let session = found.and_then(|follower| follower.session);
-                        session.is_some_and(|session| session.kind == SessionKind::KeepUp)
-                    })
+                    keeps_up(status, node, &heads)
                 });
                 Ok(!kept_up && passed < PATIENCE)
             })?;
@@ -144,7 +142,11 @@ impl Stage<'_> {
             look(&status);
             let caught_up = status.shards.iter().all(|shard| {
                 shard.followers.len() == followers.len()
-                    && shard.followers.iter().all(|f| f.applied >= shard.head && f.durable >= shard.head)
+                    && shard.followers.iter().all(|follower| {
+                        // A rebuild is over when the leader has accepted it.
+                        let reached = follower.applied.min(follower.durable) >= shard.head;
+                        reached && follower.mode == Mode::PublishHealthy
+                    })
             });
             if caught_up || Instant::now() >= deadline || self.stop.wait_timeout(ASK_EVERY) {
                 return Ok(());
@@ -156,6 +158,18 @@ impl Stage<'_> {
             }
         }
     }
+}
+
+/// Whether a follower has come as far as the leader's `heads` once were, keeps up in every shard, and is near the head.
+fn keeps_up(status: &Status, node: NodeId, heads: &[Lsn]) -> bool {
+    status.shards.iter().zip(heads).all(|(shard, head)| {
+        let found = shard.followers.iter().find(|follower| follower.node == node);
+        // Not the session of its former life.
+        let found = found.filter(|follower| {
+            follower.connected && follower.applied >= *head && shard.head.records_since(follower.applied) <= NEAR
+        });
+        found.and_then(|f| f.session).is_some_and(|session| session.kind == SessionKind::KeepUp)
+    })
 }
 
 /// Shards of followers that are seen in a rebuild.
