@@ -383,7 +383,9 @@ impl Log {
         self.sync_wanted.advance(lsn);
     }
 
-    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it.
+    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it. Of a log that has outgrown its
+    /// bound, records may be given up before they were synced: then it waits until what is left up to `lsn`, or the oldest
+    /// segment that is left, is on stable storage.
     ///
     /// # Errors
     ///
