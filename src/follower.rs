@@ -260,7 +260,8 @@ impl Follower {
             stop.clone(),
             Arc::clone(&threads),
         ));
-        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, hosting.hurry(), stop, checkpoint);
+        let (path, hurry, registry) = (directory.checkpoint_path(), hosting.hurry(), hosting.registry());
+        let checkpointer = Checkpointer::new(path, kept, hurry, stop, registry, checkpoint);
         let mut follower = Follower {
             following,
             server,

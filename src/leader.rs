@@ -92,7 +92,8 @@ impl Leader {
         let hosting = Hosting::new(&builder, &directory, protocol::Role::Leader, &kept, &stop)?;
         let hurry = hosting.hurry();
         let kept = kept.into_iter().map(Some).collect();
-        let checkpointer = Checkpointer::new(directory.checkpoint_path(), kept, hurry, stop.clone(), checkpoint);
+        let checkpointer =
+            Checkpointer::new(directory.checkpoint_path(), kept, hurry, stop.clone(), hosting.registry(), checkpoint);
         let shards: Vec<_> = (wals.iter().zip(&hosting.hosts))
             .map(|(wal, host)| ServerShard {
                 log: Arc::clone(wal.log()),

@@ -203,8 +203,9 @@ impl NodeBuilder {
     /// ([`DEFAULT_MAX_WAL_BYTES`](crate::limits::DEFAULT_MAX_WAL_BYTES)).
     ///
     /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be rebuilt.
-    /// Segments begin to go somewhat below the bound, so that the log stays under it; a segment may be open and spares
-    /// stand ready beside that. What this node's own target has not applied durably is kept in any case.
+    /// The bound includes the open segment and the spares. Segments begin to go a reserve below it, an eighth of it or three
+    /// segments if that is more, so that all files together stay under it; they go unsynced if need be, for the device
+    /// may be slower than whoever appends. What this node's own target has not applied durably is kept in any case.
     #[must_use]
     pub fn max_wal_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.options.retention.max_wal_bytes = bytes.into().filter(|&bytes| bytes > 0);
@@ -425,6 +426,7 @@ pub(crate) struct Hosting {
     pub(crate) hosts: Vec<Arc<Host>>,
     /// Only a leader's sessions run out of time.
     clock: Option<Arc<Clock>>,
+    registry: Arc<Registry>,
     retainer: Retainer,
 }
 
@@ -469,7 +471,7 @@ impl Hosting {
         hosts.iter().for_each(|host| host.assign(role, manifest.epoch));
         let retainer =
             Retainer { hosts: hosts.clone(), wake, hurry: Arc::new(Watermark::default()), stop: stop.clone() };
-        Ok(Hosting { hosts, clock: leads.then_some(clock), retainer })
+        Ok(Hosting { hosts, clock: leads.then_some(clock), registry, retainer })
     }
 
     /// What has the checkpoint written at once when it moves.
@@ -477,9 +479,14 @@ impl Hosting {
         Arc::clone(&self.retainer.hurry)
     }
 
+    /// The followers known.
+    pub(crate) fn registry(&self) -> Arc<Registry> {
+        Arc::clone(&self.registry)
+    }
+
     /// Starts the threads.
     pub(crate) fn start(self, threads: &Threads) -> Result<()> {
-        let Hosting { hosts, clock, retainer } = self;
+        let Hosting { hosts, clock, retainer, .. } = self;
         let stop = retainer.stop.clone();
         if let Some(clock) = clock {
             threads.spawn("tl-proto".to_owned(), move || clock.run(&hosts, &stop))?;
@@ -537,6 +544,8 @@ pub(crate) struct Checkpointer {
     /// Moves when somebody waits for what the checkpoint would say.
     hurry: Arc<Watermark>,
     stop: ShutdownSignal,
+    /// Where followers stand is written with it.
+    registry: Arc<Registry>,
     state: Mutex<CheckpointState>,
     /// Counts shards forgotten and taken up again, so that the waiting thread looks at the new ones.
     changes: Watermark,
@@ -578,10 +587,11 @@ impl Checkpointer {
         shards: Vec<Option<CheckpointShard>>,
         hurry: Arc<Watermark>,
         stop: ShutdownSignal,
+        registry: Arc<Registry>,
         saved: Checkpoint,
     ) -> Arc<Checkpointer> {
         let state = Mutex::new(CheckpointState { shards, saved });
-        Arc::new(Checkpointer { path, hurry, stop, state, changes: Watermark::default() })
+        Arc::new(Checkpointer { path, hurry, stop, registry, state, changes: Watermark::default() })
     }
 
     pub(crate) fn run(&self) {
@@ -635,6 +645,9 @@ impl Checkpointer {
     fn save_or_say(&self) {
         if let Err(error) = self.save(&mut self.state.lock()) {
             log::error!("the checkpoint was not written: {error}");
+        }
+        if let Err(error) = self.registry.save() {
+            log::error!("where followers stand was not written: {error}");
         }
     }
 

@@ -165,7 +165,8 @@ impl Registry {
                 Ok(at) => return Ok(Arc::clone(&followers[at])),
                 Err(_) if followers.len() >= MAX_FOLLOWERS => {
                     return Err(Error::invalid(format!(
-                        "{MAX_FOLLOWERS} followers are known, as many as a node can have; make the leader forget one"
+                        "{MAX_FOLLOWERS} followers are known, as many as a node can have; make the leader forget one that \
+                         will not come back: `towline leader --forget ID`, or `Leader::forget_follower`"
                     )));
                 }
                 Err(at) => followers.insert(at, Arc::new(Known::new(node, self.shards))),
@@ -381,7 +382,7 @@ mod tests {
             registry.add(NodeId(node)).unwrap();
         }
         registry.add(NodeId(1)).unwrap();
-        assert!(registry.add(NodeId(1000)).unwrap_err().to_string().contains("forget one"));
+        assert!(registry.add(NodeId(1000)).unwrap_err().to_string().contains("towline leader --forget ID"));
     }
 
     #[test]

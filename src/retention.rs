@@ -1,6 +1,6 @@
 //! Retention: which segments of a log are kept, for whom, and why they go.
 //!
-//! A sealed and synced segment goes when nothing needs it any more, or when the shard's log has become too large:
+//! A sealed segment goes when nothing needs it any more, or when the shard's log has become too large:
 //!
 //! | who needs it | until | beyond `max_wal_bytes` |
 //! |---|---|---|
@@ -11,16 +11,25 @@
 //! | this node's own target | it has applied it durably | holds it, and is asked to hurry |
 //!
 //! So a follower that is slow, stopped or gone for ever neither fills the disk nor slows anybody: appends never wait
-//! for retention. Segments begin to go a reserve below the bound, so that the log stays under it while they do. What is
-//! not on stable storage yet stays in any case: a writer that waits for no sync and is faster than the disk can exceed
-//! the bound by what the disk is behind.
+//! for retention.
+//!
+//! # What the bound includes
+//!
+//! All files of the shard's directory: sealed segments, the open one, the spares (as many as are kept ready, and at most
+//! one more) and what is [set aside](crate::wal) of segments given up unsynced (at most two files). Segments begin to go
+//! a reserve below the bound, an eighth of it or three segments if that is more, so that the directory stays under it
+//! while they do. A bound that is smaller than all this together leaves the open segment, its spares and little else.
+//!
+//! What nobody needs goes once it is synced. What goes because the log is too large goes at once, synced or not: a
+//! writer that waits for no sync may be faster than the device, and its log is bounded all the same. Only the node's own
+//! target can hold a log that is too large. It is asked to hurry when half of the limit is held, and what it has not
+//! applied durably stays.
 //!
 //! One thread a node does this. It waits for a new segment, for a follower that leaves one behind, for a pin that
-//! moves, and for the checkpoint; between those it does nothing.
+//! moves, and for the checkpoint; between those it does nothing, and it never waits for a device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -49,10 +58,10 @@ impl Default for RetentionOptions {
 }
 
 impl RetentionOptions {
-    /// Above this many bytes segments go whoever needs them: the bound less a reserve of an eighth of it, or of two
+    /// Above this many bytes segments go whoever needs them: the bound less a reserve of an eighth of it, or of three
     /// segments if that is more.
     fn limit(&self, segment_size: u64) -> Option<u64> {
-        self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(2 * segment_size)).max(segment_size))
+        self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(3 * segment_size)).max(segment_size))
     }
 }
 
@@ -268,7 +277,7 @@ impl ShardRetention {
         while released.again {
             let more = self.release_once();
             released.laggards.extend(more.laggards);
-            released = Released { any: true, laggards: released.laggards, ..more };
+            released = Released { laggards: released.laggards, ..more };
         }
         released
     }
@@ -280,9 +289,6 @@ impl ShardRetention {
         let sealed: Vec<Lsn> = log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
         self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
         let forced = self.forced(log, sealed.len());
-        if let Some(last) = forced.checked_sub(1).and_then(|index| sealed.get(index)) {
-            log.want_synced(*last);
-        }
         let mut released = Released::default();
         let plan = {
             let pins = self.pins.lock();
@@ -301,10 +307,19 @@ impl ShardRetention {
         released.waits_for_sync = plan.waits_for_sync;
         released.waits_for_target = plan.waits_for_target;
         released.hurry = plan.hurry;
+        if let Some(through) = plan.wants_sync {
+            log.want_synced(through);
+        }
         if let Some(through) = plan.through {
-            match log.release_through(through, plan.reason) {
+            // Whatever is too large goes at once: the device may be slower than whoever appends.
+            let gone = if plan.forced {
+                log.drop_through(through, plan.reason)
+            } else {
+                log.release_through(through, plan.reason)
+            };
+            match gone {
                 // What is awaited then is another segment, and somebody may have left that one behind meanwhile.
-                Ok(count) => (released.any, released.again) = (count > 0, count > 0),
+                Ok(count) => released.again = count > 0,
                 Err(error) => log::error!("shard {}: a segment was not released: {error}", log.shard()),
             }
         }
@@ -314,9 +329,7 @@ impl ShardRetention {
     /// How many sealed segments go because the log is too large.
     fn forced(&self, log: &Log, sealed: usize) -> usize {
         let size = log.identity().segment_size;
-        let Some(limit) = self.options.limit(size) else { return 0 };
-        let over = log.retained_bytes().saturating_sub(limit).div_ceil(size);
-        usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
+        self.options.limit(size).map_or(0, |limit| over(log, limit, sealed))
     }
 
     fn plan(&self, Kept { log, applied }: &Kept, sealed: &[Lsn], forced: usize, pins: &[Arc<Held>]) -> Plan {
@@ -334,19 +347,24 @@ impl ShardRetention {
         let unneeded = upto(unneeded).min(spare);
         let synced = upto(log.synced().load());
         let applied = applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
-        let wanted = forced.max(unneeded);
-        let count = wanted.min(synced).min(applied);
-        let next = sealed.get(count).copied().filter(|_| count < wanted);
+        // The target is asked to hurry in good time: for it appends go on, and the log grows.
+        let urgent = self.options.limit(size).map_or(0, |limit| over(log, limit / 2, sealed.len()));
+        let count = forced.max(unneeded.min(synced)).min(applied);
+        let next = sealed.get(count).copied().filter(|_| count < forced.max(unneeded));
+        let last_of = |count: usize| count.checked_sub(1).and_then(|index| sealed.get(index)).copied();
         Plan {
-            through: count.checked_sub(1).and_then(|index| sealed.get(index)).copied(),
+            through: last_of(count),
+            forced: count > unneeded.min(synced),
+            // The target has durably applied only what is synced.
+            wants_sync: last_of(urgent).filter(|_| urgent > applied),
             reason: if count > unneeded {
                 "the log is larger than it may be"
             } else {
                 "no follower, pin or target needs it"
             },
-            waits_for_sync: next.filter(|_| synced == count),
+            waits_for_sync: next.filter(|_| synced <= count),
             waits_for_target: next.filter(|_| applied == count),
-            hurry: forced > applied,
+            hurry: urgent > applied,
         }
     }
 
@@ -367,23 +385,32 @@ impl ShardRetention {
     }
 }
 
+/// How many of the sealed segments must go for a log's files to be within `limit` bytes.
+fn over(log: &Log, limit: u64, sealed: usize) -> usize {
+    let over = log.file_bytes().saturating_sub(limit).div_ceil(log.identity().segment_size);
+    usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
+}
+
 /// What goes now.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     through: Option<Lsn>,
+    /// Whether it is durable or not.
+    forced: bool,
+    /// Up to here it should be synced soon.
+    wants_sync: Option<Lsn>,
     reason: &'static str,
     /// One more would go if it were synced up to here.
     waits_for_sync: Option<Lsn>,
     /// One more would go if the target had durably applied up to here.
     waits_for_target: Option<Lsn>,
-    /// The log is too large because of the target.
+    /// The log is becoming too large because of the target.
     hurry: bool,
 }
 
 /// What became of one look at a shard.
 #[derive(Default)]
 struct Released {
-    any: bool,
     again: bool,
     laggards: Vec<NodeId>,
     waits_for_sync: Option<Lsn>,
@@ -391,7 +418,7 @@ struct Released {
     hurry: bool,
 }
 
-/// The thread that gives up log.
+/// The thread that gives up log. It waits for no device, so that a log that may not grow does not grow meanwhile.
 pub(crate) struct Retainer {
     pub(crate) hosts: Vec<Arc<Host>>,
     pub(crate) wake: Arc<Watermark>,
@@ -400,17 +427,12 @@ pub(crate) struct Retainer {
     pub(crate) stop: ShutdownSignal,
 }
 
-/// Positions of followers are written no more often than this.
-const SAVE_INTERVAL: Duration = Duration::from_secs(1);
-
 impl Retainer {
     pub(crate) fn run(&self) {
-        let mut saved_at: Option<Instant> = None;
         while !self.stop.is_shutdown() {
             // Everything waited for is read before the look, so that nothing is missed that comes during it.
             let wake = self.wake.load().next();
             let mut awaited = Vec::new();
-            let mut any = false;
             for host in &self.hosts {
                 let retention = host.retention();
                 let kept = retention.kept();
@@ -418,7 +440,6 @@ impl Retainer {
                 let released = retention.release();
                 // Should the log be replaced meanwhile, `wake` says so.
                 awaited.push((kept, [Some(opened), released.waits_for_sync, released.waits_for_target]));
-                any |= released.any;
                 for node in released.laggards {
                     host.place_lost(node);
                 }
@@ -426,13 +447,8 @@ impl Retainer {
                     self.hurry.advance(self.hurry.load().next());
                 }
             }
-            if any && saved_at.is_none_or(|at| at.elapsed() >= SAVE_INTERVAL) {
-                saved_at = Some(Instant::now());
-                self.save();
-            }
             self.wait(wake, &awaited);
         }
-        self.save();
     }
 
     fn wait(&self, wake: Lsn, awaited: &[(Kept, [Option<Lsn>; 3])]) {
@@ -444,14 +460,6 @@ impl Retainer {
         }
         wait_any(&conditions, WaitStrategy::Park, None);
     }
-
-    fn save(&self) {
-        if let Some(host) = self.hosts.first()
-            && let Err(error) = host.retention().registry.save()
-        {
-            log::error!("where followers stand was not written: {error}");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -459,11 +467,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reserve_is_an_eighth_or_two_segments_and_leaves_one() {
+    fn the_reserve_is_an_eighth_or_three_segments_and_leaves_one() {
         let limit = |max, size| RetentionOptions { max_wal_bytes: max, min_wal_bytes: 0 }.limit(size);
         assert_eq!(limit(None, 16), None);
         assert_eq!(limit(Some(1600), 16), Some(1400));
-        assert_eq!(limit(Some(160), 16), Some(128));
+        assert_eq!(limit(Some(160), 16), Some(112));
         assert_eq!(limit(Some(40), 16), Some(16));
         assert_eq!(limit(Some(1), 16), Some(16));
     }

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use towline::data_dir::{DataDir, STORE};
 use towline::target::{FixedStore, FixedStoreOptions, FixedStoreReader, ReplicationTarget};
@@ -109,6 +110,10 @@ pub(super) struct KvWriter<'a> {
     shards: Vec<KvShard<'a>>,
     /// Deletes of keys that were not there: they need no record.
     pub(super) idle_deletes: u64,
+    /// The longest that appending what was proposed for one shard has taken.
+    pub(super) longest_append: Duration,
+    /// The longest that was waited for the store, which is applied no further behind than is kept in memory.
+    pub(super) longest_wait: Duration,
 }
 
 struct KvShard<'a> {
@@ -146,7 +151,8 @@ impl<'a> KvWriter<'a> {
         }
         // Nothing of an earlier leadership counts: what it proposed is in the log and applied, or it is nowhere.
         store.abandon_proposals()?;
-        Ok(KvWriter { store, shards, idle_deletes: 0 })
+        let (longest_append, longest_wait) = (Duration::ZERO, Duration::ZERO);
+        Ok(KvWriter { store, shards, idle_deletes: 0, longest_append, longest_wait })
     }
 
     /// Proposes to set a key's value, or to delete the key.
@@ -173,8 +179,13 @@ impl<'a> KvWriter<'a> {
             let log = Arc::clone(shard.writer.log());
             let lagging = Lsn(log.head().get().saturating_sub(MOST_PROPOSED));
             let near = Until { mark: shard.applied, at_least: lagging };
+            let began = Instant::now();
             wait_any(&[near, log.until_ended()], WaitStrategy::Park, None);
-            if let Err(error) = append_in_batches(&mut shard.writer, &shard.staged) {
+            let waited = Instant::now();
+            self.longest_wait = self.longest_wait.max(waited - began);
+            let appended = append_in_batches(&mut shard.writer, &shard.staged);
+            self.longest_append = self.longest_append.max(waited.elapsed());
+            if let Err(error) = appended {
                 // The LSNs that the rest was promised will never be, or will be others'.
                 self.store.abandon_proposals()?;
                 return Err(error);

@@ -50,9 +50,17 @@ pub(super) struct Leader {
     /// Leadership term [default: the highest that the directory has accepted]
     #[arg(long)]
     epoch: Option<u64>,
-    /// Most bytes of log that each shard keeps, whoever still needs them; 0 for no bound [default: 1073741824]
+    /// Most bytes of log that each shard keeps, the open segment and spares included, whoever still needs them; 0 for no
+    /// bound [default: 1073741824]
     #[arg(long, value_name = "BYTES")]
     max_wal_bytes: Option<u64>,
+    /// Bytes of log that each shard keeps although nobody needs them, within the bound [default: 134217728]
+    #[arg(long, value_name = "BYTES")]
+    min_wal_bytes: Option<u64>,
+    /// Forget this follower, which will not come back: no log is kept for it, and another one can take its place among the
+    /// 64 that a leader remembers. May be given several times
+    #[arg(long, value_name = "ID")]
+    forget: Vec<u64>,
     /// Read records from standard input, one a line; with a store, keys and values
     #[arg(long)]
     stdin: bool,
@@ -83,6 +91,10 @@ impl Leader {
         let store = kv::open_as_leader(&self.dir, self.kv, self.prefix_bits, self.shards)?;
         let leader = self.builder(store.as_ref()).lead(&self.listen)?;
         let manifest = leader.manifest();
+        for &node in &self.forget {
+            leader.forget_follower(NodeId(node))?;
+            eprintln!("follower {node} is forgotten");
+        }
         eprintln!(
             "leading {} with {} shards{}, node {}, epoch {}, at {}",
             self.dir.display(),
@@ -123,6 +135,9 @@ impl Leader {
         }
         if let Some(bytes) = self.max_wal_bytes {
             builder = builder.max_wal_bytes(bytes);
+        }
+        if let Some(bytes) = self.min_wal_bytes {
+            builder = builder.min_wal_bytes(bytes);
         }
         if let Some(epoch) = self.epoch {
             builder = builder.epoch(Epoch(epoch));

@@ -20,6 +20,7 @@
 //! waits for: see [`SyncPolicy`].
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -28,6 +29,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
 use crate::types::{Epoch, Lsn, ShardId};
+use crate::wal::given_up::GivenUp;
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
@@ -39,11 +41,11 @@ use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
 /// [`LogWriter`](super::LogWriter) and any number of readers hold it.
 pub struct Log {
     identity: LogIdentity,
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
     options: WalOptions,
     /// Oldest first. Written by the log writer (a new segment) and by retention (an old one goes); readers hold the
     /// lock for a look-up only.
-    segments: RwLock<Vec<Arc<Segment>>>,
+    pub(super) segments: RwLock<Vec<Arc<Segment>>>,
     written: Watermark,
     synced: Watermark,
     sync_wanted: Watermark,
@@ -51,8 +53,11 @@ pub struct Log {
     opened: Watermark,
     ended: Watermark,
     sync: Mutex<SyncPosition>,
-    /// The file of a released segment that could not be removed: it goes before any newer one, or there would be a gap.
-    unremoved: Mutex<Option<PathBuf>>,
+    /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
+    /// held while anybody waits for the device.
+    pub(super) given_up: Mutex<GivenUp>,
+    /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
+    pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Spares,
 }
@@ -102,7 +107,8 @@ impl Log {
             opened: Watermark::new(opened),
             ended: Watermark::new(Lsn::ZERO),
             sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, turns: Lsn::ZERO }),
-            unremoved: Mutex::default(),
+            given_up: Mutex::default(),
+            named: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
         }
@@ -155,7 +161,7 @@ impl Log {
         self.segments.read().first().map_or(self.head().next(), |segment| segment.id().first_lsn)
     }
 
-    /// Bytes of the files of the log's segments, without spares.
+    /// Bytes of the files of the log's segments, without spares and what is being given up.
     #[must_use]
     pub fn retained_bytes(&self) -> u64 {
         self.segments.read().len() as u64 * self.identity.segment_size
@@ -361,6 +367,7 @@ impl Log {
         if position.segment == open.segment().id().first_lsn {
             position.offset = 0;
         }
+        self.named.fetch_min(open.segment().id().first_lsn.previous().0, Ordering::AcqRel);
     }
 
     /// Whether a segment is (still) part of the log.
@@ -391,7 +398,9 @@ impl Log {
         self.sync_wanted.advance(lsn);
     }
 
-    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it.
+    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it. Of a log that has outgrown its
+    /// bound, records may be given up before they were synced: then it waits until what is left up to `lsn`, or the oldest
+    /// segment that is left, is on stable storage.
     ///
     /// # Errors
     ///
@@ -465,13 +474,17 @@ impl Log {
     /// Syncs up to `written`, and whatever more the segments up to there hold.
     fn sync_segments(&self, position: &mut SyncPosition, written: Lsn) -> Result<()> {
         loop {
-            let Some(segment) = self.segment_beginning(position.segment) else {
+            let Some(segment) = self.segment_to_sync(position.segment)? else {
                 if position.segment > written {
                     return Ok(());
                 }
                 let path = self.directory.join(format!("(the segment of LSN {})", position.segment));
                 return Err(Error::corrupt(path, 0, Some(position.segment), "it is gone and was never synced"));
             };
+            let first_lsn = segment.id().first_lsn;
+            if first_lsn != position.segment {
+                (position.segment, position.offset) = (first_lsn, 0);
+            }
             let sealed = segment.sealed_last_lsn();
             let published = segment.published();
             if published > position.offset {
@@ -480,6 +493,7 @@ impl Log {
                 segment.sync_range(start..published)?;
                 if position.offset == 0 {
                     sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+                    self.named.fetch_max(first_lsn.0, Ordering::AcqRel);
                 }
                 position.offset = published;
             }
@@ -507,59 +521,6 @@ impl Log {
                 log::debug!("shard {}: background sync ended: {error}", self.shard());
             }
         }
-    }
-
-    /// Gives up the segments whose records are all at or below `lsn`, and says why in the log output. The newest segment
-    /// always stays, and so does every one whose successor is not yet durable by name and header: what is left must
-    /// open after a power cut. Files that nobody reads any more become spares. Returns how many segments went.
-    ///
-    /// Waits for a sync that is under way; never blocks appends.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] if a file cannot be removed. It is out of the log, but the next call tries it again before it
-    /// gives up anything newer.
-    pub fn release_through(&self, lsn: Lsn, reason: &str) -> Result<usize> {
-        let mut unremoved = self.unremoved.lock();
-        if let Some(path) = unremoved.clone() {
-            remove_file(&path)?;
-            *unremoved = None;
-        }
-        let mut count = 0;
-        while let Some(segment) = self.take_oldest(lsn) {
-            let id = segment.id();
-            let path = segment.path().to_owned();
-            // Readers that still hold it keep its mapping, never its name.
-            let removed = match Arc::try_unwrap(segment) {
-                Ok(segment) => self.spares.recycle(segment),
-                Err(_held) => remove_file(&path),
-            };
-            if let Err(error) = removed {
-                *unremoved = Some(path);
-                return Err(error);
-            }
-            log::info!("shard {}: released {id}: {reason}", self.shard());
-            count += 1;
-        }
-        Ok(count)
-    }
-
-    /// Takes the oldest segment out of the list, if all of it is at or below `lsn` and its successor is durable.
-    fn take_oldest(&self, lsn: Lsn) -> Option<Arc<Segment>> {
-        let position = self.sync.lock();
-        let mut segments = self.segments.write();
-        let oldest_is_released = segments.first()?.sealed_last_lsn().is_some_and(|last| last <= lsn);
-        let next = segments.get(1)?.id().first_lsn;
-        let next_is_durable = next < position.segment || (next == position.segment && position.offset > 0);
-        (oldest_is_released && next_is_durable).then(|| segments.remove(0))
-    }
-}
-
-/// Removes a file that may be gone already.
-fn remove_file(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
-        _ => Ok(()),
     }
 }
 

@@ -246,12 +246,6 @@ impl Segment {
     pub(crate) fn populate(&self, range: Range<u64>) {
         let _ = self.mapping.populate(range);
     }
-
-    /// Gives up the mapping and hands out the file's path, for recycling: only whoever holds the last reference can
-    /// have the segment by value, so nobody reads it any more (invariant 2).
-    pub(crate) fn into_path(self) -> PathBuf {
-        self.path
-    }
 }
 
 impl std::fmt::Debug for Segment {

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 pub mod batch;
 mod compare;
+mod given_up;
 mod log;
 #[cfg(test)]
 mod log_fixture;
@@ -177,6 +178,7 @@ impl Wal {
         let end = LogEnd { head: recovered.head, chain: recovered.chain, epoch: recovered.epoch, segment, offset };
         let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares));
         log.sync_all()?;
+        given_up::remove_set_aside(directory)?;
         let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log), _lock: Arc::clone(&lock) };
         let writer = LogWriter::new(log, lock, open, end, recovered.timestamp, recovered.torn);
         Ok((wal, writer))
@@ -207,11 +209,10 @@ impl Wal {
         let lock = lock_directory(directory)?;
         let (segments, others) = walk::list(directory)?;
         // The newest first: what a crash leaves is a beginning of the old log, which is a log.
-        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(
-            others
-                .into_iter()
-                .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name)),
-        );
+        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(others.into_iter().filter(|path| {
+            given_up::is_set_aside(path)
+                || path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name)
+        }));
         for path in paths {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
@@ -261,6 +262,9 @@ impl Wal {
     /// [`Error::Poisoned`] if something written is not on stable storage.
     pub fn close(mut self) -> Result<()> {
         let result = self.log.sync_all();
+        if result.is_ok() {
+            self.log.finish_release();
+        }
         self.stop();
         result
     }

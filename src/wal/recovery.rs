@@ -27,7 +27,8 @@
 //!
 //! The last line: where the oldest segment begins past LSN 1, its name says that there were records before, all of
 //! them synced. To drop it would be to begin again from nothing. So a log that begins past LSN 1 must have its header
-//! synced before its name.
+//! synced before its name, and a log that gives up its oldest segments sees to it that there is one: see
+//! [`given_up`].
 //!
 //! Bytes behind a sealing batch belong to no record; they are looked at by [`scan`](super::scan), not here.
 //!
@@ -45,6 +46,7 @@ use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::Expected;
+use crate::wal::given_up;
 use crate::wal::segment::{SegmentHeader, sync_directory, zero_in_pages};
 use crate::wal::walk::{self, Plausible, SegmentFile};
 
@@ -161,7 +163,8 @@ pub(crate) struct Recovered {
 /// [`Error::Corrupt`] where the [rule](self) says to refuse, [`Error::Mismatch`] for a segment of another log, and
 /// [`Error::Io`]. Nothing has been changed then, unless carrying out the decision failed.
 pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known_synced: Lsn) -> Result<Recovered> {
-    let (listed, others) = walk::list(directory)?;
+    let (mut listed, mut others) = walk::list(directory)?;
+    given_up::restore(&mut listed, &mut others, identity)?;
     let mut survey = Survey::new(identity, known_synced);
     let count = listed.len();
     for (index, (id, path)) in listed.into_iter().enumerate() {
@@ -464,7 +467,8 @@ impl<'a> Survey<'a> {
         let (mut spares, mut highest) = (Vec::new(), 0);
         for path in others {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name == crate::wal::LOCK_FILE {
+            // What was set aside goes when the log is durable.
+            if name == crate::wal::LOCK_FILE || given_up::is_set_aside(path) {
                 continue;
             }
             let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {

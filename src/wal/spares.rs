@@ -60,6 +60,8 @@ struct State {
     refilling: bool,
     /// Files that held segments or spares before.
     used: Vec<PathBuf>,
+    /// One more file is being made ready.
+    preparing: bool,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
     waiting: bool,
     /// Why the last attempt failed; the next [`Spares::take`] reports it.
@@ -72,6 +74,12 @@ struct State {
     taken: u64,
     next_name: u64,
     stopped: bool,
+}
+
+impl State {
+    fn files(&self) -> usize {
+        self.ready.len() + self.used.len() + usize::from(self.preparing)
+    }
 }
 
 enum Work {
@@ -167,11 +175,16 @@ impl Spares {
         end.saturating_add(ahead / 2)
     }
 
-    /// Takes back the file of a segment that nobody reads any more; surplus files are removed.
-    pub(super) fn recycle(&self, segment: Segment) -> Result<()> {
-        let path = segment.into_path();
+    /// Bytes of the files that stand ready or are on their way there.
+    pub(super) fn file_bytes(&self) -> u64 {
+        self.state.lock().files() as u64 * self.segment_size
+    }
+
+    /// Takes back a file at `path` that held a segment that nobody reads any more; surplus files are removed. Does not
+    /// wait for the device.
+    pub(super) fn recycle(&self, path: PathBuf) -> Result<()> {
         let mut state = self.state.lock();
-        if state.ready.len() + state.used.len() >= self.keep {
+        if state.files() >= self.keep {
             drop(state);
             return std::fs::remove_file(&path).map_err(Error::io("remove", &path));
         }
@@ -179,8 +192,6 @@ impl Spares {
         let aside = spare_path(&self.directory, state.next_name);
         drop(state);
         std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
-        // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
-        sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
         self.state.lock().used.push(aside);
         self.wanted.notify_one();
         Ok(())
@@ -204,6 +215,7 @@ impl Spares {
                 Work::Prepare(path) => {
                     let result = self.prepare(&path);
                     let mut state = self.state.lock();
+                    state.preparing = false;
                     match result {
                         Ok(prepared) => {
                             state.ready.push_back(prepared);
@@ -240,10 +252,14 @@ impl Spares {
             state.refilling = ready < self.keep && (state.refilling || ready <= self.keep / 2);
             // After a failure nothing is tried until the writer asks again.
             if state.refilling && (!state.failed || (state.waiting && state.failure.is_none())) {
-                let path = state.used.pop().unwrap_or_else(|| {
+                // Used files must be on the device before they are taken: a writer that is about to run out gets a new one.
+                let in_a_hurry = state.taken > 0 && state.ready.is_empty() && !state.failed;
+                let used = if in_a_hurry { None } else { state.used.pop() };
+                let path = used.unwrap_or_else(|| {
                     state.next_name += 1;
                     spare_path(&self.directory, state.next_name)
                 });
+                state.preparing = true;
                 return Work::Prepare(path);
             }
             self.wanted.wait(&mut state);
@@ -259,6 +275,9 @@ impl Spares {
         let is_new = len != self.segment_size;
         if is_new {
             file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
+        } else {
+            // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
+            sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
         if is_new && self.in_bulk.load(Ordering::Relaxed) {

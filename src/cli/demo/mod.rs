@@ -1,8 +1,11 @@
 //! `towline demo`.
 
+mod bounded;
+mod frozen;
 mod load;
 mod proof;
 mod scenario;
+mod sizes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,6 +52,17 @@ pub(super) struct Demo {
     /// Stop early when the records appended have this many megabytes, for each node keeps them all
     #[arg(long, default_value_t = 2048)]
     max_mb: u64,
+    /// Bound the leader's log at this many bytes for each shard; with --scenario slow-follower the followers are processes
+    /// of their own, all of them are frozen until they have lost their places, and then they are rebuilt
+    #[arg(long, value_name = "BYTES", requires = "scenario", value_parser = clap::value_parser!(u64).range(1..))]
+    max_wal_bytes: Option<u64>,
+    /// With --scenario catch-up: how many megabytes of values the last follower is behind when it comes back, while the
+    /// leader goes on
+    #[arg(long, value_name = "MEGABYTES", requires = "scenario")]
+    behind_mb: Option<u64>,
+    /// With --behind-mb: the most megabytes of values a second that the leader goes on with [default: all it can]
+    #[arg(long, value_name = "MEGABYTES", requires = "behind_mb", value_parser = clap::value_parser!(u64).range(1..))]
+    leader_mb_per_s: Option<u64>,
     /// Directory for the nodes' data, kept afterwards [default: a temporary one, removed afterwards]
     #[arg(long)]
     dir: Option<PathBuf>,

@@ -23,7 +23,7 @@ use crate::cli::progress::Progress;
 use crate::cli::{DONE, FOUND_DAMAGE, Outcome};
 
 /// A step that may fail.
-type Step<T> = Result<T, Box<dyn std::error::Error>>;
+pub(super) type Step<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// What befalls the last follower.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -40,10 +40,10 @@ pub(super) enum Scenario {
 impl Scenario {
     pub(super) fn run(self, demo: &Demo, directory: &Path, stop: &ShutdownSignal) -> Outcome {
         let store = open_store(demo, &directory.join("leader"))?;
-        // Every byte is kept, so that all of it can be compared at the end.
+        // Unless asked otherwise every byte is kept, so that all of it can be compared at the end.
         let leader = Node::builder(directory.join("leader"))
-            .max_wal_bytes(None)
-            .segment_size(SEGMENT_SIZE.max(segment_for(demo.record_size)))
+            .max_wal_bytes(demo.max_wal_bytes)
+            .segment_size(demo.segment_size())
             .shards(demo.shards)
             .commit(demo.commit)
             .target(Arc::clone(&store) as Arc<dyn ReplicationTarget>)
@@ -67,24 +67,30 @@ impl Scenario {
 
     /// The steps, up to where every follower has everything.
     fn play(self, stage: &mut Stage<'_>) -> Step<(Told, Vec<Following>)> {
+        if let (Scenario::SlowFollower, Some(bound)) = (self, stage.demo.max_wal_bytes) {
+            return Ok((stage.play_bounded(bound)?, Vec::new()));
+        }
         let (demo, time) = (stage.demo, Duration::from_secs(stage.demo.seconds));
         let others = (1..demo.followers).map(|number| stage.start_follower(number)).collect::<Step<Vec<_>>>()?;
         let mut last = stage.start_follower(demo.followers)?;
-        stage.say(&format!(
-            "one leader at {}, {} followers, {} shards, keys of 16 and values of {} bytes, in {}",
-            stage.leader.local_address(),
-            demo.followers,
-            demo.shards,
-            demo.record_size,
-            stage.directory.display()
-        ));
+        stage.introduce();
+        let mut figures = Vec::new();
         let mut records = stage.write("all followers are there", time.min(Duration::from_secs(1)))?;
         stage.await_applied("keeping up", &last)?;
         match self {
             Scenario::CatchUp => {
                 last.stop()?;
-                records += stage.write("the last follower is away", time)?;
-                last = stage.start_follower(demo.followers)?;
+                match demo.behind_mb {
+                    None => {
+                        records += stage.write("the last follower is away", time)?;
+                        last = stage.start_follower(demo.followers)?;
+                    }
+                    Some(megabytes) => {
+                        records += stage.write_behind(megabytes)?;
+                        last = stage.start_follower(demo.followers)?;
+                        records += stage.write_until_kept_up(&last, &mut figures)?;
+                    }
+                }
             }
             Scenario::Rebuild => {
                 last.stop()?;
@@ -109,7 +115,7 @@ impl Scenario {
         stage.say(&format!("the last follower is {behind} records behind, and catches up"));
         let began = Instant::now();
         stage.await_applied("catching up", &last)?;
-        let told = Told { records, behind, seconds: began.elapsed().as_secs_f64() };
+        let told = Told { records, behind, seconds: began.elapsed().as_secs_f64(), figures };
         let followers: Vec<_> = others.into_iter().chain([last]).collect();
         for follower in &followers {
             stage.await_applied("the other followers", follower)?;
@@ -120,7 +126,7 @@ impl Scenario {
 
     fn report(self, demo: &Demo, told: &Told, proofs: &[Proven]) -> u8 {
         let verified = told.records > 0 && proofs.iter().all(|(logs, stores)| logs.is_ok() && stores.is_ok());
-        let Told { records, behind, seconds } = told;
+        let Told { records, behind, seconds, figures } = told;
         let name = self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
         if demo.json {
             let followers: Vec<_> = proofs
@@ -132,13 +138,15 @@ impl Scenario {
                 })
                 .collect();
             println!(
-                "{{\"scenario\":\"{name}\",\"records\":{records},\"behind\":{behind},\"catch_up_seconds\":{seconds:.3},\
+                "{{\"scenario\":\"{name}\",\"records\":{records},\"behind\":{behind},\"catch_up_seconds\":{seconds:.3},{}\
                  \"followers\":[{}],\"verified\":{verified}}}",
+                figures.iter().map(Figure::to_json).collect::<String>(),
                 followers.join(",")
             );
             return if verified { DONE } else { FOUND_DAMAGE };
         }
         println!("{name}: {records} records; {behind} behind, caught up in {seconds:.2} s");
+        figures.iter().for_each(|figure| println!("{}: {}", figure.name.replace('_', " "), figure.value));
         for (number, (logs, stores)) in proofs.iter().enumerate() {
             let log =
                 logs.as_ref().map_or_else(|problem| format!("DIFFERENT: {problem}"), |()| "byte-identical".into());
@@ -160,11 +168,30 @@ impl Scenario {
 type Proven = (Result<(), String>, Result<u64, String>);
 
 /// What a scenario came to.
-struct Told {
-    records: u64,
+pub(super) struct Told {
+    pub(super) records: u64,
     /// Records that the last follower had to catch up with, and how long that took.
-    behind: u64,
-    seconds: f64,
+    pub(super) behind: u64,
+    pub(super) seconds: f64,
+    /// What else was measured.
+    pub(super) figures: Vec<Figure>,
+}
+
+/// Something measured: its name ends with its unit.
+pub(super) struct Figure {
+    pub(super) name: &'static str,
+    /// As a number or word of JSON.
+    pub(super) value: String,
+}
+
+impl Figure {
+    pub(super) fn new(name: &'static str, value: impl ToString) -> Figure {
+        Figure { name, value: value.to_string() }
+    }
+
+    fn to_json(&self) -> String {
+        format!("\"{}\":{},", self.name, self.value)
+    }
 }
 
 fn open_store(demo: &Demo, node: &Path) -> towline::Result<Arc<FixedStore>> {
@@ -178,29 +205,37 @@ fn open_store(demo: &Demo, node: &Path) -> towline::Result<Arc<FixedStore>> {
 }
 
 /// The leader of a scenario, and what is done to it.
-struct Stage<'a> {
-    demo: &'a Demo,
-    directory: &'a Path,
-    stop: &'a ShutdownSignal,
-    leader: &'a Leader,
-    writer: KvWriter<'a>,
+pub(super) struct Stage<'a> {
+    pub(super) demo: &'a Demo,
+    pub(super) directory: &'a Path,
+    pub(super) stop: &'a ShutdownSignal,
+    pub(super) leader: &'a Leader,
+    pub(super) writer: KvWriter<'a>,
     /// State of the generator of keys and values.
     random: u64,
 }
 
 /// Small segments, so that there is something to give up.
 const SEGMENT_SIZE: u64 = 1 << 20;
+/// Of a bound, or of what a follower is behind, a segment is one of so many parts, up to the usual size.
+const SEGMENTS: u64 = 16;
 
-/// A segment that holds a good many records of this size.
-fn segment_for(record_size: u32) -> u64 {
-    (u64::from(record_size) * 16).next_multiple_of(4096).min(towline::limits::MAX_SEGMENT_SIZE)
+impl Demo {
+    /// A segment that holds a good many records.
+    fn segment_size(&self) -> u64 {
+        let parts =
+            self.max_wal_bytes.unwrap_or(0).max(self.behind_mb.unwrap_or(0).saturating_mul(1_000_000)) / SEGMENTS;
+        let usual = parts.clamp(SEGMENT_SIZE, towline::limits::DEFAULT_SEGMENT_SIZE);
+        let records = u64::from(self.record_size) * 16;
+        usual.max(records).next_multiple_of(4096).min(towline::limits::MAX_SEGMENT_SIZE)
+    }
 }
 
 /// Changes appended together.
 const TOGETHER: usize = 512;
 
 impl Stage<'_> {
-    fn say(&self, text: &str) {
+    pub(super) fn say(&self, text: &str) {
         if !self.demo.json {
             eprintln!("{text}");
         }
@@ -217,21 +252,50 @@ impl Stage<'_> {
         Ok(Following { follower, target, shards: self.demo.shards })
     }
 
+    /// Says who there is.
+    pub(super) fn introduce(&self) {
+        self.say(&format!(
+            "one leader at {}, {} followers, {} shards, keys of 16 and values of {} bytes, in {}",
+            self.leader.local_address(),
+            self.demo.followers,
+            self.demo.shards,
+            self.demo.record_size,
+            self.directory.display()
+        ));
+    }
+
     /// Puts and deletes for a while, as fast as the leader takes them. Gives the number of records.
     fn write(&mut self, what: &str, time: Duration) -> Step<u64> {
+        let most = self.demo.max_mb.saturating_mul(1_000_000) / u64::from(self.demo.record_size);
+        let before = self.head()?;
+        self.write_while(what, None, |stage, passed| Ok(passed < time && stage.head()? - before < most))
+    }
+
+    /// Puts and deletes while `goes_on` says so, which is asked often, with the time that has passed. As fast as the
+    /// leader takes them, or at most so many records a second.
+    pub(super) fn write_while(
+        &mut self,
+        what: &str,
+        most_per_second: Option<u64>,
+        mut goes_on: impl FnMut(&Self, Duration) -> Step<bool>,
+    ) -> Step<u64> {
         self.say(what);
         let demo = self.demo;
         let table = Table::new(demo.followers, demo.json);
-        let most = demo.max_mb.saturating_mul(1_000_000) / u64::from(demo.record_size);
         let keys = (64_000_000 / u64::from(demo.record_size)).clamp(16, 20_000);
         let mut value = vec![0; demo.record_size as usize];
         let (began, before) = (Instant::now(), self.head()?);
         let (mut shown, mut last) = (began, before);
-        while began.elapsed() < time && self.head()? - before < most && !self.stop.is_shutdown() {
+        while !self.stop.is_shutdown() && goes_on(self, began.elapsed())? {
             for _ in 0..TOGETHER {
                 self.change(keys, &mut value)?;
             }
             self.writer.flush()?;
+            if let Some(rate) = most_per_second {
+                #[allow(clippy::cast_precision_loss, reason = "a pace for people")]
+                let due = Duration::from_secs_f64((self.head()? - before) as f64 / rate as f64);
+                let _ = self.stop.wait_timeout(due.saturating_sub(began.elapsed()));
+            }
             let passed = shown.elapsed();
             if passed >= table.interval() {
                 let head = self.head()?;
@@ -260,7 +324,7 @@ impl Stage<'_> {
     }
 
     /// Records in the leader's log, over all shards.
-    fn head(&self) -> Step<u64> {
+    pub(super) fn head(&self) -> Step<u64> {
         let heads = (0..self.demo.shards).map(|shard| Ok(self.leader.log(ShardId(shard))?.head().get()));
         Ok(heads.sum::<towline::Result<u64>>()?)
     }
@@ -295,7 +359,7 @@ impl Stage<'_> {
     }
 
     /// Waits until the leader's own store has everything.
-    fn await_own_store(&self) -> Step<()> {
+    pub(super) fn await_own_store(&self) -> Step<()> {
         for shard in (0..self.demo.shards).map(ShardId) {
             let log = self.leader.log(shard)?;
             let Some(applied) = self.leader.applied(shard)? else { continue };
@@ -310,7 +374,7 @@ impl Stage<'_> {
 const SHOW_EVERY: Duration = Duration::from_millis(100);
 
 /// A follower and what it applies to.
-struct Following {
+pub(super) struct Following {
     follower: Follower,
     target: Arc<Slow>,
     shards: u16,
@@ -318,7 +382,7 @@ struct Following {
 
 impl Following {
     /// Records applied, over all shards.
-    fn applied(&self) -> towline::Result<u64> {
+    pub(super) fn applied(&self) -> towline::Result<u64> {
         (0..self.shards).map(|shard| Ok(self.follower.applied(ShardId(shard))?.load().get())).sum()
     }
 

@@ -1,0 +1,425 @@
+//! Segments that a log gives up, and what of them must stay for a while so that the log opens after a power cut.
+//!
+//! Where the oldest segment that stays is durable by name and header, older files simply go, oldest first. A log that has
+//! grown past its bound cannot wait for that: the device may be slower than whoever appends. Then segments go unsynced,
+//! and nothing of that waits for the device. After a power cut the oldest segment that is found may have no readable
+//! header, and a log that begins so is refused. So one given-up file stays, set aside under another name, until the log
+//! begins with a durable segment again:
+//!
+//! | the oldest segment found | files set aside | recovery |
+//! |---|---|---|
+//! | has its header | any | the log begins there; what was set aside goes |
+//! | has none, or there is no segment | one with a header | the newest of these gets its name back, and the log begins there |
+//! | has none | none | refuse, as ever |
+//!
+//! What was called synced is safe with that: a record that was is in the log that is opened, or had been given up before
+//! a newer one was called synced. The file set aside holds the newest record called synced, or the one before the oldest
+//! of the log. Syncing goes on with the oldest segment that is left, and that one is not removed before it is done, but
+//! set aside in its turn: a device that is slower than the writer syncs a segment now and then, and no waiter waits for
+//! ever. Removals are ordered before the directory sync that makes a later segment count, as file systems with a journal
+//! keep them.
+//!
+//! At most two files are set aside: the newest that is durable, and the one that is being synced.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, Result};
+use crate::types::{Lsn, WalSegmentId};
+use crate::wal::LogIdentity;
+use crate::wal::log::Log;
+use crate::wal::mapping::Segment;
+use crate::wal::walk::{self, SegmentFile};
+
+/// Stands before the name of a segment that was set aside.
+const ASIDE_PREFIX: &str = "aside-";
+
+/// What became of released segments whose files are still there.
+#[derive(Debug, Default)]
+pub(super) struct GivenUp {
+    /// A file that could not be removed: it goes before any newer one, or there would be a gap.
+    unremoved: Option<PathBuf>,
+    /// Set aside, oldest first.
+    aside: Vec<(Arc<Segment>, PathBuf)>,
+    /// The first LSN of the segment that is synced now, or was last.
+    syncing: Lsn,
+}
+
+/// What to do with the oldest segment.
+enum Fate {
+    Stays,
+    /// Its successor is durable by name and header.
+    Goes,
+    /// It is neither needed nor durable.
+    GoesUnsynced,
+    /// It goes, but its file must stay for now.
+    IsSetAside,
+}
+
+impl Log {
+    /// Gives up the segments whose records are all at or below `lsn`, and says why in the log output. The newest segment
+    /// always stays, and so does every one whose successor is not yet durable by name and header: what is left must
+    /// open after a power cut. Files that nobody reads any more become spares. Returns how many segments went.
+    ///
+    /// Waits for no sync and never blocks appends.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a file cannot be removed. It is out of the log, but the next call tries it again before it
+    /// gives up anything newer.
+    pub fn release_through(&self, lsn: Lsn, reason: &str) -> Result<usize> {
+        self.release(lsn, false, reason)
+    }
+
+    /// The same, whether durable or not: for a log that may not grow. A sync that is waited for ends once what is left
+    /// up to there is durable.
+    pub(crate) fn drop_through(&self, lsn: Lsn, reason: &str) -> Result<usize> {
+        self.release(lsn, true, reason)
+    }
+
+    /// Bytes of the files of all segments, spares, and what is set aside.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        let aside = self.given_up.lock().aside.len() as u64 * self.identity().segment_size;
+        self.retained_bytes() + aside + self.spares().file_bytes()
+    }
+
+    fn release(&self, lsn: Lsn, unsynced: bool, reason: &str) -> Result<usize> {
+        let mut given_up = self.given_up.lock();
+        given_up.remove_unremoved()?;
+        self.tidy_aside(&mut given_up);
+        let mut count = 0;
+        loop {
+            let Some(oldest) = self.segments.read().first().map(Arc::clone) else { return Ok(count) };
+            match self.fate(&given_up, lsn, unsynced) {
+                Fate::Stays => return Ok(count),
+                Fate::IsSetAside => {
+                    let path = self.directory.join(format!("{ASIDE_PREFIX}{}", oldest.id()));
+                    std::fs::rename(oldest.path(), &path).map_err(Error::io("rename", oldest.path()))?;
+                    self.segments.write().remove(0);
+                    given_up.aside.push((Arc::clone(&oldest), path));
+                    log::info!(
+                        "shard {}: released {}, set aside until newer log is synced: {reason}",
+                        self.shard(),
+                        oldest.id()
+                    );
+                    self.tidy_aside(&mut given_up);
+                }
+                fate @ (Fate::Goes | Fate::GoesUnsynced) => {
+                    if matches!(fate, Fate::Goes) {
+                        self.tidy_aside(&mut given_up);
+                    }
+                    self.segments.write().remove(0);
+                    let (id, path) = (oldest.id(), oldest.path().to_owned());
+                    if let Err(error) = self.remove(oldest, path.clone()) {
+                        given_up.unremoved = Some(path);
+                        return Err(error);
+                    }
+                    log::info!("shard {}: released {id}: {reason}", self.shard());
+                }
+            }
+            count += 1;
+        }
+    }
+
+    fn fate(&self, given_up: &GivenUp, lsn: Lsn, unsynced: bool) -> Fate {
+        let segments = self.segments.read();
+        let (Some(oldest), Some(next)) = (segments.first(), segments.get(1)) else { return Fate::Stays };
+        if oldest.sealed_last_lsn().is_none_or(|last| last > lsn) {
+            return Fate::Stays;
+        }
+        let named = self.named.load(Ordering::Acquire);
+        let first = oldest.id().first_lsn;
+        if next.id().first_lsn.0 <= named {
+            Fate::Goes
+        } else if !unsynced {
+            Fate::Stays
+        } else if first.0 <= named || first == given_up.syncing || given_up.aside.is_empty() {
+            Fate::IsSetAside
+        } else {
+            Fate::GoesUnsynced
+        }
+    }
+
+    /// Removes what was set aside and is not needed any more: all of it if the log begins with a durable segment, else
+    /// what is older than the newest durable one.
+    fn tidy_aside(&self, given_up: &mut GivenUp) {
+        let named = Lsn(self.named.load(Ordering::Acquire));
+        let log_is_named = self.segments.read().first().is_some_and(|first| first.id().first_lsn <= named);
+        let newest = given_up.aside.iter().rposition(|(segment, _)| segment.id().first_lsn <= named);
+        let needless = if log_is_named { given_up.aside.len() } else { newest.unwrap_or(0) };
+        for (segment, path) in given_up.aside.drain(..needless) {
+            // One that stays behind does no harm: the log does not begin with it.
+            if let Err(error) = self.remove(segment, path) {
+                log::warn!("shard {}: {error}", self.shard());
+            }
+        }
+    }
+
+    /// Recycles the file of a segment, or removes it if the segment is still read: readers keep the mapping.
+    fn remove(&self, segment: Arc<Segment>, path: PathBuf) -> Result<()> {
+        match Arc::try_unwrap(segment) {
+            Ok(last) => {
+                drop(last);
+                self.spares().recycle(path)
+            }
+            Err(_held) => remove_file(&path),
+        }
+    }
+
+    /// The segment to sync next, where syncing has come to `position`, the first LSN of a segment: that segment, or, if it
+    /// was given up, the oldest that is left. It is not removed while it is synced.
+    pub(super) fn segment_to_sync(&self, position: Lsn) -> Result<Option<Arc<Segment>>> {
+        let mut given_up = self.given_up.lock();
+        let aside = given_up.aside.iter().map(|(segment, _)| segment).find(|s| s.id().first_lsn == position).cloned();
+        let found = aside.or_else(|| self.segment_beginning(position)).or_else(|| {
+            let first = self.segments.read().first().cloned();
+            first.filter(|first| first.id().first_lsn > position)
+        });
+        if let Some(segment) = &found {
+            given_up.syncing = segment.id().first_lsn;
+            if segment.id().first_lsn != position {
+                given_up.settle_unremoved()?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes what is left of segments given up, now that everything is synced.
+    pub(super) fn finish_release(&self) {
+        let mut given_up = self.given_up.lock();
+        given_up.syncing = Lsn::ZERO;
+        self.tidy_aside(&mut given_up);
+    }
+}
+
+impl GivenUp {
+    fn remove_unremoved(&mut self) -> Result<()> {
+        if let Some(path) = &self.unremoved {
+            remove_file(path)?;
+            self.unremoved = None;
+        }
+        Ok(())
+    }
+
+    /// Before records behind an unsynced file count as synced, that file must be gone, or durable as well.
+    fn settle_unremoved(&mut self) -> Result<()> {
+        let Err(error) = self.remove_unremoved() else { return Ok(()) };
+        let Some(path) = &self.unremoved else { return Ok(()) };
+        log::warn!("{error}; it is synced instead");
+        let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+        file.sync_all().map_err(Error::io("sync", path))
+    }
+}
+
+/// The name of the segment that was set aside under this name.
+fn name_before(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()?.strip_prefix(ASIDE_PREFIX)
+}
+
+/// Whether this is the name of a segment that was set aside.
+pub(super) fn is_set_aside(path: &Path) -> bool {
+    name_before(path).is_some_and(|name| name.parse::<WalSegmentId>().is_ok())
+}
+
+/// Before recovery looks at the segments, oldest first: gives the one set aside last its name back if the log cannot
+/// begin without it. See the [module](self).
+pub(super) fn restore(
+    segments: &mut Vec<(WalSegmentId, PathBuf)>,
+    others: &mut Vec<PathBuf>,
+    identity: &LogIdentity,
+) -> Result<()> {
+    let has_header = |id: WalSegmentId, path: &Path| -> Result<bool> {
+        let header = SegmentFile::open(path)?.header()?;
+        Ok(header.is_ok_and(|header| header.id == id && identity.check(&header).is_ok()))
+    };
+    if let Some((id, path)) = segments.first()
+        && has_header(*id, path)?
+    {
+        return Ok(());
+    }
+    let mut found: Option<(WalSegmentId, usize)> = None;
+    for (index, path) in others.iter().enumerate() {
+        let Some(id) = name_before(path).and_then(|name| name.parse::<WalSegmentId>().ok()) else { continue };
+        let is_newer = found.is_none_or(|(newest, _)| newest.first_lsn < id.first_lsn);
+        if is_newer && segments.first().is_none_or(|(first, _)| id.first_lsn < first.first_lsn) && has_header(id, path)?
+        {
+            found = Some((id, index));
+        }
+    }
+    if let Some((id, index)) = found {
+        let aside = others.swap_remove(index);
+        let path = aside.with_file_name(id.to_string());
+        log::warn!("the log begins with {id} again, which had been given up before newer log was durable");
+        std::fs::rename(&aside, &path).map_err(Error::io("rename", &aside))?;
+        segments.insert(0, (id, path));
+    }
+    Ok(())
+}
+
+/// Removes what is still set aside, once the log is open and durable.
+pub(super) fn remove_set_aside(directory: &Path) -> Result<()> {
+    let (_, others) = walk::list(directory)?;
+    others.iter().filter(|path| is_set_aside(path)).try_for_each(|path| remove_file(path))
+}
+
+/// Removes a file that may be gone already.
+fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use super::*;
+    use crate::limits::MIN_SEGMENT_SIZE;
+    use crate::types::Epoch;
+    use crate::wal::log_fixture::IDENTITY;
+    use crate::wal::{LogWriter, SyncPolicy, Wal, WalOptions};
+
+    /// Nobody syncs but who waits.
+    fn open(directory: &Path) -> (Wal, LogWriter) {
+        let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+        let (wal, mut writer) = Wal::open(directory, IDENTITY, options).unwrap();
+        writer.set_epoch(Epoch(1).max(writer.end().epoch)).unwrap();
+        (wal, writer)
+    }
+
+    fn append_segments(writer: &mut LogWriter, segments: u64) {
+        for _ in 0..segments * (MIN_SEGMENT_SIZE / 4096 - 1) {
+            writer.append(&[7; 4000]).unwrap();
+        }
+    }
+
+    type Image = BTreeMap<String, Vec<u8>>;
+
+    /// The segments and what is set aside, by the names of the segments.
+    fn image(directory: &Path) -> Image {
+        let files = directory.read_dir().unwrap().map(|entry| entry.unwrap().path());
+        let kept = files.filter(|path| path.extension().is_some_and(|extension| extension == "wal"));
+        kept.map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(&path).unwrap())).collect()
+    }
+
+    fn segment_of(name: &str) -> &str {
+        name.strip_prefix(ASIDE_PREFIX).unwrap_or(name)
+    }
+
+    /// What a power cut leaves at worst: of every file what `durable` holds of it, and else nothing.
+    fn after_a_power_cut(now: &Image, durable: &Image) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, bytes) in now {
+            let kept = durable.iter().find(|(other, _)| segment_of(other) == segment_of(name));
+            let bytes = kept.map_or_else(|| vec![0; bytes.len()], |(_, bytes)| bytes.clone());
+            fs::write(directory.path().join(name), bytes).unwrap();
+        }
+        directory
+    }
+
+    fn copy(image: &Image) -> tempfile::TempDir {
+        after_a_power_cut(image, image)
+    }
+
+    #[test]
+    fn a_log_that_nobody_syncs_goes_without_being_synced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let log = Arc::clone(wal.log());
+        append_segments(&mut writer, 10);
+        let middle = log.segments()[6].id().first_lsn;
+        assert_eq!(log.release_through(middle.previous(), "test").unwrap(), 0, "what is to be kept safe is not yet");
+        assert_eq!(log.drop_through(middle.previous(), "test").unwrap(), 6);
+        assert_eq!((log.tail(), log.synced().load()), (middle, Lsn::ZERO));
+        assert_eq!(log.given_up.lock().aside.len(), 1);
+        // Who waits for what was given up waits for what is left up to there.
+        log.wait_synced(Lsn(1), None).unwrap();
+        assert!(log.synced().load() >= middle);
+        append_segments(&mut writer, 1);
+        let head = log.head();
+        drop(writer);
+        drop(log);
+        wal.close().unwrap();
+        assert!(image(directory.path()).keys().all(|name| !name.starts_with(ASIDE_PREFIX)));
+        let (wal, _writer) = open(directory.path());
+        assert_eq!((wal.log().tail(), wal.log().head()), (middle, head));
+    }
+
+    #[test]
+    fn a_process_that_is_killed_loses_nothing_that_was_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path());
+        append_segments(&mut writer, 3);
+        wal.log().wait_synced(wal.log().head(), None).unwrap();
+        append_segments(&mut writer, 10);
+        wal.log().drop_through(Lsn(150), "test").unwrap();
+        let left = copy(&image(directory.path()));
+        assert!(image(left.path()).keys().any(|name| name.starts_with(ASIDE_PREFIX)));
+        let (again, _writer) = open(left.path());
+        assert_eq!((again.log().tail(), again.log().head()), (wal.log().tail(), wal.log().head()));
+        assert!(image(left.path()).keys().all(|name| !name.starts_with(ASIDE_PREFIX)), "it is needed no more");
+    }
+
+    /// What breaks: the machine, at any moment. How: nothing that was not synced is on the disk, not even headers. What
+    /// prevents a loss: the file set aside.
+    #[test]
+    fn a_power_cut_takes_nothing_that_was_called_synced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let log = Arc::clone(wal.log());
+        let mut durable = Image::new();
+        let mut kept_aside = 0;
+        for round in 0..40_u64 {
+            append_segments(&mut writer, round % 5 + 1);
+            if round % 3 != 0 {
+                let upto = log.segments().len().saturating_sub(2 + usize::try_from(round % 2).unwrap());
+                let first = log.segments()[upto].id().first_lsn;
+                log.drop_through(first.previous(), "test").unwrap();
+            }
+            if round % 4 == 3 {
+                log.wait_synced(log.head(), None).unwrap();
+                durable = image(directory.path());
+            }
+            let now = image(directory.path());
+            kept_aside += usize::from(now.keys().any(|name| name.starts_with(ASIDE_PREFIX)));
+            assert!(log.given_up.lock().aside.len() <= 2);
+            let left = after_a_power_cut(&now, &durable);
+            let synced = log.synced().load();
+            if synced > Lsn::ZERO {
+                let (again, _writer) = open(left.path());
+                assert!(again.log().head() >= synced, "round {round}: {} of {synced}", again.log().head());
+                assert!(again.log().tail() <= synced.next());
+            }
+        }
+        assert!(kept_aside > 10);
+    }
+
+    /// The device is slower than the writer: segments go while they are synced.
+    #[test]
+    fn syncs_get_on_although_their_segments_go_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let log = Arc::clone(wal.log());
+        append_segments(&mut writer, 8);
+        let before = log.head();
+        let first = log.segment_to_sync(Lsn(1)).unwrap().unwrap();
+        assert_eq!(first.id().first_lsn, Lsn(1));
+        let sixth = log.segments()[5].id().first_lsn;
+        log.drop_through(sixth.previous(), "test").unwrap();
+        // The one that is being synced is still there when its sync ends, and the next is what is left.
+        assert!(Arc::ptr_eq(&log.segment_to_sync(Lsn(1)).unwrap().unwrap(), &first));
+        let second = first.sealed_last_lsn().unwrap().next();
+        assert_eq!(log.segment_to_sync(second).unwrap().unwrap().id().first_lsn, sixth);
+        log.drop_through(Lsn(before.0 - 1), "test").unwrap();
+        assert_eq!(log.segment_to_sync(sixth).unwrap().unwrap().id().first_lsn, sixth, "set aside in its turn");
+        log.wait_synced(before, None).unwrap();
+        assert!(log.synced().load() >= before);
+        append_segments(&mut writer, 2);
+        log.wait_synced(log.head(), None).unwrap();
+        log.release_through(Lsn::MAX, "test").unwrap();
+        assert_eq!((log.segments().len(), log.given_up.lock().aside.len()), (1, 0));
+    }
+}
