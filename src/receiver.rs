@@ -25,17 +25,18 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::backoff::Backoff;
+use crate::divergence::refusal_for;
 use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::node::NODE_THREAD_STACK;
 use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
-use crate::types::{Chain, Epoch, Lsn};
+use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
 use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
+    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Heartbeat, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
     SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
 };
 
@@ -150,6 +151,11 @@ impl Receiver {
                 && let Some(word) = intake.failure_word(error)
             {
                 let _ = lane.send_message(&word);
+            }
+            if let Err(error) = &result
+                && let Some(refusal) = refusal_for(error)
+            {
+                let _ = lane.send_message(&Message::Error(refusal));
             }
             lane.stop(over);
             // What another thread met first is the cause: it closes the stream under the receiver.
@@ -267,6 +273,7 @@ impl Receiver {
                 FrameKind::Heartbeat => {
                     if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
                         self.own.state.set_leader_head(beat.head);
+                        lane.compare(peer, self.own.shard, &beat)?;
                     }
                 }
                 FrameKind::CaughtUp => {
@@ -392,6 +399,9 @@ struct LaneState {
     /// Head and chain, set by the receiver.
     received: Lsn,
     chain: Chain,
+    /// The chain before the last that arrived, and its LSN: the same LSN may have two, before and after a batch that
+    /// seals a segment.
+    before: (Lsn, Chain),
     sent: Ack,
     sent_at: Instant,
 }
@@ -411,6 +421,7 @@ impl AckLane {
                 sender,
                 received: end.head,
                 chain: end.chain,
+                before: (end.head, end.chain),
                 sent: nothing,
                 sent_at: Instant::now(),
             }),
@@ -430,9 +441,25 @@ impl AckLane {
     /// and what is known of it here.
     fn take_in(&self, writer: &mut LogWriter, len: u64) -> Result<()> {
         let mut state = self.state.lock();
+        let before = (state.received, state.chain);
         state.received = writer.ingest_filled(len)?;
         state.chain = writer.end().chain;
+        if state.chain != before.1 {
+            state.before = before;
+        }
         Ok(())
+    }
+
+    /// Compares the leader's chain at its head with this log's, if this log ends there too. Behind it, only the leader
+    /// can compare; that it does with every acknowledgement.
+    fn compare(&self, peer: &str, shard: ShardId, beat: &Heartbeat) -> Result<()> {
+        let state = self.state.lock();
+        let is_told = beat.chain != Chain::default() && beat.head == state.received;
+        if !is_told || beat.chain == state.chain || (beat.head, beat.chain) == state.before {
+            return Ok(());
+        }
+        let (lsn, own, theirs) = (beat.head, Some(state.chain), beat.chain);
+        Err(Error::ChainMismatch { peer: peer.to_owned(), shard, lsn, own, theirs })
     }
 
     fn set_haste(&self, flags: u8) {

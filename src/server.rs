@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
+use crate::divergence::{HistoryCheck, let_hang_up, refusal_for};
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
@@ -27,7 +28,7 @@ use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
-use crate::wal::{Log, LogReader, unix_ms};
+use crate::wal::{ChainCursor, Compared, Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
@@ -75,8 +76,8 @@ struct Answer {
 enum Lanes {
     /// Nothing more.
     None,
-    /// The log.
-    Log(LogReader),
+    /// The log from a place on.
+    Log(LogPosition),
     /// A base of this target and the log beside it, from where the rebuild will say.
     Rebuild(LogReader, Arc<dyn ReplicationTarget>),
 }
@@ -316,7 +317,7 @@ impl Server {
                     start_offset: place.offset,
                     ..info
                 },
-                lanes: Lanes::Log(shard.log.reader_at(place)),
+                lanes: Lanes::Log(place),
                 stream: Some(admitted.stream),
             }),
         };
@@ -411,7 +412,7 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok(Answer { info, lanes: Lanes::Log(log.reader_at(place)), stream: None })
+        Ok(Answer { info, lanes: Lanes::Log(place), stream: None })
     }
 
     fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {
@@ -490,7 +491,13 @@ impl Stream<'_> {
             self.peer
         );
         self.take_initial_marks(commits, &follower);
-        let shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
+        let log = Arc::clone(&self.of_shard.log);
+        let history = Arc::new(HistoryCheck::new(match &lanes {
+            Lanes::Log(place) => ChainCursor::at(log, *place),
+            _ => ChainCursor::unplaced(log),
+        }));
+        let mut shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
+        shipper.history = Some(Arc::clone(&history));
         follower.stream_began();
         let over = self.over.clone();
         let name = format!("tl-ship-s{shard}");
@@ -505,16 +512,46 @@ impl Stream<'_> {
                     over.shutdown();
                 }
             })
-            .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
+            .and_then(|()| self.read_acknowledgements(stream, commits, &follower, &history, receiver));
+        if let Err(error) = &result {
+            self.end_if_diverged(error, &follower, &history, receiver);
+        }
         self.over.shutdown();
         follower.stream_ended();
         result
+    }
+
+    /// Where a history differs, by this node's finding or by the follower's word, nothing of the follower counts from now
+    /// on, and both sides know why.
+    fn end_if_diverged(
+        &self,
+        error: &Error,
+        follower: &FollowerMarks,
+        history: &HistoryCheck,
+        receiver: &mut dyn FrameReceiver,
+    ) {
+        let refusal = refusal_for(error);
+        let is_told = matches!(error, Error::Refused { code: RefusalCode::ChainMismatch, .. });
+        // Once a newer stream has taken over, what is left of this one decides nothing.
+        if self.over.is_shutdown() || (refusal.is_none() && !is_told) {
+            return;
+        }
+        let SyncRequest { node, shard, .. } = self.request;
+        follower.set_counts(false);
+        follower.set_divergence(Some(error.to_string()));
+        log::error!("node {node}, shard {shard}: {error}");
+        if let Some(refusal) = refusal {
+            let timeout = self.server.options.handshake_timeout;
+            history.refuse(refusal, &self.over, timeout);
+            let_hang_up(receiver, timeout);
+        }
     }
 
     /// What the follower has by its request. During a rebuild that is nothing, and it does not count.
     fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
         let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
         follower.set_counts(!is_rebuild);
+        follower.set_divergence(None);
         let SyncRequest { received, durable, applied, .. } = self.request;
         let received = if is_rebuild { Lsn::ZERO } else { received };
         commits.acknowledge(follower, received, durable.min(received), applied.min(received), unix_ms());
@@ -528,7 +565,7 @@ impl Stream<'_> {
     ) -> Result<Shipper> {
         let (stream, follower) = follower.unzip();
         let (reader, rebuild) = match (lanes, stream) {
-            (Lanes::Log(reader), _) => (reader, None),
+            (Lanes::Log(place), _) => (self.of_shard.log.reader_at(place), None),
             (Lanes::Rebuild(reader, store), Some(stream)) => (
                 reader,
                 Some(IssuedRebuild {
@@ -553,6 +590,7 @@ impl Stream<'_> {
             sender,
             commits: Arc::clone(&self.of_shard.commits),
             follower,
+            history: None,
             epoch: self.info.epoch,
             heartbeat: self.server.options.heartbeat,
             stream_over: self.over.clone(),
@@ -566,6 +604,7 @@ impl Stream<'_> {
         stream: StreamKey,
         commits: &Commits,
         follower: &FollowerMarks,
+        history: &HistoryCheck,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
         receiver.set_timeout(Some(self.server.options.peer_timeout))?;
@@ -578,7 +617,7 @@ impl Stream<'_> {
             };
             match header.kind {
                 FrameKind::Ack => match receiver.receive_message_body(header)? {
-                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
+                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, history, ack)?,
                     other => return Err(crate::receiver::refusal(self.peer, other)),
                 },
                 FrameKind::SessionAck => match receiver.receive_message_body(header)? {
@@ -601,6 +640,7 @@ impl Stream<'_> {
         stream: StreamKey,
         commits: &Commits,
         follower: &FollowerMarks,
+        history: &HistoryCheck,
         ack: Ack,
     ) -> Result<()> {
         if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
@@ -625,6 +665,10 @@ impl Stream<'_> {
                     log.head()
                 ),
             ));
+        }
+        if let Compared::Differs { own } = history.compare(ack.received, ack.chain)? {
+            let (peer, shard) = (format!("node {} ({})", self.request.node, self.peer), self.request.shard);
+            return Err(Error::ChainMismatch { peer, shard, lsn: ack.received, own, theirs: ack.chain });
         }
         commits.acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::commit::{AckLevel, Commits, FollowerMarks};
+use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::limits::MAX_WAL_DATA_LEN;
 use crate::protocol::FailureReason;
@@ -42,6 +43,8 @@ pub(crate) struct Shipper {
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
     pub(crate) target: Lsn,
+    /// How the follower's history compares; none for a reader, which says nothing of its log.
+    pub(crate) history: Option<Arc<HistoryCheck>>,
     /// A rebuild to begin with. The reader's position is set once it is known where the log lane begins.
     pub(crate) rebuild: Option<IssuedRebuild>,
 }
@@ -92,6 +95,9 @@ impl Shipper {
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
+            if self.tell_refusal() {
+                return self.sender.finish();
+            }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node.
             if (draining && log.written().load() <= progress.shipped) || log.is_closed() {
@@ -109,6 +115,7 @@ impl Shipper {
                 self.stream_over.until(),
                 self.draining.until(),
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
+                self.history.as_ref().map_or(self.stream_over.until(), |history| history.until_refused()),
                 ended,
             ];
             let deadline = progress.last_sent.checked_add(self.heartbeat);
@@ -216,11 +223,25 @@ impl Shipper {
             self.sender.send(FrameKind::WalData, progress.flags, &header.to_bytes(), Body::Log(&range))?;
             progress.last_sent = Instant::now();
             sent += range.len();
-            if self.stream_over.is_shutdown() {
+            if self.stream_over.is_shutdown() || self.is_refused() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Whether the follower's history was found to differ.
+    fn is_refused(&self) -> bool {
+        self.history.as_ref().is_some_and(|history| history.until_refused().holds())
+    }
+
+    /// Tells the follower that its history differs, as well as may be, if it does. Nothing more is shipped then.
+    fn tell_refusal(&mut self) -> bool {
+        let Some(history) = &self.history else { return false };
+        let Some(refusal) = history.refusal() else { return false };
+        let _ = self.sender.send_message(&refusal);
+        history.set_told();
+        true
     }
 
     /// Flags for data: which acknowledgements somebody waits for.
@@ -270,11 +291,12 @@ impl Shipper {
     /// Shows the follower that the leader lives, and how far behind it is.
     fn beat(&mut self, progress: &mut Progress) -> Result<()> {
         progress.last_sent = Instant::now();
+        let head = self.reader.log().head();
         self.sender.send_message(&Message::Heartbeat(Heartbeat {
             epoch: self.epoch,
-            head: self.reader.log().head(),
+            head,
             committed: self.commits.committed(),
-            chain: Chain::default(),
+            chain: self.history.as_ref().map_or(Chain::default(), |history| history.chain_for_heartbeat(head)),
             sent_unix_ms: unix_ms(),
         }))
     }

@@ -458,14 +458,29 @@ fn acknowledgements_that_cannot_be_true_end_the_stream() {
         let info = ask(&mut connection, follow_request(&leader.manifest(), 7, S0)).unwrap();
         (connection, info)
     };
+    let right = common::raw::chain_at(leader.log(S0).unwrap(), Lsn(5));
     // More than there is; a session that is not this one.
     let (mut connection, info) = stream();
-    common::raw::acknowledge(&mut connection, &info, Lsn(6)).unwrap();
+    common::raw::acknowledge(&mut connection, &info, Lsn(6), right).unwrap();
     read_to_end(&mut connection);
     let (mut connection, mut info) = stream();
     info.session.0 += 1;
-    common::raw::acknowledge(&mut connection, &info, Lsn(5)).unwrap();
+    common::raw::acknowledge(&mut connection, &info, Lsn(5), right).unwrap();
     read_to_end(&mut connection);
+    // Another history: it is told so.
+    let (mut connection, info) = stream();
+    common::raw::acknowledge(&mut connection, &info, Lsn(5), Chain(right.get() ^ 1)).unwrap();
+    let told = loop {
+        let header = connection.receiver.receive_header().unwrap();
+        if header.kind == FrameKind::Error {
+            break connection.receiver.receive_message_body(header).unwrap();
+        }
+        let mut body = vec![0; header.len as usize];
+        connection.receiver.receive_exact(&mut body).unwrap();
+    };
+    let towline::wire::Message::Error(told) = told else { panic!("{told:?}") };
+    assert_eq!(told.code, RefusalCode::ChainMismatch);
+    assert_says(&told.text, &["node 7", "shard 0", "LSN 5"]);
     let outcome = leader.wait(S0, Lsn(5), "received:1".parse().unwrap(), Some(std::time::Instant::now())).unwrap();
     assert_eq!(outcome, towline::Outcome::TimedOut, "neither counted");
 }

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 pub mod batch;
 mod compare;
+mod history;
 mod log;
 #[cfg(test)]
 mod log_fixture;
@@ -42,6 +43,7 @@ mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
+pub(crate) use history::{ChainCursor, Compared};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
 pub use reader::{LogPosition, LogReader};
