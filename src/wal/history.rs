@@ -104,7 +104,11 @@ impl ChainCursor {
                     self.lsn = header.last_lsn();
                     self.chain = header.crc;
                 }
-                _ => return Ok(Compared::Differs { own }),
+                _ => {
+                    // The batch that seals may have been passed on the way, which another comparison could need.
+                    self.place_before(lsn)?;
+                    return Ok(Compared::Differs { own });
+                }
             }
         }
     }
