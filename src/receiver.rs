@@ -28,6 +28,7 @@ use crate::backoff::Backoff;
 use crate::divergence::refusal_for;
 use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
+use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
 use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::ShutdownSignal;
@@ -102,7 +103,7 @@ impl Receiver {
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
         self.own.state.set_connected(true);
         // A leader that beats more slowly than this node expects is not gone.
-        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms)).saturating_mul(3);
+        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
         let intake = match info.session_kind {
             SessionKind::Rebuild => {
@@ -354,9 +355,13 @@ pub(crate) fn exchange(
     timeout: Duration,
 ) -> Result<ShardInfo> {
     receiver.set_timeout(Some(timeout))?;
+    // For the whole answer: one that comes byte by byte does not hold this side.
+    receiver.set_deadline(Instant::now().checked_add(timeout))?;
     sender.send_message(&Message::SyncRequest(request))?;
     let header = receiver.receive_header()?;
-    match receiver.receive_message_body(header)? {
+    let answer = receiver.receive_message_body(header)?;
+    receiver.set_deadline(None)?;
+    match answer {
         Message::ShardInfo(info) => Ok(info),
         other => Err(refusal(peer, other)),
     }

@@ -2,15 +2,15 @@
 //!
 //! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
 //! all; how a follower recovers is decided by the shard's [`Host`] alone. A follower's thread then starts the shipper and
-//! goes on reading acknowledgements. Nothing that a peer sends makes a node do
-//! more than its limits allow: frames have a maximum length by type, connections a maximum number.
+//! goes on reading acknowledgements. Nothing that a peer sends makes a node do more than its limits allow: frames have a
+//! maximum length by type, connections a maximum number, in all and from one address ([`admission`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
 
+use crate::admission;
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
 use crate::divergence::{HistoryCheck, let_hang_up, refusal_for};
@@ -60,7 +60,8 @@ pub(crate) struct Server {
     /// Everything stops; sockets are closed.
     stop: ShutdownSignal,
     threads: Arc<Threads>,
-    connections: AtomicUsize,
+    /// Who may be connected.
+    places: Arc<admission::Places>,
     /// Rebuilds served at a time.
     rebuild_places: Arc<Places>,
 }
@@ -98,12 +99,12 @@ impl Server {
             directory,
             rebuild_places: Places::new(options.max_rebuilds),
             shards: shards.into_iter().map(|shard| RwLock::new(Arc::new(shard))).collect(),
+            places: admission::Places::new(options.max_connections, options.most_connections_of_address()),
             options,
             started: Instant::now(),
             draining,
             stop,
             threads,
-            connections: AtomicUsize::new(0),
         }
     }
 
@@ -155,19 +156,17 @@ impl Server {
     }
 
     fn serve_on_thread(server: &Arc<Server>, mut connection: Connection) {
-        let open = server.connections.fetch_add(1, Ordering::Relaxed);
+        let place = match server.places.take(&connection) {
+            Ok(place) => place,
+            Err(reason) => {
+                refuse(connection.sender.as_mut(), Refusal(RefusalCode::TooManyConnections, reason));
+                return;
+            }
+        };
         let this = Arc::clone(server);
-        let leave = Leave(Arc::clone(server));
-        if open >= server.options.max_connections {
-            let refusal =
-                Refusal(RefusalCode::TooManyConnections, format!("{open} connections are open, as many as allowed"));
-            refuse(connection.sender.as_mut(), refusal);
-            return;
-        }
-        let spawned = server.threads.spawn(format!("tl-peer-{open}"), move || {
-            let _leave = leave;
+        let spawned = server.threads.spawn(format!("tl-peer-{}", place.id()), move || {
             let peer = connection.peer.clone();
-            match Server::serve(&this, connection) {
+            match Server::serve(&this, connection, place) {
                 Ok(()) => log::debug!("{peer} left"),
                 Err(error) if this.stop.is_shutdown() => log::debug!("{peer}: {error}"),
                 Err(error) if is_closed_by_peer(&error) => log::info!("{peer}: {error}"),
@@ -180,12 +179,17 @@ impl Server {
     }
 
     /// One connection, from its request to its end.
-    fn serve(server: &Arc<Server>, connection: Connection) -> Result<()> {
+    fn serve(server: &Arc<Server>, connection: Connection, mut place: admission::Place) -> Result<()> {
         let Connection { peer, mut sender, mut receiver, closer } = connection;
         let over = server.stop.child();
         let _close_at_stop = over.on_shutdown(move || closer.close());
         receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
-        let header = receiver.receive_header()?;
+        let header = match receiver.receive_header() {
+            Ok(header) => header,
+            // Whoever has not spoken yet makes room for others without a word.
+            Err(_) if place.is_taken() => return Ok(()),
+            Err(error) => return Err(error),
+        };
         if header.kind == FrameKind::StatusRequest {
             receiver.receive_message_body(header)?;
             return server.answer_status(sender.as_mut());
@@ -203,6 +207,9 @@ impl Server {
             }
         };
         receiver.set_deadline(None)?;
+        if !place.keep() {
+            return Ok(());
+        }
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
                 server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
@@ -767,15 +774,6 @@ impl Stream<'_> {
             Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
             Err(_) => Ok(()),
         }
-    }
-}
-
-/// Counts a connection out when its thread ends.
-struct Leave(Arc<Server>);
-
-impl Drop for Leave {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

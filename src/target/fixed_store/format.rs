@@ -293,6 +293,7 @@ impl<'a> Slot<'a> {
                 Ok(Slot::Occupied { lsn, key, value: &bytes[layout.value_offset()..value_end] })
             }
             Slot::Deleted { .. } if value_len != 0 => Err("a deleted slot has a value".to_owned()),
+            Slot::Free => Err("a free slot has a checksum".to_owned()),
             other => Ok(other),
         }
     }
