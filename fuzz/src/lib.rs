@@ -5,17 +5,21 @@
 //! Where a checksum would refuse nearly every input, a bit of the input's first byte has it put right first, so that the
 //! rules behind it are reached.
 
-use std::path::Path;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use towline::data_dir::Manifest;
 use towline::status::Status;
 use towline::wal::batch::{self, BatchHeader};
 use towline::wal::segment::SegmentHeader;
-use towline::wal::{BatchIter, Expected};
+use towline::wal::{BatchIter, Expected, LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions};
 use towline::wire::{
     BaseDataHeader, ErrorMessage, FrameHeader, FrameKind, Message, SegmentPieceHeader, WalDataHeader, WalSegmentPayload,
 };
-use towline::{Checkpoint, ClusterId, Commit, NodeId, ReplicationState, ShardId, WalSegmentId, seams};
+use towline::{
+    Chain, Checkpoint, ClusterId, Commit, Epoch, Lsn, NodeId, RegionId, ReplicationState, ShardId, WalSegmentId, seams,
+};
 
 #[path = "../../src/cli/lines.rs"]
 #[allow(dead_code, missing_docs, reason = "the module belongs to the command line tool")]
@@ -38,6 +42,7 @@ pub const ALL: &[Decoder] = &[
     ("status", status),
     ("key_values", key_values),
     ("texts", texts),
+    ("ingest", ingest),
 ];
 
 /// Bytes of a header page.
@@ -142,7 +147,7 @@ pub fn batches(data: &[u8]) {
     let room = u64::from(u16::from_le_bytes(*room)) * 16;
     let mut bytes = data.to_vec();
     let Some(first) = bytes.first_chunk::<BATCH>() else {
-        let at = Expected { first_lsn: towline::Lsn(1), chain: towline::Chain(0), epoch: towline::Epoch(1) };
+        let at = Expected { first_lsn: Lsn(1), chain: Chain(0), epoch: Epoch(1) };
         assert!(batch::verify(&bytes, room, at).is_err());
         return;
     };
@@ -188,7 +193,7 @@ pub fn segment_payload(data: &[u8]) {
         }
         Err(error) => {
             drop(error.to_string());
-            let id = WalSegmentId { region: towline::RegionId(0), shard: ShardId(0), first_lsn: towline::Lsn(1) };
+            let id = WalSegmentId { region: RegionId(0), shard: ShardId(0), first_lsn: Lsn(1) };
             assert!(unverified(id, 1).is_err());
         }
     }
@@ -315,5 +320,109 @@ pub fn texts(data: &[u8]) {
     }
     if let Ok(cluster) = text.parse::<ClusterId>() {
         assert_eq!(cluster.to_string().parse(), Ok(cluster));
+    }
+}
+
+/// A log that takes in what its leader sends, thrown away once anything has been written to it.
+struct Intake {
+    writer: LogWriter,
+    wal: Wal,
+    directory: PathBuf,
+}
+
+impl Intake {
+    fn new() -> Intake {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("towline-ingest-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&directory).expect("there is room for temporary files");
+        let options = WalOptions { sync: SyncPolicy::Never, populate_ahead: 0, ..WalOptions::default() };
+        let (wal, writer) = Wal::open(&directory, IDENTITY, options).expect("an empty log opens");
+        Intake { writer, wal, directory }
+    }
+}
+
+impl Drop for Intake {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// What the log of [`ingest`] is.
+pub const IDENTITY: LogIdentity =
+    LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: ShardId(0), segment_size: 65536 };
+
+/// The first header page of that log.
+pub fn first_header() -> [u8; PAGE] {
+    let id = WalSegmentId { region: IDENTITY.region, shard: IDENTITY.shard, first_lsn: Lsn(1) };
+    let chain_before = Chain::genesis(IDENTITY.cluster, IDENTITY.region, IDENTITY.shard);
+    let (cluster, segment_size) = (IDENTITY.cluster, IDENTITY.segment_size);
+    SegmentHeader { id, cluster, epoch: Epoch(1), chain_before, segment_size }.encode()
+}
+
+/// What a leader sends, on its way into a follower's log: pieces with their length (2 bytes). By the flags, a header page
+/// comes first (2), checksums and chains are put right (1), and pieces say where they belong (4) in 10 bytes, instead of
+/// going where the next ones are due. What does not continue the log must leave it as it was.
+pub fn ingest(data: &[u8]) {
+    thread_local! {
+        static INTAKE: RefCell<Option<Intake>> = const { RefCell::new(None) };
+    }
+    let (flags, mut data) = flags(data);
+    INTAKE.with_borrow_mut(|intake| {
+        let log = intake.get_or_insert_with(Intake::new);
+        let before = log.writer.end();
+        if flags & 2 != 0 {
+            take_in(&mut log.writer, (Lsn(1), 0), &mut first_header());
+        }
+        while let Some((len, rest)) = data.split_first_chunk::<2>() {
+            let (piece, behind) = rest.split_at(rest.len().min(usize::from(u16::from_le_bytes(*len))));
+            data = behind;
+            let mut place = log.writer.ingest_position();
+            let mut piece = piece.to_vec();
+            if flags & 4 != 0 && piece.len() >= 10 {
+                place = (Lsn(number(&piece, 0)), number(&piece, 8) & 0xffff);
+                piece.drain(..10);
+            }
+            if flags & 1 != 0 {
+                seal_batches(&mut piece, log.writer.end().chain.0);
+            }
+            take_in(&mut log.writer, place, &mut piece);
+        }
+        log.writer.discard_partial();
+        let end = log.writer.end();
+        assert_eq!(log.wal.log().head(), end.head);
+        if end != before {
+            // What was published is sound, and the next input gets an empty log again.
+            let published: usize = log.wal.log().ranges_from(Lsn(1)).map_or(0, |ranges| {
+                ranges.iter().map(|range| range.batches().map(|batch| batch.records().count()).sum::<usize>()).sum()
+            });
+            assert!(published as u64 <= end.head.0);
+            *intake = None;
+        }
+    });
+}
+
+/// One frame's worth of bytes, as the receiver takes them in.
+fn take_in(writer: &mut LogWriter, (segment, mut offset): (Lsn, u64), bytes: &mut [u8]) {
+    let mut rest = &*bytes;
+    while !rest.is_empty() {
+        let before = writer.end();
+        let taken = writer.ingest_window(segment, offset, rest.len() as u64).map(|window| {
+            let len = window.len().min(rest.len());
+            window[..len].copy_from_slice(&rest[..len]);
+            len
+        });
+        let result = taken.and_then(|len| writer.ingest_filled(len as u64).map(|_| len));
+        match result {
+            Ok(len) => {
+                rest = &rest[len..];
+                offset += len as u64;
+            }
+            Err(error) => {
+                drop(error.to_string());
+                assert_eq!(writer.end(), before, "what was refused has left something");
+                return;
+            }
+        }
     }
 }
