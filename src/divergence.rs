@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::commit::FollowerMarks;
 use crate::error::{Error, RefusalCode, Result};
 use crate::shutdown::ShutdownSignal;
 use crate::transport::FrameReceiver;
-use crate::types::{Chain, Lsn};
+use crate::types::{Chain, Lsn, NodeId, ShardId};
 use crate::wal::{ChainCursor, Compared};
 use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
 use crate::wire::{ErrorMessage, Message};
@@ -46,8 +47,47 @@ impl HistoryCheck {
     }
 
     /// Compares what a follower says that it has.
-    pub(crate) fn compare(&self, lsn: Lsn, chain: Chain) -> Result<Compared> {
-        self.cursor.lock().compare(lsn, chain)
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ChainMismatch`]; [`Error::NotRetained`] if there is nothing to compare with any more.
+    pub(crate) fn compare(&self, (node, peer, shard): (NodeId, &str, ShardId), lsn: Lsn, chain: Chain) -> Result<()> {
+        match self.cursor.lock().compare(lsn, chain)? {
+            Compared::Same | Compared::NothingYet => Ok(()),
+            Compared::Differs { own } => {
+                Err(Error::ChainMismatch { peer: format!("node {node} ({peer})"), shard, lsn, own, theirs: chain })
+            }
+        }
+    }
+
+    /// Where `error`, which ended the stream, says that the histories differ, by this node's finding or by the
+    /// follower's word: nothing of the follower counts from now on, and both sides know why.
+    pub(crate) fn end_for(
+        &self,
+        error: &Error,
+        (shard, follower): (ShardId, &FollowerMarks),
+        over: &ShutdownSignal,
+        receiver: &mut dyn FrameReceiver,
+        timeout: Duration,
+    ) {
+        let refusal = refusal_for(error);
+        let is_told = matches!(error, Error::Refused { code: RefusalCode::ChainMismatch, .. });
+        // Once a newer stream has taken over, what is left of this one decides nothing.
+        if over.is_shutdown() || (refusal.is_none() && !is_told) {
+            return;
+        }
+        follower.set_counts(false);
+        follower.set_divergence(Some(error.to_string()));
+        log::error!("node {}, shard {shard}: {error}", follower.node());
+        if let Some(refusal) = refusal {
+            self.refuse(refusal, over, timeout);
+            let_hang_up(receiver, timeout);
+        }
+    }
+
+    /// Up to where both logs were last found to be the same.
+    pub(crate) fn agreed(&self) -> Lsn {
+        self.cursor.lock().agreed().map_or(Lsn::ZERO, |(lsn, _)| lsn)
     }
 
     /// The chain at `head`, if that is where both logs were last found to be the same; else the chain that says nothing.
@@ -57,7 +97,7 @@ impl HistoryCheck {
     }
 
     /// Has the follower told why the stream ends, and waits until that has been done, or cannot be done in time.
-    pub(crate) fn refuse(&self, refusal: ErrorMessage, over: &ShutdownSignal, timeout: Duration) {
+    fn refuse(&self, refusal: ErrorMessage, over: &ShutdownSignal, timeout: Duration) {
         let _ = self.refusal.set(refusal);
         self.refused.advance(DONE);
         let told = Until { mark: &self.told, at_least: DONE };
@@ -85,7 +125,7 @@ pub(crate) fn refusal_for(error: &Error) -> Option<ErrorMessage> {
 }
 
 /// Reads on until the peer has hung up, so that what it was told last reaches it, but no longer than `timeout`.
-pub(crate) fn let_hang_up(receiver: &mut dyn FrameReceiver, timeout: Duration) {
+fn let_hang_up(receiver: &mut dyn FrameReceiver, timeout: Duration) {
     let deadline = Instant::now().checked_add(timeout);
     if receiver.set_timeout(Some(timeout)).is_err() || receiver.set_deadline(deadline).is_err() {
         return;

@@ -339,12 +339,18 @@ impl fmt::Display for Error {
                 write!(f, "epoch {offered} is over: epoch {accepted} has been accepted")
             }
             Error::ChainMismatch { peer, shard, lsn, own, theirs } => {
-                write!(f, "the history of shard {shard} is not that of {peer}: at LSN {lsn} the chain there is {:08x}", theirs.0)?;
+                write!(
+                    f,
+                    "the history of shard {shard} is not that of {peer}: at LSN {lsn} the chain there is {:08x}",
+                    theirs.0
+                )?;
                 match own {
                     Some(own) => write!(f, ", here {:08x}", own.0)?,
                     None => f.write_str(", and here no batch ends there")?,
                 }
-                f.write_str("; one of the two logs is wrong: verify both, and start the wrong one with an empty directory")
+                f.write_str(
+                    "; one of the two logs is wrong: verify both, and start the wrong one with an empty directory",
+                )
             }
             Error::TimedOut { what } => write!(f, "timed out: {what}"),
             Error::ShutDown => f.write_str("shutting down"),

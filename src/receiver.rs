@@ -37,8 +37,8 @@ use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
 use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Heartbeat, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
-    SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
+    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Heartbeat, Message, PROTOCOL_VERSIONS, Purpose,
+    SessionId, SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
 };
 
 /// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.

@@ -13,7 +13,7 @@ use parking_lot::RwLock;
 use crate::admission;
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
-use crate::divergence::{HistoryCheck, let_hang_up, refusal_for};
+use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
@@ -28,7 +28,7 @@ use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
-use crate::wal::{ChainCursor, Compared, Log, LogPosition, LogReader, unix_ms};
+use crate::wal::{ChainCursor, Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
@@ -229,7 +229,12 @@ impl Server {
         let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
-        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, agreement: Arc::default() };
+        let cursor = match &lanes {
+            Lanes::Log(place) => ChainCursor::at(Arc::clone(&of_shard.log), *place),
+            _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
+        };
+        let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
+        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, history, agreement };
         match (stream, lanes) {
             (_, Lanes::None) => Ok(()),
             (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
@@ -473,6 +478,8 @@ struct Stream<'a> {
     info: ShardInfo,
     over: ShutdownSignal,
     of_shard: Arc<ServerShard>,
+    /// How its history compares with this one.
+    history: Arc<HistoryCheck>,
     /// About the rebuild, if it is one.
     agreement: Arc<Agreement>,
 }
@@ -498,13 +505,7 @@ impl Stream<'_> {
             self.peer
         );
         self.take_initial_marks(commits, &follower);
-        let log = Arc::clone(&self.of_shard.log);
-        let history = Arc::new(HistoryCheck::new(match &lanes {
-            Lanes::Log(place) => ChainCursor::at(log, *place),
-            _ => ChainCursor::unplaced(log),
-        }));
-        let mut shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
-        shipper.history = Some(Arc::clone(&history));
+        let shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
         follower.stream_began();
         let over = self.over.clone();
         let name = format!("tl-ship-s{shard}");
@@ -519,39 +520,14 @@ impl Stream<'_> {
                     over.shutdown();
                 }
             })
-            .and_then(|()| self.read_acknowledgements(stream, commits, &follower, &history, receiver));
+            .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
         if let Err(error) = &result {
-            self.end_if_diverged(error, &follower, &history, receiver);
+            let timeout = self.server.options.handshake_timeout;
+            self.history.end_for(error, (shard, &follower), &self.over, receiver, timeout);
         }
         self.over.shutdown();
         follower.stream_ended();
         result
-    }
-
-    /// Where a history differs, by this node's finding or by the follower's word, nothing of the follower counts from now
-    /// on, and both sides know why.
-    fn end_if_diverged(
-        &self,
-        error: &Error,
-        follower: &FollowerMarks,
-        history: &HistoryCheck,
-        receiver: &mut dyn FrameReceiver,
-    ) {
-        let refusal = refusal_for(error);
-        let is_told = matches!(error, Error::Refused { code: RefusalCode::ChainMismatch, .. });
-        // Once a newer stream has taken over, what is left of this one decides nothing.
-        if self.over.is_shutdown() || (refusal.is_none() && !is_told) {
-            return;
-        }
-        let SyncRequest { node, shard, .. } = self.request;
-        follower.set_counts(false);
-        follower.set_divergence(Some(error.to_string()));
-        log::error!("node {node}, shard {shard}: {error}");
-        if let Some(refusal) = refusal {
-            let timeout = self.server.options.handshake_timeout;
-            history.refuse(refusal, &self.over, timeout);
-            let_hang_up(receiver, timeout);
-        }
     }
 
     /// What the follower has by its request. During a rebuild that is nothing, and it does not count.
@@ -596,8 +572,8 @@ impl Stream<'_> {
             rebuild,
             sender,
             commits: Arc::clone(&self.of_shard.commits),
+            history: follower.is_some().then(|| Arc::clone(&self.history)),
             follower,
-            history: None,
             epoch: self.info.epoch,
             heartbeat: self.server.options.heartbeat,
             stream_over: self.over.clone(),
@@ -611,7 +587,6 @@ impl Stream<'_> {
         stream: StreamKey,
         commits: &Commits,
         follower: &FollowerMarks,
-        history: &HistoryCheck,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
         receiver.set_timeout(Some(self.server.options.peer_timeout))?;
@@ -624,7 +599,7 @@ impl Stream<'_> {
             };
             match header.kind {
                 FrameKind::Ack => match receiver.receive_message_body(header)? {
-                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, history, ack)?,
+                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
                     other => return Err(crate::receiver::refusal(self.peer, other)),
                 },
                 FrameKind::SessionAck => match receiver.receive_message_body(header)? {
@@ -647,7 +622,6 @@ impl Stream<'_> {
         stream: StreamKey,
         commits: &Commits,
         follower: &FollowerMarks,
-        history: &HistoryCheck,
         ack: Ack,
     ) -> Result<()> {
         if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
@@ -673,10 +647,7 @@ impl Stream<'_> {
                 ),
             ));
         }
-        if let Compared::Differs { own } = history.compare(ack.received, ack.chain)? {
-            let (peer, shard) = (format!("node {} ({})", self.request.node, self.peer), self.request.shard);
-            return Err(Error::ChainMismatch { peer, shard, lsn: ack.received, own, theirs: ack.chain });
-        }
+        self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
         commits.acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
         Ok(())
@@ -741,7 +712,9 @@ impl Stream<'_> {
             ));
         }
         if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
-            let at_least = |level| follower.at(level).max(ack.achieved);
+            // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
+            let agreed = ack.achieved.min(self.history.agreed());
+            let at_least = |level| follower.at(level).max(agreed);
             follower.set_counts(true);
             commits.acknowledge(
                 follower,

@@ -113,7 +113,9 @@ impl Reading<'_> {
             self.target.get_or_insert(info.head);
         }
         // The other side beats; several beats may get lost before it counts as gone.
-        receiver.set_timeout(Some(Duration::from_millis(u64::from(info.timeout_ms.min(MAX_PATIENCE_MS))).max(self.tail.timeout)))?;
+        receiver.set_timeout(Some(
+            Duration::from_millis(u64::from(info.timeout_ms.min(MAX_PATIENCE_MS))).max(self.tail.timeout),
+        ))?;
         self.read_stream(&peer, receiver.as_mut(), &info, on_batch)
     }
 

@@ -669,11 +669,14 @@ fn garbage_behind_a_valid_handshake_ends_that_stream_only() {
         bytes.extend(match round % 5 {
             0 => noise(round, 4096),
             // The kinds of a leader, with nothing in them that is right.
-            1 => [FrameHeader::new(FrameKind::WalData, 0, 4096).unwrap().encode().to_vec(), noise(round, 4096)].concat(),
+            1 => {
+                [FrameHeader::new(FrameKind::WalData, 0, 4096).unwrap().encode().to_vec(), noise(round, 4096)].concat()
+            }
             2 => frame_of(&info(round).into()),
             3 => {
                 let body = noise(round, towline::wire::SessionAck::LEN);
-                [FrameHeader::new(FrameKind::SessionAck, 0, body.len() as u64).unwrap().encode().to_vec(), body].concat()
+                [FrameHeader::new(FrameKind::SessionAck, 0, body.len() as u64).unwrap().encode().to_vec(), body]
+                    .concat()
             }
             // A second request on the same stream.
             _ => frame_of(&follow_request(&manifest, 60, S0).into()),
@@ -713,8 +716,11 @@ fn play_leader(stream: TcpStream, round: u64, info: &towline::wire::ShardInfo, h
         1 => [info, noise(round, 2000)].concat(),
         2 => [info, wal(Lsn(u64::MAX), u64::MAX, noise(round, 300))].concat(),
         3 => [info, wal(Lsn(1), 0, noise(round, 5000))].concat(),
-        4 => [info, FrameHeader::new(FrameKind::BaseData, 0, 100).unwrap().encode().to_vec(), noise(round, 100)].concat(),
-        5 => [info, FrameHeader::new(FrameKind::SessionControl, 0, 54).unwrap().encode().to_vec(), noise(round, 54)].concat(),
+        4 => {
+            [info, FrameHeader::new(FrameKind::BaseData, 0, 100).unwrap().encode().to_vec(), noise(round, 100)].concat()
+        }
+        5 => [info, FrameHeader::new(FrameKind::SessionControl, 0, 54).unwrap().encode().to_vec(), noise(round, 54)]
+            .concat(),
         // A frame that never ends, and an answer that comes byte by byte, for as long as the other side lets it.
         6 => [info, FrameHeader::new(FrameKind::WalData, 0, 1 << 20).unwrap().encode().to_vec()].concat(),
         7 => {

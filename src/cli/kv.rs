@@ -12,8 +12,8 @@ use towline::wal::LogWriter;
 use towline::{Error, Lsn, ShardId, ShutdownSignal, Until, WaitStrategy, Watermark, wait_any};
 
 use super::input::{Appender, append_in_batches};
-use super::lines::split;
 pub(super) use super::lines::Shape;
+use super::lines::split;
 
 /// Where a node's store is.
 pub(super) fn store_path(directory: &Path) -> PathBuf {

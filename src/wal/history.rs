@@ -147,14 +147,16 @@ impl ChainCursor {
                         self.segment = Some(segment);
                         continue;
                     }
-                    None => match self.log.segment_holding(lsn).filter(|held| held.id().first_lsn > self.next_segment) {
-                        Some(holding) => {
-                            self.enter(holding);
-                            continue;
+                    None => {
+                        match self.log.segment_holding(lsn).filter(|held| held.id().first_lsn > self.next_segment) {
+                            Some(holding) => {
+                                self.enter(holding);
+                                continue;
+                            }
+                            None if self.next_segment < self.log.tail() => return Err(self.log.not_retained(lsn)),
+                            None => return Ok(None),
                         }
-                        None if self.next_segment < self.log.tail() => return Err(self.log.not_retained(lsn)),
-                        None => return Ok(None),
-                    },
+                    }
                 }
             };
             // Sealed first: if it is, what is published is final.
@@ -234,7 +236,11 @@ mod tests {
             let other = Chain(chain.0 ^ 1);
             assert!(matches!(cursor.compare(lsn, other).unwrap(), Compared::Differs { own: Some(_) }), "LSN {lsn}");
             if lsn.previous() != before {
-                assert_eq!(cursor.compare(lsn.previous(), chain).unwrap(), Compared::Differs { own: None }, "LSN {lsn}");
+                assert_eq!(
+                    cursor.compare(lsn.previous(), chain).unwrap(),
+                    Compared::Differs { own: None },
+                    "LSN {lsn}"
+                );
             }
             // It goes back where it must.
             assert_eq!(cursor.compare(lsn, chain).unwrap(), Compared::Same, "LSN {lsn}");
