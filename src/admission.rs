@@ -176,7 +176,7 @@ mod tests {
     /// Connections that say when they are closed.
     struct Peers {
         transport: InProcessTransport,
-        _listener: Box<dyn crate::transport::Listener>,
+        listener: Box<dyn crate::transport::Listener>,
         closed: Arc<Mutex<Vec<String>>>,
         count: AtomicUsize,
     }
@@ -184,14 +184,15 @@ mod tests {
     impl Peers {
         fn new() -> Peers {
             let transport = InProcessTransport::new();
-            let _listener = transport.listen("node").unwrap();
-            Peers { transport, _listener, closed: Arc::default(), count: AtomicUsize::new(0) }
+            let listener = transport.listen("node").unwrap();
+            Peers { transport, listener, closed: Arc::default(), count: AtomicUsize::new(0) }
         }
 
         fn from(&self, host: &str) -> Connection {
             let peer = format!("{host}:{}", self.count.fetch_add(1, Ordering::Relaxed));
             let (closed, name) = (Arc::clone(&self.closed), peer.clone());
             let connection = self.transport.connect("node", Duration::from_secs(1)).unwrap();
+            drop(self.listener.accept().unwrap());
             Connection { peer, closer: Closer::new(move || closed.lock().push(name.clone())), ..connection }
         }
 
