@@ -174,6 +174,8 @@ pub struct FollowerMarks {
     streams: AtomicU64,
     /// Whether what it acknowledges counts for commits: not while it is being rebuilt.
     counts: AtomicBool,
+    /// How its history was found to differ from the leader's; none since its newest stream began.
+    divergence: Mutex<Option<String>>,
 }
 
 impl FollowerMarks {
@@ -187,6 +189,7 @@ impl FollowerMarks {
             shipped: AtomicU64::new(0),
             streams: AtomicU64::new(0),
             counts: AtomicBool::new(true),
+            divergence: Mutex::default(),
         }
     }
 
@@ -234,6 +237,16 @@ impl FollowerMarks {
 
     pub(crate) fn set_counts(&self, counts: bool) {
         self.counts.store(counts, Ordering::Release);
+    }
+
+    /// How its history was found to differ from the leader's, if it was: then nothing of it counts.
+    #[must_use]
+    pub fn divergence(&self) -> Option<String> {
+        self.divergence.lock().clone()
+    }
+
+    pub(crate) fn set_divergence(&self, divergence: Option<String>) {
+        *self.divergence.lock() = divergence;
     }
 
     pub(crate) fn set_shipped(&self, lsn: Lsn) {

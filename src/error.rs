@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::types::{Epoch, Lsn, ShardId};
+use crate::types::{Chain, Epoch, Lsn, ShardId};
 
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -109,6 +109,19 @@ pub enum Error {
         /// The epoch that this node has accepted.
         accepted: Epoch,
     },
+    /// The peer's log has another history than this node's: nothing that it says of its log counts any more.
+    ChainMismatch {
+        /// The peer's address or name.
+        peer: String,
+        /// The shard.
+        shard: ShardId,
+        /// Where the chains were compared.
+        lsn: Lsn,
+        /// The chain there by this node's log; `None` if no batch of it ends there.
+        own: Option<Chain>,
+        /// The chain there by the peer's word.
+        theirs: Chain,
+    },
     /// Nothing arrived within the time allowed.
     TimedOut {
         /// What was waited for.
@@ -151,6 +164,8 @@ pub enum RefusalCode {
     Superseded = 13,
     /// Something failed on the other side that is not the asker's fault.
     Internal = 14,
+    /// Both have a record of the same LSN, and their chains there differ: one of the two logs is wrong.
+    ChainMismatch = 15,
 }
 
 impl RefusalCode {
@@ -173,6 +188,7 @@ impl RefusalCode {
             12 => C::ShuttingDown,
             13 => C::Superseded,
             14 => C::Internal,
+            15 => C::ChainMismatch,
             _ => return None,
         })
     }
@@ -197,6 +213,7 @@ impl RefusalCode {
                 | C::Diverged
                 | C::LeaderBehind
                 | C::WrongRole
+                | C::ChainMismatch
         )
     }
 }
@@ -282,7 +299,8 @@ impl Error {
             | Error::Poisoned { .. }
             | Error::Invalid { .. }
             | Error::RecordTooLarge { .. }
-            | Error::StaleEpoch { .. } => true,
+            | Error::StaleEpoch { .. }
+            | Error::ChainMismatch { .. } => true,
             _ => false,
         }
     }
@@ -320,6 +338,20 @@ impl fmt::Display for Error {
             Error::StaleEpoch { offered, accepted } => {
                 write!(f, "epoch {offered} is over: epoch {accepted} has been accepted")
             }
+            Error::ChainMismatch { peer, shard, lsn, own, theirs } => {
+                write!(
+                    f,
+                    "the history of shard {shard} is not that of {peer}: at LSN {lsn} the chain there is {:08x}",
+                    theirs.0
+                )?;
+                match own {
+                    Some(own) => write!(f, ", here {:08x}", own.0)?,
+                    None => f.write_str(", and here no batch ends there")?,
+                }
+                f.write_str(
+                    "; one of the two logs is wrong: verify both, and start the wrong one with an empty directory",
+                )
+            }
             Error::TimedOut { what } => write!(f, "timed out: {what}"),
             Error::ShutDown => f.write_str("shutting down"),
         }
@@ -354,5 +386,11 @@ mod tests {
         let error = Error::corrupt("a/b.wal", 4096, Some(Lsn(17)), "checksum differs");
         assert_eq!(error.to_string(), "a/b.wal is damaged at offset 4096 (LSN 17): checksum differs");
         assert!(error.is_corruption() && error.is_permanent());
+        let (lsn, shard, own) = (Lsn(41), ShardId(3), Some(Chain(0xaabb_ccdd)));
+        let error = Error::ChainMismatch { peer: "node 7".to_owned(), shard, lsn, own, theirs: Chain(1) };
+        for words in ["node 7", "shard 3", "LSN 41", "00000001", "aabbccdd"] {
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        assert!(error.is_permanent() && !error.is_corruption());
     }
 }

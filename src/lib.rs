@@ -49,11 +49,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod admission;
 mod applier;
 mod atomic_file;
 mod backoff;
 pub mod commit;
 pub mod data_dir;
+mod divergence;
 pub mod error;
 mod follower;
 mod follower_shard;
@@ -67,6 +69,8 @@ mod receiver;
 mod registry;
 pub mod replication;
 mod retention;
+#[doc(hidden)]
+pub mod seams;
 mod server;
 mod shipper;
 pub mod shutdown;

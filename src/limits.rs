@@ -56,6 +56,10 @@ pub const MAX_PENDING_CONNECTIONS: u16 = 128;
 pub const SEGMENT_TIMEOUT_MS: u64 = 30_000;
 /// Connections that a node keeps open at a time.
 pub const MAX_CONNECTIONS: usize = 4096;
+/// Connections that have not said what they want yet, at a time.
+pub const MAX_HANDSHAKES: usize = 256;
+/// The longest that a peer's word about its heartbeats makes this side wait for a byte, in milliseconds.
+pub const MAX_PATIENCE_MS: u32 = 60 * 60 * 1000;
 /// Followers that can be waited for.
 pub const MAX_FOLLOWERS: usize = 64;
 

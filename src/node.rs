@@ -67,6 +67,7 @@ pub(crate) struct NodeOptions {
     pub(crate) backoff_base: Duration,
     pub(crate) backoff_cap: Duration,
     pub(crate) max_connections: usize,
+    pub(crate) max_connections_per_address: Option<usize>,
     pub(crate) retention: RetentionOptions,
     pub(crate) sessions: SessionLimits,
     pub(crate) max_rebuilds: usize,
@@ -84,10 +85,18 @@ impl Default for NodeOptions {
             backoff_base: Duration::from_secs(1),
             backoff_cap: Duration::from_secs(30),
             max_connections: MAX_CONNECTIONS,
+            max_connections_per_address: None,
             retention: RetentionOptions::default(),
             sessions: SessionLimits::default(),
             max_rebuilds: DEFAULT_REBUILDS,
         }
+    }
+}
+
+impl NodeOptions {
+    /// Connections that one address may have open: some are always left for others, where there are more than a few.
+    pub(crate) fn most_connections_of_address(&self) -> usize {
+        self.max_connections_per_address.unwrap_or(self.max_connections - self.max_connections / 8)
     }
 }
 
@@ -249,6 +258,14 @@ impl NodeBuilder {
     #[must_use]
     pub fn max_connections(mut self, connections: usize) -> Self {
         self.options.max_connections = connections;
+        self
+    }
+
+    /// Connections open at a time from one address; more are refused. A follower needs one for each shard. Default: seven
+    /// eighths of all.
+    #[must_use]
+    pub fn max_connections_per_address(mut self, connections: usize) -> Self {
+        self.options.max_connections_per_address = Some(connections);
         self
     }
 

@@ -25,18 +25,20 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::backoff::Backoff;
+use crate::divergence::refusal_for;
 use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
+use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
 use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
-use crate::types::{Chain, Epoch, Lsn};
+use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
 use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId,
-    SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
+    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Heartbeat, Message, PROTOCOL_VERSIONS, Purpose,
+    SessionId, SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
 };
 
 /// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.
@@ -101,7 +103,7 @@ impl Receiver {
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
         self.own.state.set_connected(true);
         // A leader that beats more slowly than this node expects is not gone.
-        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms)).saturating_mul(3);
+        let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
         let intake = match info.session_kind {
             SessionKind::Rebuild => {
@@ -150,6 +152,11 @@ impl Receiver {
                 && let Some(word) = intake.failure_word(error)
             {
                 let _ = lane.send_message(&word);
+            }
+            if let Err(error) = &result
+                && let Some(refusal) = refusal_for(error)
+            {
+                let _ = lane.send_message(&Message::Error(refusal));
             }
             lane.stop(over);
             // What another thread met first is the cause: it closes the stream under the receiver.
@@ -269,6 +276,7 @@ impl Receiver {
                 FrameKind::Heartbeat => {
                     if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
                         self.own.state.set_leader_head(beat.head);
+                        lane.compare(peer, self.own.shard, &beat)?;
                     }
                 }
                 FrameKind::CaughtUp => {
@@ -352,9 +360,13 @@ pub(crate) fn exchange(
     timeout: Duration,
 ) -> Result<ShardInfo> {
     receiver.set_timeout(Some(timeout))?;
+    // For the whole answer: one that comes byte by byte does not hold this side.
+    receiver.set_deadline(Instant::now().checked_add(timeout))?;
     sender.send_message(&Message::SyncRequest(request))?;
     let header = receiver.receive_header()?;
-    match receiver.receive_message_body(header)? {
+    let answer = receiver.receive_message_body(header)?;
+    receiver.set_deadline(None)?;
+    match answer {
         Message::ShardInfo(info) => Ok(info),
         other => Err(refusal(peer, other)),
     }
@@ -397,6 +409,9 @@ struct LaneState {
     /// Head and chain, set by the receiver.
     received: Lsn,
     chain: Chain,
+    /// The chain before the last that arrived, and its LSN: the same LSN may have two, before and after a batch that
+    /// seals a segment.
+    before: (Lsn, Chain),
     sent: Ack,
     sent_at: Instant,
 }
@@ -416,6 +431,7 @@ impl AckLane {
                 sender,
                 received: end.head,
                 chain: end.chain,
+                before: (end.head, end.chain),
                 sent: nothing,
                 sent_at: Instant::now(),
             }),
@@ -435,9 +451,25 @@ impl AckLane {
     /// and what is known of it here.
     fn take_in(&self, writer: &mut LogWriter, len: u64) -> Result<()> {
         let mut state = self.state.lock();
+        let before = (state.received, state.chain);
         state.received = writer.ingest_quietly(len)?;
         state.chain = writer.end().chain;
+        if state.chain != before.1 {
+            state.before = before;
+        }
         Ok(())
+    }
+
+    /// Compares the leader's chain at its head with this log's, if this log ends there too. Behind it, only the leader
+    /// can compare; that it does with every acknowledgement.
+    fn compare(&self, peer: &str, shard: ShardId, beat: &Heartbeat) -> Result<()> {
+        let state = self.state.lock();
+        let is_told = beat.chain != Chain::default() && beat.head == state.received;
+        if !is_told || beat.chain == state.chain || (beat.head, beat.chain) == state.before {
+            return Ok(());
+        }
+        let (lsn, own, theirs) = (beat.head, Some(state.chain), beat.chain);
+        Err(Error::ChainMismatch { peer: peer.to_owned(), shard, lsn, own, theirs })
     }
 
     fn set_haste(&self, flags: u8) {

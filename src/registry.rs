@@ -316,6 +316,19 @@ fn decode(bytes: &[u8], path: &Path, shards: u16) -> Result<(u64, Vec<Known>)> {
     Ok((u64_at(16), followers))
 }
 
+/// For [`crate::seams`]: what is read, written again.
+pub(crate) fn decode_and_encode(bytes: &[u8], path: &Path, shards: u16) -> Result<Vec<u8>> {
+    let (bound, followers) = decode(bytes, path, shards)?;
+    let registry = Registry {
+        path: path.to_owned(),
+        shards,
+        followers: RwLock::new(followers.into_iter().map(Arc::new).collect()),
+        session_bound: AtomicU64::new(bound),
+        saving: Mutex::default(),
+    };
+    Ok(registry.encode(bound))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

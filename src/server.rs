@@ -2,17 +2,19 @@
 //!
 //! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
 //! all; how a follower recovers is decided by the shard's [`Host`] alone. A follower's thread then starts the shipper and
-//! goes on reading acknowledgements. Nothing that a peer sends makes a node do
-//! more than its limits allow: frames have a maximum length by type, connections a maximum number.
+//! goes on reading acknowledgements. Nothing that a peer sends makes a node do more than its limits allow: frames have a
+//! maximum length by type, connections a maximum number, in all and from one address ([`admission`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
 
+use crate::admission;
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
+use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
@@ -27,7 +29,7 @@ use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
-use crate::wal::{Log, LogReader, unix_ms};
+use crate::wal::{ChainCursor, Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, WaiterName, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
@@ -59,9 +61,10 @@ pub(crate) struct Server {
     /// Everything stops; sockets are closed.
     stop: ShutdownSignal,
     threads: Arc<Threads>,
-    connections: AtomicUsize,
     /// Shippers so far, each of which waits under its number.
     shippers: AtomicU64,
+    /// Who may be connected.
+    places: Arc<admission::Places>,
     /// Rebuilds served at a time.
     rebuild_places: Arc<Places>,
 }
@@ -77,8 +80,8 @@ struct Answer {
 enum Lanes {
     /// Nothing more.
     None,
-    /// The log.
-    Log(LogReader),
+    /// The log from a place on.
+    Log(LogPosition),
     /// A base of this target and the log beside it, from where the rebuild will say.
     Rebuild(LogReader, Arc<dyn ReplicationTarget>),
 }
@@ -99,12 +102,12 @@ impl Server {
             directory,
             rebuild_places: Places::new(options.max_rebuilds),
             shards: shards.into_iter().map(|shard| RwLock::new(Arc::new(shard))).collect(),
+            places: admission::Places::new(options.max_connections, options.most_connections_of_address()),
             options,
             started: Instant::now(),
             draining,
             stop,
             threads,
-            connections: AtomicUsize::new(0),
             shippers: AtomicU64::new(0),
         }
     }
@@ -157,19 +160,17 @@ impl Server {
     }
 
     fn serve_on_thread(server: &Arc<Server>, mut connection: Connection) {
-        let open = server.connections.fetch_add(1, Ordering::Relaxed);
+        let place = match server.places.take(&connection) {
+            Ok(place) => place,
+            Err(reason) => {
+                refuse(connection.sender.as_mut(), Refusal(RefusalCode::TooManyConnections, reason));
+                return;
+            }
+        };
         let this = Arc::clone(server);
-        let leave = Leave(Arc::clone(server));
-        if open >= server.options.max_connections {
-            let refusal =
-                Refusal(RefusalCode::TooManyConnections, format!("{open} connections are open, as many as allowed"));
-            refuse(connection.sender.as_mut(), refusal);
-            return;
-        }
-        let spawned = server.threads.spawn(format!("tl-peer-{open}"), move || {
-            let _leave = leave;
+        let spawned = server.threads.spawn(format!("tl-peer-{}", place.id()), move || {
             let peer = connection.peer.clone();
-            match Server::serve(&this, connection) {
+            match Server::serve(&this, connection, place) {
                 Ok(()) => log::debug!("{peer} left"),
                 Err(error) if this.stop.is_shutdown() => log::debug!("{peer}: {error}"),
                 Err(error) if is_closed_by_peer(&error) => log::info!("{peer}: {error}"),
@@ -182,12 +183,17 @@ impl Server {
     }
 
     /// One connection, from its request to its end.
-    fn serve(server: &Arc<Server>, connection: Connection) -> Result<()> {
+    fn serve(server: &Arc<Server>, connection: Connection, mut place: admission::Place) -> Result<()> {
         let Connection { peer, mut sender, mut receiver, closer } = connection;
         let over = server.stop.child();
         let _close_at_stop = over.on_shutdown(move || closer.close());
         receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
-        let header = receiver.receive_header()?;
+        let header = match receiver.receive_header() {
+            Ok(header) => header,
+            // Whoever has not spoken yet makes room for others without a word.
+            Err(_) if place.is_taken() => return Ok(()),
+            Err(error) => return Err(error),
+        };
         if header.kind == FrameKind::StatusRequest {
             receiver.receive_message_body(header)?;
             return server.answer_status(sender.as_mut());
@@ -205,6 +211,9 @@ impl Server {
             }
         };
         receiver.set_deadline(None)?;
+        if !place.keep() {
+            return Ok(());
+        }
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
                 server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
@@ -224,7 +233,12 @@ impl Server {
         let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
-        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, agreement: Arc::default() };
+        let cursor = match &lanes {
+            Lanes::Log(place) => ChainCursor::at(Arc::clone(&of_shard.log), *place),
+            _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
+        };
+        let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
+        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, history, agreement };
         match (stream, lanes) {
             (_, Lanes::None) => Ok(()),
             (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
@@ -319,7 +333,7 @@ impl Server {
                     start_offset: place.offset,
                     ..info
                 },
-                lanes: Lanes::Log(shard.log.reader_at(place)),
+                lanes: Lanes::Log(place),
                 stream: Some(admitted.stream),
             }),
         };
@@ -414,7 +428,7 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok(Answer { info, lanes: Lanes::Log(log.reader_at(place)), stream: None })
+        Ok(Answer { info, lanes: Lanes::Log(place), stream: None })
     }
 
     fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {
@@ -473,6 +487,8 @@ struct Stream<'a> {
     info: ShardInfo,
     over: ShutdownSignal,
     of_shard: Arc<ServerShard>,
+    /// How its history compares with this one.
+    history: Arc<HistoryCheck>,
     /// About the rebuild, if it is one.
     agreement: Arc<Agreement>,
 }
@@ -519,6 +535,10 @@ impl Stream<'_> {
                 }
             })
             .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
+        if let Err(error) = &result {
+            let timeout = self.server.options.handshake_timeout;
+            self.history.end_for(error, (shard, &follower), &self.over, receiver, timeout);
+        }
         self.over.shutdown();
         commits.remove_shipper(&shipper);
         follower.stream_ended();
@@ -529,6 +549,7 @@ impl Stream<'_> {
     fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
         let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
         follower.set_counts(!is_rebuild);
+        follower.set_divergence(None);
         let SyncRequest { received, durable, applied, .. } = self.request;
         let received = if is_rebuild { Lsn::ZERO } else { received };
         commits.acknowledge(follower, received, durable.min(received), applied.min(received), unix_ms());
@@ -542,7 +563,7 @@ impl Stream<'_> {
     ) -> Result<(Shipper, Option<IssuedRebuild>)> {
         let (stream, follower) = follower.unzip();
         let (reader, rebuild) = match (lanes, stream) {
-            (Lanes::Log(reader), _) => (reader, None),
+            (Lanes::Log(place), _) => (self.of_shard.log.reader_at(place), None),
             (Lanes::Rebuild(reader, store), Some(stream)) => (
                 reader,
                 Some(IssuedRebuild {
@@ -566,6 +587,7 @@ impl Stream<'_> {
             name: self.server.waiter_name(),
             lane: LogLane::new(reader, sender),
             commits: Arc::clone(&self.of_shard.commits),
+            history: follower.is_some().then(|| Arc::clone(&self.history)),
             follower,
             epoch: self.info.epoch,
             heartbeat: self.server.options.heartbeat,
@@ -641,6 +663,7 @@ impl Stream<'_> {
                 ),
             ));
         }
+        self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
         commits.acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
         Ok(())
@@ -705,7 +728,9 @@ impl Stream<'_> {
             ));
         }
         if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
-            let at_least = |level| follower.at(level).max(ack.achieved);
+            // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
+            let agreed = ack.achieved.min(self.history.agreed());
+            let at_least = |level| follower.at(level).max(agreed);
             follower.set_counts(true);
             commits.acknowledge(
                 follower,
@@ -738,15 +763,6 @@ impl Stream<'_> {
             Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
             Err(_) => Ok(()),
         }
-    }
-}
-
-/// Counts a connection out when its thread ends.
-struct Leave(Arc<Server>);
-
-impl Drop for Leave {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

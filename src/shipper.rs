@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::commit::{AckLevel, Commits, FollowerMarks};
+use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::limits::MAX_WAL_DATA_LEN;
 use crate::protocol::FailureReason;
@@ -49,6 +50,8 @@ pub(crate) struct Shipper {
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
     pub(crate) target: Lsn,
+    /// How the follower's history compares; none for a reader, which says nothing of its log.
+    pub(crate) history: Option<Arc<HistoryCheck>>,
     /// By what name its thread waits.
     pub(crate) name: WaiterName,
     /// Locked by the shipper's thread while it works, and tried by threads that wait for a commit.
@@ -126,6 +129,9 @@ impl Shipper {
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
+            if self.tell_refusal(&mut lane) {
+                return lane.sender.finish();
+            }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node.
             if (draining && log.written().load() <= lane.shipped) || log.is_closed() {
@@ -146,6 +152,7 @@ impl Shipper {
                 self.stream_over.until(),
                 self.draining.until(),
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
+                self.history.as_ref().map_or(self.stream_over.until(), |history| history.until_refused()),
                 ended,
             ];
             if wait_any_as(self.name, &conditions, log.options().wait, deadline) == Waited::TimedOut {
@@ -166,7 +173,8 @@ impl Shipper {
     pub(crate) fn ship_at_once(&self, lsn: Lsn) -> bool {
         let Some(follower) = self.follower.as_ref().filter(|follower| follower.counts()) else { return false };
         let Some(mut lane) = self.lane.try_lock() else { return false };
-        if !lane.caught_up || follower.at(AckLevel::Received) < lane.shipped || self.stream_over.is_shutdown() {
+        let idle = lane.caught_up && follower.at(AckLevel::Received) >= lane.shipped;
+        if !idle || self.stream_over.is_shutdown() || self.is_refused() {
             return false;
         }
         if let Err(error) = self.ship_published(&mut lane, AT_ONCE, Pace::AtOnce) {
@@ -278,11 +286,25 @@ impl Shipper {
             }
             lane.last_sent = Instant::now();
             sent += range.len();
-            if self.stream_over.is_shutdown() {
+            if self.stream_over.is_shutdown() || self.is_refused() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Whether the follower's history was found to differ.
+    fn is_refused(&self) -> bool {
+        self.history.as_ref().is_some_and(|history| history.until_refused().holds())
+    }
+
+    /// Tells the follower that its history differs, as well as may be, if it does. Nothing more is shipped then.
+    fn tell_refusal(&self, lane: &mut LogLane) -> bool {
+        let Some(history) = &self.history else { return false };
+        let Some(refusal) = history.refusal() else { return false };
+        let _ = lane.sender.send_message(&refusal);
+        history.set_told();
+        true
     }
 
     /// Flags for data: which acknowledgements somebody waits for.
@@ -332,11 +354,12 @@ impl Shipper {
     /// Shows the follower that the leader lives, and how far behind it is.
     fn beat(&self, lane: &mut LogLane) -> Result<()> {
         lane.last_sent = Instant::now();
+        let head = self.log.head();
         lane.sender.send_message(&Message::Heartbeat(Heartbeat {
             epoch: self.epoch,
-            head: self.log.head(),
+            head,
             committed: self.commits.committed(),
-            chain: Chain::default(),
+            chain: self.history.as_ref().map_or(Chain::default(), |history| history.chain_for_heartbeat(head)),
             sent_unix_ms: unix_ms(),
         }))
     }

@@ -1,12 +1,12 @@
 //! What a node says about itself: a snapshot of marks, cheap to take, for people, programs and the wire.
 //!
-//! # Format, version 2
+//! # Format, version 3
 //!
 //! The body of a `Status` frame. All numbers are little-endian; a text is its length in bytes (4 bytes) and UTF-8.
 //!
 //! | field | size |
 //! |---|---:|
-//! | version, 2 | 2 |
+//! | version, 3 | 2 |
 //! | role: 1 leader, 2 follower | 1 |
 //! | cluster, node, region, epoch | 16, 8, 2, 8 |
 //! | uptime in milliseconds | 8 |
@@ -23,6 +23,7 @@
 //! | then its mode, reason and refusal: texts, empty if there is none | |
 //! | then place lost (1 byte), session kind and phase: texts, the kind empty if there is none | 1 |
 //! | then session, its target, achieved LSN and base blocks | 8, 8, 8, 8 |
+//! | then how its history differs: text, empty if that is not known to be so | |
 //!
 //! Modes, reasons, refusals, kinds and phases are the words of [`crate::protocol`].
 
@@ -39,7 +40,7 @@ use crate::server::ServerShard;
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
 use crate::wal::unix_ms;
 
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// What a node does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +156,8 @@ pub struct FollowerStatus {
     pub place_lost: bool,
     /// Its session, live or over.
     pub session: Option<SessionStatus>,
+    /// How its history was found to differ from the leader's, if it was: then nothing of it counts.
+    pub divergence: Option<String>,
 }
 
 /// A follower's session.
@@ -332,6 +335,7 @@ impl ShardStatus {
                         refusal: replica.refusal,
                         place_lost: shard.host.has_lost_place(replica.node),
                         session: SessionStatus::of(replica),
+                        divergence: marks.and_then(|marks| marks.divergence()),
                     }
                 })
                 .collect(),
@@ -384,7 +388,7 @@ impl ShardStatus {
                 json,
                 "{}{{\"node\":{},\"state\":\"{}\",\"shipped\":{},\"received\":{},\"durable\":{},\"applied\":{},\
                  \"lag_records\":{},\"lag_bytes\":{},\"acked_ms_ago\":{},\"mode\":{},\"reason\":{},\"refusal\":{},\
-                 \"place_lost\":{},\"session\":",
+                 \"place_lost\":{},\"divergence\":{},\"session\":",
                 if index == 0 { "" } else { "," },
                 follower.node,
                 follower.state(self.head),
@@ -398,7 +402,8 @@ impl ShardStatus {
                 json_text(follower.mode.as_str()),
                 json_option(follower.reason.map(Reason::as_str)),
                 json_option(follower.refusal.map(Refusal::as_str)),
-                follower.place_lost
+                follower.place_lost,
+                json_option(follower.divergence.as_deref())
             );
             let _ = match &follower.session {
                 None => write!(json, "null}}"),
@@ -493,6 +498,7 @@ impl ShardStatus {
                 refusal: from.word()?,
                 place_lost: from.bool()?,
                 session: SessionStatus::decode(from)?,
+                divergence: from.text()?,
             });
         }
         Ok(status)
@@ -511,6 +517,7 @@ impl FollowerStatus {
             [session.id.0, session.target.0, session.progress.achieved.0, session.progress.base_blocks]
         });
         numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
+        put_text(out, self.divergence.as_deref().unwrap_or_default());
     }
 }
 
@@ -681,6 +688,7 @@ mod tests {
                         target: Lsn(10),
                         progress: Progress { achieved: Lsn(8), base_blocks: 3 },
                     }),
+                    divergence: Some("at LSN 8".to_owned()),
                 }],
             }],
         }
@@ -699,6 +707,7 @@ mod tests {
         assert!(json.contains(r#""kind":"catch_up","phase":"running","target":10,"achieved":8"#), "{json}");
         assert!(json.contains(r#""owner":"node 2","reason":"catch_up","lsn":4,"lost":true"#), "{json}");
         assert!(json.contains(r#""mode":"degraded","reason":"pin_lost""#), "{json}");
+        assert!(json.contains(r#""divergence":"at LSN 8""#), "{json}");
         assert!(json.contains(r#""lag_records":2"#) && json.contains(r#""acked_ms_ago":null"#), "{json}");
     }
 

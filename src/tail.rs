@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
 use crate::error::{Error, Result};
-use crate::limits::SEGMENT_HEADER_LEN;
+use crate::limits::{MAX_PATIENCE_MS, SEGMENT_HEADER_LEN};
 use crate::receiver::{exchange, refusal};
 use crate::shutdown::ShutdownSignal;
 use crate::status::Status;
@@ -113,7 +113,9 @@ impl Reading<'_> {
             self.target.get_or_insert(info.head);
         }
         // The other side beats; several beats may get lost before it counts as gone.
-        receiver.set_timeout(Some(Duration::from_millis(u64::from(info.timeout_ms)).max(self.tail.timeout)))?;
+        receiver.set_timeout(Some(
+            Duration::from_millis(u64::from(info.timeout_ms.min(MAX_PATIENCE_MS))).max(self.tail.timeout),
+        ))?;
         self.read_stream(&peer, receiver.as_mut(), &info, on_batch)
     }
 
@@ -254,6 +256,7 @@ impl Gathered {
 pub fn ask_status(transport: &dyn Transport, address: &str, timeout: Duration) -> Result<Status> {
     let Connection { peer, mut sender, mut receiver, closer: _ } = transport.connect(address, timeout)?;
     receiver.set_timeout(Some(timeout))?;
+    receiver.set_deadline(Instant::now().checked_add(timeout))?;
     sender.send_message(&Message::StatusRequest)?;
     let header = receiver.receive_header()?;
     if header.kind != FrameKind::Status {

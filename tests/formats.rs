@@ -6,6 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use proptest::prelude::*;
 use towline::data_dir::Manifest;
 use towline::wal::scan::{Relation, verify_log};
 use towline::wal::segment::SegmentHeader;
@@ -202,5 +203,86 @@ fn write_missing_golden_files() {
         if !path.exists() {
             std::fs::write(path, bytes).unwrap();
         }
+    }
+}
+
+/// Reads the golden file of a name by its decoder.
+fn is_read(name: &str, bytes: &[u8]) -> bool {
+    match name {
+        "MANIFEST-v1" => Manifest::decode(bytes, Path::new(name)).is_ok(),
+        "checkpoint-v1" => Checkpoint::decode(bytes).is_ok(),
+        "segment-v2" => WalSegmentPayload::from_bytes(bytes).is_ok(),
+        other => panic!("{other}"),
+    }
+}
+
+/// The first batch of the golden segment, what it continues, and the room that it has.
+fn first_batch() -> (Vec<u8>, towline::wal::Expected, u64) {
+    let bytes = segment().split_off(4096);
+    let chain = Chain::genesis(CLUSTER, RegionId(2), ShardId(3));
+    let at = towline::wal::Expected { first_lsn: Lsn(1), chain, epoch: Epoch(5) };
+    let len = usize::try_from(batch::verify(&bytes, SEGMENT_SIZE - 4096, at).unwrap().total_len()).unwrap();
+    (bytes[..len].to_vec(), at, SEGMENT_SIZE - 4096)
+}
+
+proptest! {
+    #[test]
+    fn any_flipped_byte_and_any_cut_of_a_file_is_found(at in any::<prop::sample::Index>(), mask in 1u8..) {
+        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2"] {
+            let mut bytes = golden(name);
+            prop_assert!(is_read(name, &bytes));
+            let at = at.index(bytes.len());
+            prop_assert!(!is_read(name, &bytes[..at]), "{name} cut to {at}");
+            bytes[at] ^= mask;
+            prop_assert!(!is_read(name, &bytes), "{name} at {at}");
+        }
+    }
+
+    #[test]
+    fn any_flipped_byte_of_a_header_page_or_a_batch_is_found(at in any::<prop::sample::Index>(), mask in 1u8..) {
+        let mut page: [u8; 4096] = segment()[..4096].try_into().unwrap();
+        page[at.index(4096)] ^= mask;
+        prop_assert!(SegmentHeader::decode(&page).is_err());
+        let (mut bytes, expected, room) = first_batch();
+        let at = at.index(bytes.len());
+        prop_assert!(batch::verify(&bytes[..at], room, expected).is_err());
+        bytes[at] ^= mask;
+        prop_assert!(batch::verify(&bytes, room, expected).is_err());
+    }
+
+    /// Of frames only the header has a checksum: a change there ends the stream. A body that is changed is another
+    /// message or none, and never one that would be written differently.
+    #[test]
+    fn a_changed_stream_of_frames_is_refused_or_means_what_it_says(at in any::<prop::sample::Index>(), mask in 1u8..) {
+        let mut bytes = golden("frames-v1");
+        let changed = at.index(bytes.len());
+        bytes[changed] ^= mask;
+        let (mut rest, mut offset) = (bytes.as_slice(), 0);
+        while let Some((header, behind)) = rest.split_first_chunk::<16>() {
+            let in_header = (offset..offset + 16).contains(&changed);
+            let Ok(frame) = FrameHeader::decode(header) else {
+                prop_assert!(in_header);
+                break;
+            };
+            prop_assert!(!in_header);
+            let (body, behind) = behind.split_at(frame.len as usize);
+            match Message::decode(frame.kind, body) {
+                Ok(Message::Error(_)) | Err(_) => {}
+                Ok(message) => prop_assert_eq!(message.to_vec(), body),
+            }
+            offset += 16 + body.len();
+            rest = behind;
+        }
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..5000)) {
+        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2"] {
+            let _ = is_read(name, &bytes);
+        }
+        let (_, expected, room) = first_batch();
+        let _ = batch::verify(&bytes, room, expected);
+        let _ = bytes.first_chunk().map(SegmentHeader::decode);
+        let _ = towline::status::Status::decode(&bytes);
     }
 }

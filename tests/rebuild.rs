@@ -761,7 +761,7 @@ fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
             received: marks,
             durable: marks,
             applied: marks,
-            chain: Chain::default(),
+            chain: scene.leader.log(SHARD).unwrap().position_before(marks.next()).unwrap().chain,
             epoch: info.epoch,
             session: info.session,
         };

@@ -144,12 +144,12 @@ impl ByHand {
         }
     }
 
-    fn acknowledge(&mut self, lsn: Lsn) {
+    fn acknowledge(&mut self, (lsn, chain): (Lsn, Chain)) {
         let ack = Ack {
             received: lsn,
             durable: lsn,
             applied: lsn,
-            chain: Chain(0),
+            chain,
             epoch: self.info.epoch,
             session: self.info.session,
         };
@@ -406,12 +406,12 @@ fn a_catch_up_becomes_a_keep_up_on_the_same_stream() {
     let mut writer = leader.writer(SHARD).unwrap();
     let last = writer.append(b"record").unwrap();
     let mut stream = ask(&leader, request(&leader, 2)).ok().unwrap();
-    stream.acknowledge(last);
+    stream.acknowledge((last, writer.end().chain));
     eventually("keeping up", || {
         follower_status(&leader, 2).session.is_some_and(|session| session.kind == SessionKind::KeepUp)
     });
     assert_eq!(shard_status(&leader).mode, Mode::PublishHealthy);
     let last = writer.append(b"record").unwrap();
-    stream.acknowledge(last);
+    stream.acknowledge((last, writer.end().chain));
     wait_for(&leader, last, "durable:1");
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::net::Net;
-use common::raw::{acknowledge, ask, continuing, follow_request, next_data, read_to_end};
+use common::raw::{acknowledge, ask, chain_at, continuing, follow_request, next_data, read_to_end};
 use common::{
     Checked, append, assert_identical, catch_up, deadline, reach, record, records_of, shards, until, writers,
 };
@@ -309,7 +309,7 @@ fn a_newer_stream_of_the_same_node_takes_over(net: &Net) {
     read_to_end(&mut older);
     let head = append(&mut writers[0], 5);
     next_data(&mut newer).unwrap();
-    acknowledge(&mut newer, &info, head).unwrap();
+    acknowledge(&mut newer, &info, head, writers[0].end().chain).unwrap();
     let commits = leader.commits(S0).unwrap();
     assert_eq!(commits.wait(head, "durable:1".parse().unwrap(), Some(deadline())), Outcome::Committed);
     // Still one follower, though it has connected twice; the streams of others go on.
@@ -379,19 +379,21 @@ fn committed_follows_the_policy(net: &Net) {
     let (mut a, mut b) = (net.connect(), net.connect());
     let (info_a, info_b) = (ask(&mut a, request(1)).unwrap(), ask(&mut b, request(2)).unwrap());
     let wait = |lsn, commit: &str| commits.wait(lsn, commit.parse().unwrap(), Some(deadline()));
-    acknowledge(&mut a, &info_a, Lsn(8)).unwrap();
+    let log = leader.log(S0).unwrap();
+    let acknowledge = |stream: &mut _, info, lsn| acknowledge(stream, info, Lsn(lsn), chain_at(log, Lsn(lsn))).unwrap();
+    acknowledge(&mut a, &info_a, 8);
     assert_eq!(wait(Lsn(8), "synced+durable:1"), Outcome::Committed);
     assert_eq!(commits.committed(), Lsn::ZERO, "one of two has something");
-    acknowledge(&mut b, &info_b, Lsn(5)).unwrap();
-    assert_eq!(wait(Lsn(5), "durable:2"), Outcome::Committed);
-    assert_eq!(commits.committed(), Lsn(5), "what both have");
-    acknowledge(&mut b, &info_b, Lsn(9)).unwrap();
+    acknowledge(&mut b, &info_b, 7);
+    assert_eq!(wait(Lsn(7), "durable:2"), Outcome::Committed);
+    assert_eq!(commits.committed(), Lsn(7), "what both have");
+    acknowledge(&mut b, &info_b, 10);
     assert_eq!(wait(Lsn(8), "durable:2"), Outcome::Committed);
     assert_eq!(commits.committed(), Lsn(8));
     let status = leader.status();
     assert_eq!((status.shards[0].committed, status.shards[0].head), (Lsn(8), Lsn(10)));
     // A follower that says less than it did is believed, but what is committed stays so.
-    acknowledge(&mut a, &info_a, Lsn(2)).unwrap();
+    acknowledge(&mut a, &info_a, 2);
     until("the smaller mark is taken in", || commits.followers()[0].at(AckLevel::Durable) == Lsn(2));
     assert_eq!(commits.committed(), Lsn(8));
 }
@@ -454,7 +456,7 @@ fn whoever_ships_waits_for_nobody_else(net: &Net) {
         let (lsn, outcome) = leader.append_and_wait(&mut writer, &[[7; 48 * 1024]], one, Some(deadline())).unwrap();
         assert_eq!(outcome, Outcome::Committed);
         // Says that it has what it never read, so that threads that wait keep shipping to it.
-        let _ = acknowledge(&mut stalled, &info, lsn);
+        let _ = acknowledge(&mut stalled, &info, lsn, writer.end().chain);
         last = lsn;
         appended += 48 * 1024;
         assert!(appended < 64 << 20, "a stream that nobody reads goes on taking bytes");

@@ -4,7 +4,6 @@
 //! one there opens it as it is.
 
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,27 +13,8 @@ use towline::wal::LogWriter;
 use towline::{Error, Lsn, ShardId, ShutdownSignal, Until, WaitStrategy, Watermark, wait_any};
 
 use super::input::{Appender, append_in_batches};
-
-/// Longest key and longest value, in bytes, as in `16:64`.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    key_len: u32,
-    value_len: u32,
-}
-
-impl FromStr for Shape {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Shape, String> {
-        let parts = text.split_once(':').map(|(key, value)| (key.parse(), value.parse()));
-        let Some((Ok(key_len), Ok(value_len))) = parts else {
-            return Err(
-                "two numbers of bytes are needed, as in 16:64: the longest key and the longest value".to_owned()
-            );
-        };
-        Ok(Shape { key_len, value_len })
-    }
-}
+pub(super) use super::lines::Shape;
+use super::lines::split;
 
 /// Where a node's store is.
 pub(super) fn store_path(directory: &Path) -> PathBuf {
@@ -155,6 +135,11 @@ impl<'a> KvWriter<'a> {
         Ok(KvWriter { store, shards, idle_deletes: 0, longest_append, longest_wait })
     }
 
+    fn shape(&self) -> Shape {
+        let topology = self.store.topology();
+        Shape { key_len: topology.key_len, value_len: topology.value_len }
+    }
+
     /// Proposes to set a key's value, or to delete the key.
     pub(super) fn propose(&mut self, key: &[u8], value: Option<&[u8]>) -> towline::Result<()> {
         let shards = &mut self.shards;
@@ -199,58 +184,16 @@ impl<'a> KvWriter<'a> {
 /// Each line is a key, a tab and the value; a key alone deletes it.
 impl Appender for KvWriter<'_> {
     fn longest(&self) -> usize {
-        let topology = self.store.topology();
-        usize::try_from(u64::from(topology.key_len) + 1 + u64::from(topology.value_len)).unwrap_or(usize::MAX)
+        self.shape().longest()
     }
 
     fn check(&self, line: &[u8]) -> Result<(), String> {
-        let topology = self.store.topology();
-        let (key, value) = split(line);
-        if key.is_empty() {
-            return Err("its key is empty".to_owned());
-        }
-        for (what, len, most) in
-            [("key", key.len(), topology.key_len), ("value", value.map_or(0, <[u8]>::len), topology.value_len)]
-        {
-            if len as u64 > u64::from(most) {
-                return Err(format!("its {what} has {len} bytes or more, and may have {most}"));
-            }
-        }
-        Ok(())
+        self.shape().check(line)
     }
 
     fn append(&mut self, lines: &[&[u8]]) -> towline::Result<()> {
         let proposed = lines.iter().map(|line| split(line)).try_for_each(|(key, value)| self.propose(key, value));
         // What was proposed before a failure has its LSNs: it is appended all the same.
         self.flush().and(proposed)
-    }
-}
-
-fn split(line: &[u8]) -> (&[u8], Option<&[u8]>) {
-    match line.iter().position(|&byte| byte == b'\t') {
-        Some(tab) => (&line[..tab], Some(&line[tab + 1..])),
-        None => (line, None),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_shape_is_two_numbers() {
-        assert!(matches!("16:64".parse(), Ok(Shape { key_len: 16, value_len: 64 })));
-        for text in ["", "16", "16:", ":64", "16:64:1", "a:b", "-1:2", "5000000000:1"] {
-            assert!(text.parse::<Shape>().is_err(), "{text:?}");
-        }
-    }
-
-    #[test]
-    fn a_line_is_split_at_its_first_tab() {
-        assert_eq!(split(b"k\tv"), (&b"k"[..], Some(&b"v"[..])));
-        assert_eq!(split(b"k\t\t"), (&b"k"[..], Some(&b"\t"[..])));
-        assert_eq!(split(b"k\t"), (&b"k"[..], Some(&b""[..])));
-        assert_eq!(split(b"k"), (&b"k"[..], None));
-        assert_eq!(split(b""), (&b""[..], None));
     }
 }

@@ -10,6 +10,7 @@ mod input;
 mod inspect;
 mod kv;
 mod leader;
+mod lines;
 mod progress;
 mod scan;
 mod status;

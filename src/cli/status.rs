@@ -109,6 +109,9 @@ fn print_follower(follower: &FollowerStatus, shard: &ShardStatus) {
     let refusal = follower.refusal.map(|refusal| format!("  refused: {refusal}")).unwrap_or_default();
     let lost = if follower.place_lost { "  its place in the log is lost" } else { "" };
     println!("    {}  {session}{refusal}{lost}", why(follower.mode, follower.reason));
+    if let Some(divergence) = &follower.divergence {
+        println!("    DIVERGED: {divergence}");
+    }
 }
 
 /// A mode and why it is that.

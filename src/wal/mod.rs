@@ -28,6 +28,7 @@ use std::time::Duration;
 pub mod batch;
 mod compare;
 mod given_up;
+mod history;
 mod log;
 #[cfg(test)]
 mod log_fixture;
@@ -43,6 +44,7 @@ mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
+pub(crate) use history::{ChainCursor, Compared};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
 pub use reader::{LogPosition, LogReader};

@@ -267,7 +267,7 @@ message! {
         pub head: Lsn,
         /// The newest LSN that is committed.
         pub committed: Lsn,
-        /// The chain at `head`.
+        /// The chain at `head`; 0 where the sender does not know it at hand, which says nothing.
         pub chain: Chain,
         /// The sender's wall clock, in milliseconds since the Unix epoch.
         pub sent_unix_ms: u64,

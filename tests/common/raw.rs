@@ -1,7 +1,9 @@
 //! A follower made of frames, for what a real one would not do.
 
+use std::sync::Arc;
+
 use towline::transport::Connection;
-use towline::wal::LogEnd;
+use towline::wal::{Log, LogEnd};
 use towline::wire::{Ack, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest, WalDataHeader};
 use towline::{Chain, Error, Lsn, Manifest, NodeId, RefusalCode, ShardId};
 
@@ -65,13 +67,20 @@ pub fn next_data(connection: &mut Connection) -> towline::Result<(WalDataHeader,
     }
 }
 
-/// Acknowledges everything up to `lsn` on a stream.
-pub fn acknowledge(connection: &mut Connection, info: &ShardInfo, lsn: Lsn) -> towline::Result<()> {
+/// The chain at the end of a batch of a log.
+pub fn chain_at(log: &Arc<Log>, lsn: Lsn) -> Chain {
+    let place = log.position_before(lsn.next()).unwrap();
+    assert_eq!(place.lsn, lsn, "no batch ends there");
+    place.chain
+}
+
+/// Acknowledges everything up to `lsn` on a stream of a log with this chain there.
+pub fn acknowledge(connection: &mut Connection, info: &ShardInfo, lsn: Lsn, chain: Chain) -> towline::Result<()> {
     connection.sender.send_message(&Message::Ack(Ack {
         received: lsn,
         durable: lsn,
         applied: lsn,
-        chain: Chain(0),
+        chain,
         epoch: info.epoch,
         session: info.session,
     }))

@@ -276,6 +276,9 @@ impl<'a> Slot<'a> {
         if crc != u32_at(bytes, 0) {
             return Err(format!("the slot's checksum is {:08x}, but its bytes give {crc:08x}", u32_at(bytes, 0)));
         }
+        if bytes[5] != 0 || u32_at(bytes, 20) != 0 {
+            return Err("reserved bytes of the slot are in use".to_owned());
+        }
         let parsed = Slot::decode_prefix(layout, bytes)?;
         let value_len = u32_at(bytes, 16);
         let (key_len, value_end) = (usize::from(u16_at(bytes, 6)), layout.value_offset() + value_len as usize);
@@ -290,6 +293,7 @@ impl<'a> Slot<'a> {
                 Ok(Slot::Occupied { lsn, key, value: &bytes[layout.value_offset()..value_end] })
             }
             Slot::Deleted { .. } if value_len != 0 => Err("a deleted slot has a value".to_owned()),
+            Slot::Free => Err("a free slot has a checksum".to_owned()),
             other => Ok(other),
         }
     }

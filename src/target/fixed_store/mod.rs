@@ -55,7 +55,7 @@ use std::sync::atomic::Ordering;
 pub use format::{MAX_KEY_LEN, MAX_SLOTS, MAX_VALUE_LEN};
 pub use reader::FixedStoreReader;
 
-use self::format::{Header, Layout, Operation, SLOTS_OFFSET};
+use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
 use self::shard::{Shard, read_header};
 use crate::error::{Error, Result};
 use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, ReplicationTarget, ShardRouter, TargetTopology};
@@ -510,4 +510,25 @@ fn check_options(path: &Path, header: &Header, shard: ShardId, options: &FixedSt
         }
     }
     Ok(())
+}
+
+/// For [`crate::seams`]: what is read, written again.
+pub(crate) fn decode_header(page: &[u8]) -> Result<Vec<u8>, String> {
+    Header::decode_page(page).map(|header| header.encode().to_vec())
+}
+
+/// For [`crate::seams`]: what is read, written again.
+pub(crate) fn decode_slot((key_len, value_len): (u32, u32), slot: u64, bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let layout = Layout::new(key_len, value_len)?;
+    let mut again = Vec::new();
+    Slot::decode(&layout, slot, bytes)?.encode(&layout, slot, &mut again);
+    Ok(again)
+}
+
+/// For [`crate::seams`]: what is read, written again.
+pub(crate) fn decode_record((key_len, value_len): (u32, u32), bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let layout = Layout::new(key_len, value_len)?;
+    let mut again = Vec::new();
+    Operation::decode(&layout, bytes)?.encode(&mut again);
+    Ok(again)
 }
