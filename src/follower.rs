@@ -74,7 +74,7 @@ impl Following {
     }
 
     pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
-        self.directory.accept_epoch(epoch)?;
+        self.directory.follow_under(epoch)?;
         self.hosts.iter().for_each(|host| host.assign(protocol::Role::Follower, epoch));
         Ok(())
     }
@@ -302,8 +302,12 @@ impl Follower {
             applied,
             saved,
             applier: None,
+            awaits_leader: self.following.manifest().own_epoch,
+            gives_way: false,
         };
-        own.ensure_applier()?;
+        if !own.awaits_leader {
+            own.ensure_applier()?;
+        }
         let following = Arc::clone(&self.following);
         self.threads.spawn(format!("tl-recv-s{shard}"), move || {
             let mut receiver = Receiver { own };
@@ -337,7 +341,8 @@ impl Follower {
         Ok(Arc::clone(&self.server.shard(shard)?.log))
     }
 
-    /// The newest LSN of a shard that the target has applied, and serves. It stands still during a rebuild.
+    /// The newest LSN of a shard that the target has applied, and serves. It stands still during a rebuild, and where
+    /// records were given up that no leader has any more, until as many others have been applied.
     ///
     /// # Errors
     ///
@@ -456,5 +461,6 @@ fn manifest_for(peer: &str, info: &ShardInfo, node: crate::types::NodeId) -> Res
         shard_count: info.shard_count,
         segment_size: info.segment_size,
         epoch: info.epoch,
+        own_epoch: false,
     })
 }

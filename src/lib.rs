@@ -54,6 +54,7 @@ mod atomic_file;
 mod backoff;
 pub mod commit;
 pub mod data_dir;
+mod divergence;
 pub mod error;
 mod follower;
 mod follower_shard;

@@ -13,9 +13,10 @@ use parking_lot::RwLock;
 
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
+use crate::divergence::ask_where_logs_part;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
-use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
 use crate::protocol::{FailureReason, SessionKind as Recovery};
@@ -189,7 +190,7 @@ impl Server {
             receiver.receive_message_body(header)?;
             return server.answer_status(sender.as_mut());
         }
-        let request = match receiver.receive_message_body(header) {
+        let mut request = match receiver.receive_message_body(header) {
             Ok(Message::SyncRequest(request)) => request,
             Ok(other) => {
                 let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
@@ -201,12 +202,14 @@ impl Server {
                 return Err(error);
             }
         };
-        receiver.set_deadline(None)?;
+        let signals = StreamSignals { over: over.clone(), superseded: ShutdownSignal::new() };
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
                 server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
             }
-            Purpose::Follow => server.start_following(&request, version, &peer, &over),
+            Purpose::Follow => {
+                server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), &peer, &signals)
+            }
             Purpose::Tail => server.start_tail(&request, version),
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
@@ -219,9 +222,10 @@ impl Server {
             }
         };
         let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
+        receiver.set_deadline(None)?;
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
-        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, agreement: Arc::default() };
+        let agreed = Stream { server, peer: &peer, request, info, signals, of_shard, agreement: Arc::default() };
         match (stream, lanes) {
             (_, Lanes::None) => Ok(()),
             (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
@@ -293,17 +297,31 @@ impl Server {
         })
     }
 
-    /// Checks that the follower is one of this log at all, and has the shard's host decide how it goes on.
+    /// Checks that the follower is one of this log at all, asks it where the logs part if they do, and has the shard's
+    /// host decide how it goes on. A follower that is to cut its log stands where it will then stand: `request` is
+    /// changed to that.
     fn start_following(
         &self,
-        request: &SyncRequest,
+        request: &mut SyncRequest,
         version: u16,
+        (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
         peer: &str,
-        over: &ShutdownSignal,
+        signals: &StreamSignals,
     ) -> Result<Answer, Refusal> {
         self.check_follower(request)?;
         let shard = self.shard(request.shard).map_err(internal)?;
-        let admitted = shard.host.admit(request, peer, over)?;
+        let parting = ask_where_logs_part(&shard.log, request, version, sender, receiver).map_err(|error| {
+            let violates = matches!(error, Error::Protocol { .. });
+            Refusal(if violates { RefusalCode::ProtocolViolation } else { RefusalCode::Internal }, error.to_string())
+        })?;
+        let admitted = shard.host.admit(request, parting.as_ref(), peer, signals)?;
+        if let (Some(cut), Some(place)) = (admitted.session.cut, admitted.place) {
+            request.received = cut;
+            request.durable = request.durable.min(cut);
+            request.applied = request.applied.min(cut);
+            request.chain = place.chain;
+        }
+        let request = &*request;
         let answer = match (admitted.session.kind, admitted.place) {
             (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(&shard, &admitted, request, version),
             (kind, Some(place)) => self.describe(request, version).map(|info| Answer {
@@ -463,7 +481,7 @@ struct Stream<'a> {
     peer: &'a str,
     request: SyncRequest,
     info: ShardInfo,
-    over: ShutdownSignal,
+    signals: StreamSignals,
     of_shard: Arc<ServerShard>,
     /// About the rebuild, if it is one.
     agreement: Arc<Agreement>,
@@ -492,7 +510,7 @@ impl Stream<'_> {
         self.take_initial_marks(commits, &follower);
         let shipper = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
         follower.stream_began();
-        let over = self.over.clone();
+        let over = self.signals.over.clone();
         let name = format!("tl-ship-s{shard}");
         let result = self
             .server
@@ -506,7 +524,7 @@ impl Stream<'_> {
                 }
             })
             .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
-        self.over.shutdown();
+        self.signals.over.shutdown();
         follower.stream_ended();
         result
     }
@@ -555,7 +573,8 @@ impl Stream<'_> {
             follower,
             epoch: self.info.epoch,
             heartbeat: self.server.options.heartbeat,
-            stream_over: self.over.clone(),
+            stream_over: self.signals.over.clone(),
+            superseded: self.signals.superseded.clone(),
             draining: self.server.draining.clone(),
             target: self.info.target,
         })
@@ -573,7 +592,7 @@ impl Stream<'_> {
             let header = match receiver.receive_header() {
                 Ok(header) => header,
                 // The stream was ended from this side, or the follower left between two frames.
-                Err(_) if self.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
+                Err(_) if self.signals.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
                 Err(error) => return Err(error),
             };
             match header.kind {
@@ -603,6 +622,10 @@ impl Stream<'_> {
         follower: &FollowerMarks,
         ack: Ack,
     ) -> Result<()> {
+        if self.signals.superseded.is_shutdown() {
+            // What the follower has now, its newer stream tells.
+            return Ok(());
+        }
         if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
             return Err(Error::protocol(
                 self.peer,
@@ -611,7 +634,7 @@ impl Stream<'_> {
         }
         let ServerShard { log, host, .. } = self.of_shard.as_ref();
         // Bytes are published just before the mark says so: an acknowledgement can be here first.
-        let written = [log.written().until(ack.received), self.over.until()];
+        let written = [log.written().until(ack.received), self.signals.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
         let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
         if !is_written || ack.durable > ack.received || ack.applied > ack.received {
@@ -656,6 +679,7 @@ impl Stream<'_> {
                 })?;
                 host.rebuild_progress(stream, session, blocks);
             }
+            SessionPhase::MakingDurable => host.rebuild_makes_durable(stream, session),
             SessionPhase::Failed => {
                 log::warn!("node {node}, shard {shard}: it gave up session {session}: {:?}", ack.reason);
                 host.rebuild_failed(stream, session, reason_of(ack.reason));
@@ -675,7 +699,7 @@ impl Stream<'_> {
     ) -> Result<()> {
         let SyncRequest { node, shard, .. } = self.request;
         let log = &self.of_shard.log;
-        let written = [log.written().until(ack.achieved), self.over.until()];
+        let written = [log.written().until(ack.achieved), self.signals.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
         let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
         if !self.agreement.is_base_sent() || !is_written || ack.achieved < self.info.target {
@@ -708,7 +732,7 @@ impl Stream<'_> {
     /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
     fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
         let shipper = self.shipper(lanes, sender, None)?;
-        let over = self.over.clone();
+        let over = self.signals.over.clone();
         let shard = self.request.shard;
         self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
             if let Err(error) = shipper.run() {
@@ -718,7 +742,7 @@ impl Stream<'_> {
         })?;
         receiver.set_timeout(None)?;
         let result = receiver.receive_header();
-        self.over.shutdown();
+        self.signals.over.shutdown();
         match result {
             Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
             Err(_) => Ok(()),

@@ -16,6 +16,7 @@ use crate::error::{Error, RefusalCode, Result};
 use crate::limits::MAX_WAL_DATA_LEN;
 use crate::protocol::FailureReason;
 use crate::rebuild::base_lane::{BaseLane, IssuedRebuild};
+use crate::rebuild::intake::while_beating;
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Body, FrameSender};
 use crate::types::{Chain, Epoch, Lsn};
@@ -38,6 +39,8 @@ pub(crate) struct Shipper {
     pub(crate) heartbeat: Duration,
     /// The stream is over: shipping stops at once.
     pub(crate) stream_over: ShutdownSignal,
+    /// A newer stream of the same follower takes over: it is told, and shipping stops.
+    pub(crate) superseded: ShutdownSignal,
     /// The node is stopping: what is pending is shipped, then shipping stops.
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
@@ -92,6 +95,9 @@ impl Shipper {
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
+            if self.superseded.is_shutdown() {
+                return self.say_superseded();
+            }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node.
             if (draining && log.written().load() <= progress.shipped) || log.is_closed() {
@@ -109,6 +115,7 @@ impl Shipper {
                 self.stream_over.until(),
                 self.draining.until(),
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
+                self.superseded.until(),
                 ended,
             ];
             let deadline = progress.last_sent.checked_add(self.heartbeat);
@@ -127,17 +134,23 @@ impl Shipper {
             self.sender.send_message(&Message::SessionControl(rebuild.control(SessionAction::Wait)))?;
         }
         while !place.is_granted() {
-            let conditions = [place.until_granted(), self.stream_over.until(), self.draining.until()];
+            let ends = [self.stream_over.until(), self.draining.until(), self.superseded.until()];
+            let conditions = [place.until_granted(), ends[0], ends[1], ends[2]];
             let deadline = progress.last_sent.checked_add(self.heartbeat);
             match wait_any(&conditions, WaitStrategy::Park, deadline) {
                 Waited::Reached(0) => {}
+                Waited::Reached(3) => return self.say_superseded().map(|()| None),
                 Waited::Reached(_) => return self.sender.finish().map(|()| None),
                 Waited::TimedOut => self.beat(progress)?,
             }
         }
         let shard = rebuild.shard;
         let (host, stream, session) = (Arc::clone(&rebuild.host), rebuild.stream, rebuild.session.0);
-        let opened = host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place)).and_then(|lane| {
+        // A target that makes its boundary durable first may take long over it.
+        let opened = while_beating(self.sender.as_mut(), self.heartbeat, self.epoch, &self.stream_over, || {
+            host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place))
+        });
+        let opened = opened.and_then(|lane| {
             let start = self.place_log(lane.info().base_lsn)?;
             host.rebuild_starts(stream, session, start)?;
             Ok((lane, start))
@@ -216,11 +229,19 @@ impl Shipper {
             self.sender.send(FrameKind::WalData, progress.flags, &header.to_bytes(), Body::Log(&range))?;
             progress.last_sent = Instant::now();
             sent += range.len();
-            if self.stream_over.is_shutdown() {
+            if self.stream_over.is_shutdown() || self.superseded.is_shutdown() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Tells the follower that another of its streams has taken over: if it knows nothing of one, somebody else has its
+    /// node id.
+    fn say_superseded(&mut self) -> Result<()> {
+        let text = "a newer stream of this node has taken over; if it has none, another node has the same id";
+        self.sender.send_message(&Message::Error(ErrorMessage::new(RefusalCode::Superseded, text)))?;
+        self.sender.finish()
     }
 
     /// Flags for data: which acknowledgements somebody waits for.

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 pub mod batch;
 mod compare;
+mod cut;
 mod log;
 #[cfg(test)]
 mod log_fixture;
@@ -41,6 +42,7 @@ mod tests;
 mod walk;
 mod writer;
 
+pub(crate) use cut::cut;
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};

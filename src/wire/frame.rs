@@ -32,7 +32,7 @@ use crate::limits::{
 };
 use crate::wire::codec::MAX_MESSAGE_LEN;
 use crate::wire::{
-    Ack, BaseComplete, BaseDataHeader, CaughtUp, Heartbeat, SegmentPieceHeader, SessionAck, SessionControl, ShardInfo,
+    Ack, BaseComplete, BaseDataHeader, CaughtUp, CommonPoint, EpochHistory, Heartbeat, SegmentPieceHeader, SessionAck, SessionControl, ShardInfo,
     Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
 };
 
@@ -112,6 +112,10 @@ kinds! {
     Status = 15, at most MAX_STATUS_LEN;
     /// A [`SegmentPieceHeader`] and bytes of a whole sealed segment.
     Segment = 16, at most len(SegmentPieceHeader::LEN) + MAX_SEGMENT_PIECE_LEN;
+    /// Where each epoch of the leader's log ends: an [`EpochHistory`]. Since version 2.
+    EpochHistory = 17, at most len(EpochHistory::MAX_LEN);
+    /// Where the follower's log parts from it: a [`CommonPoint`]. Since version 2.
+    CommonPoint = 18, at most len(CommonPoint::LEN);
 }
 
 /// The length of a message as a frame length.
