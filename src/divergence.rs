@@ -17,9 +17,7 @@ use crate::receiver::refusal;
 use crate::transport::{FrameReceiver, FrameSender};
 use crate::types::{Epoch, Lsn};
 use crate::wal::{Log, LogPosition};
-use crate::wire::{
-    CommonPoint, EpochEnd, EpochHistory, Message, ProtocolVersion, SessionKind, ShardInfo, SyncRequest,
-};
+use crate::wire::{CommonPoint, EpochEnd, EpochHistory, Message, ProtocolVersion, SessionKind, ShardInfo, SyncRequest};
 
 /// Where a follower's log parts from the leader's, as both have found.
 #[derive(Clone, Copy, Debug)]

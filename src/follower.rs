@@ -70,7 +70,7 @@ impl Following {
     }
 
     pub(crate) fn connect(&self) -> Result<Connection> {
-        self.transport.connect(&self.leader, self.options.handshake_timeout)
+        self.transport.connect_until(&self.leader, self.options.handshake_timeout, &self.stop)
     }
 
     pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
@@ -424,7 +424,12 @@ fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) 
     let options = &builder.options;
     let mut backoff = Backoff::new(options.backoff_base, options.backoff_cap, node.0);
     loop {
-        let error = match crate::tail::ask_topology(transport, address, options.handshake_timeout) {
+        let error = match crate::tail::ask_topology_until(
+            transport,
+            address,
+            options.handshake_timeout,
+            builder.abort_signal(),
+        ) {
             Ok(info) => return manifest_for(address, &info, node),
             Err(error) => error,
         };

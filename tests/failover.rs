@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::net::Net;
+use common::raw::{ask_parting, follow_request, nothing_shared};
 use common::{append, assert_identical, catch_up, deadline, record, records_of, until};
 use tempfile::TempDir;
 use towline::target::fixed_store::FixedStoreOptions;
@@ -15,7 +16,10 @@ use towline::target::{FixedStore, LogOnly, ReplicationTarget};
 use towline::types::shard_directory_name;
 use towline::wal::LogWriter;
 use towline::wal::scan::{Relation, compare_logs};
-use towline::{Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, ShardId};
+use towline::wire::{
+    CommonPoint, EpochEnd, EpochHistory, Message, SessionId, SessionKind, ShardInfo, Sync, SyncRequest,
+};
+use towline::{Chain, Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, ShardId};
 
 const S0: ShardId = ShardId(0);
 const A: u64 = 1;
@@ -34,6 +38,8 @@ over_both![
     a_cut_follower_counts_only_for_what_it_has,
     an_epoch_has_one_leader,
     two_leaders_under_one_epoch_do_not_follow_each_other,
+    a_follower_that_names_a_wrong_point_gains_nothing,
+    a_leader_cannot_have_cut_what_was_not_agreed_on,
 ];
 
 fn directories() -> (TempDir, PathBuf, PathBuf) {
@@ -62,14 +68,7 @@ fn append_strays(writer: &mut LogWriter, count: u64) -> Lsn {
 
 /// Node A leads and B follows up to `shared` in each shard. Then A goes on alone by `strays` in each, and B leads under
 /// epoch 2 and appends `more`. Gives B, with the writers of its shards.
-fn fail_over(
-    net: &Net,
-    a: &Path,
-    b: &Path,
-    shared: &[u64],
-    strays: &[u64],
-    more: u64,
-) -> (Leader, Vec<LogWriter>) {
+fn fail_over(net: &Net, a: &Path, b: &Path, shared: &[u64], strays: &[u64], more: u64) -> (Leader, Vec<LogWriter>) {
     let shards = u16::try_from(shared.len()).unwrap();
     let leader = lead(net, a, A, shards);
     let follower = follow(net, b, B);
@@ -177,7 +176,9 @@ fn a_follower_of_the_old_leader_is_cut_while_it_runs(net: &Net) {
     // A reader that holds the old log keeps what it has mapped.
     let old = third.log(S0).unwrap();
     let ranges = old.ranges_from(Lsn(1)).unwrap();
-    let sum = |ranges: &[towline::wal::LogRange]| ranges.iter().map(|range| crc32fast::hash(range.bytes())).collect::<Vec<_>>();
+    let sum = |ranges: &[towline::wal::LogRange]| {
+        ranges.iter().map(|range| crc32fast::hash(range.bytes())).collect::<Vec<_>>()
+    };
     let before = sum(&ranges);
     drop(writer);
     leader.shutdown().unwrap();
@@ -311,7 +312,11 @@ fn copy_node(from: &Path, to: &Path) {
     for entry in from.read_dir().unwrap() {
         let entry = entry.unwrap();
         let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() { copy_node(&entry.path(), &to) } else { drop(std::fs::copy(entry.path(), to)) }
+        if entry.file_type().unwrap().is_dir() {
+            copy_node(&entry.path(), &to)
+        } else {
+            drop(std::fs::copy(entry.path(), to))
+        }
     }
 }
 
@@ -472,4 +477,123 @@ fn two_leaders_under_one_epoch_do_not_follow_each_other(net: &Net) {
     assert!(matches!(error, Error::Refused { code: RefusalCode::Diverged, .. }), "{error}");
     leader.shutdown().unwrap();
     assert_records(&b, S0, 24);
+}
+
+/// A follower by hand, with a log that is not the leader's and some answer to where they part.
+fn a_follower_that_names_a_wrong_point_gains_nothing(net: &Net) {
+    let (_parent, a, b) = directories();
+    let (leader, _writers) = fail_over(net, &a, &b, &[50], &[0], 30);
+    let log = leader.log(S0).unwrap();
+    let place = log.position_before(Lsn(51)).unwrap();
+    let request = SyncRequest {
+        epoch: Epoch(1),
+        received: Lsn(60),
+        durable: Lsn(60),
+        applied: Lsn(0),
+        chain: Chain(1),
+        ..follow_request(&leader.manifest(), A, S0)
+    };
+    let both = CommonPoint::FOUND | CommonPoint::CUT_POSSIBLE;
+    let said = |lsn, chain, flags| CommonPoint { tail_epoch: Epoch(1), lsn: Lsn(lsn), chain, flags };
+    let ask = |parting: Message| ask_parting(&mut net.connect(), request, parting);
+    let refused = |parting: Message| match ask(parting) {
+        Err(Error::Refused { code, reason, .. }) => (code, reason),
+        other => panic!("not refused: {other:?}"),
+    };
+    for wrong in [
+        nothing_shared(&request),
+        said(50, place.chain, 0),
+        said(50, Chain(place.chain.get() ^ 1), both),
+        said(49, place.chain, both),
+        said(70, place.chain, both),
+        said(u64::MAX, place.chain, both),
+    ] {
+        let (code, reason) = refused(wrong.into());
+        assert_eq!(code, RefusalCode::Diverged, "{wrong:?}: {reason}");
+        assert!(reason.contains("no point is known"), "{reason}");
+    }
+    // Under the epoch of the leader it has what that one should have.
+    let same_epoch = CommonPoint { tail_epoch: Epoch(2), ..said(50, place.chain, both) };
+    assert_eq!(refused(same_epoch.into()).0, RefusalCode::Diverged);
+    // Of a newer one, the leader is deposed; something else than an answer is none.
+    let newer = CommonPoint { tail_epoch: Epoch(3), ..said(50, place.chain, both) };
+    assert_eq!(refused(newer.into()).0, RefusalCode::StaleEpoch);
+    let (code, reason) = refused(Sync { lsn: Lsn(1) }.into());
+    assert_eq!(code, RefusalCode::ProtocolViolation, "{reason}");
+    // This leader keeps no state: where the point is right but the cut not possible, there is nothing to rebuild from.
+    assert_eq!(refused(said(50, place.chain, CommonPoint::FOUND).into()).0, RefusalCode::NotRetained);
+    let info = ask(said(50, place.chain, both).into()).unwrap();
+    assert_eq!((info.session_kind, info.start), (SessionKind::CatchUp, Lsn(51)));
+    assert_eq!((info.start_segment, info.start_offset), (Lsn(1), before_seal(log)));
+    leader.shutdown().unwrap();
+}
+
+/// Where the first segment's records end.
+fn before_seal(log: &Arc<towline::wal::Log>) -> u64 {
+    let range = log.ranges_from(Lsn(1)).unwrap().swap_remove(0);
+    let batches = range.bytes()[4096..].to_vec();
+    let records = towline::wal::BatchIter::new(&batches).filter(|batch| !batch.header.is_sealing());
+    4096 + records.map(|batch| batch.header.total_len()).sum::<u64>()
+}
+
+/// A leader by hand that would have records cut: without asking where the logs part, at another point than was named,
+/// or under an epoch that is not newer.
+fn a_leader_cannot_have_cut_what_was_not_agreed_on(net: &Net) {
+    let (_parent, a, b) = directories();
+    let leader = lead(net, &a, A, 1);
+    let follower = follow(net, &b, B);
+    append(&mut leader.writer(S0).unwrap(), 40);
+    catch_up(&leader, &follower);
+    let manifest = leader.manifest();
+    let log = leader.log(S0).unwrap();
+    let places: Vec<_> = [10u64, 20].map(|lsn| log.position_before(Lsn(lsn + 1)).unwrap()).into();
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+
+    let listener = net.transport.listen(&net.address).unwrap();
+    let follower = net.node(&b).node_id(NodeId(B)).follow(&net.address, Arc::new(LogOnly)).unwrap();
+    for (epoch, history, cut) in [(2, None, 0), (2, Some(1), 0), (1, Some(0), 0), (2, Some(0), 1)] {
+        let mut connection = listener.accept().unwrap();
+        connection.receiver.set_timeout(Some(common::PATIENCE)).unwrap();
+        let Message::SyncRequest(request) = connection.receiver.receive_message().unwrap() else {
+            panic!("no request")
+        };
+        if let Some(point) = history {
+            let end = EpochEnd { epoch: Epoch(1), lsn: places[point].lsn, chain: places[point].chain };
+            let history = EpochHistory::new(2, vec![end]);
+            connection.sender.send_message(&history.into()).unwrap();
+            let Message::CommonPoint(common) = connection.receiver.receive_message().unwrap() else {
+                panic!("no answer")
+            };
+            assert_eq!((common.lsn, common.chain), (places[point].lsn, places[point].chain));
+            assert_eq!((common.tail_epoch, common.flags), (Epoch(1), 3));
+        }
+        let info = ShardInfo {
+            version: 2,
+            cluster: manifest.cluster,
+            node: manifest.node,
+            region: manifest.region,
+            shard: S0,
+            shard_count: 1,
+            segment_size: manifest.segment_size,
+            epoch: Epoch(epoch).max(request.epoch.min(Epoch(epoch))),
+            tail: Lsn(1),
+            head: Lsn(99),
+            session: SessionId(1),
+            session_kind: SessionKind::CatchUp,
+            start: places[cut].lsn.next(),
+            target: Lsn(99),
+            start_segment: places[cut].segment,
+            start_offset: places[cut].offset,
+            heartbeat_ms: 1000,
+            timeout_ms: 5000,
+            key_len: 0,
+            value_len: 0,
+            prefix_bits: 0,
+        };
+        connection.sender.send_message(&info.into()).unwrap();
+        common::raw::read_to_end(&mut connection);
+    }
+    drop(follower);
+    assert_records(&b, S0, 40);
 }

@@ -28,8 +28,8 @@ use crate::types::{Epoch, Lsn};
 use crate::wal::{Log, unix_ms};
 use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    BaseComplete, BaseDataHeader, Heartbeat, Message, ProtocolVersion, SessionAck, SessionAction, SessionControl, SessionFailure,
-    SessionId, SessionKind, SessionPhase, ShardInfo,
+    BaseComplete, BaseDataHeader, Heartbeat, Message, ProtocolVersion, SessionAck, SessionAction, SessionControl,
+    SessionFailure, SessionId, SessionKind, SessionPhase, ShardInfo,
 };
 
 /// A rebuild that this stream serves.
@@ -86,7 +86,8 @@ impl Intake {
         }
         let failure_of = |reason| failed(&contract, reason);
         let heartbeat = own.node.options.heartbeat;
-        let mut taken = while_beating(sender, heartbeat, info.epoch, over, || Self::prepare(own, contract, &start, over));
+        let mut taken =
+            while_beating(sender, heartbeat, info.epoch, over, || Self::prepare(own, contract, &start, over));
         if let Ok(intake) = &mut taken {
             intake.tells_making_durable = info.version >= ProtocolVersion::V2.to_wire();
         }

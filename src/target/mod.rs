@@ -156,7 +156,9 @@ pub trait ReplicationTarget: Send + Sync {
     ///
     /// [`Error::Invalid`] if the target takes no bases; [`Error::Io`].
     fn give_up(&self, shard: ShardId) -> Result<()> {
-        Err(Error::invalid(format!("the target cannot give up its state of shard {shard}, which no leader has any more")))
+        Err(Error::invalid(format!(
+            "the target cannot give up its state of shard {shard}, which no leader has any more"
+        )))
     }
 
     /// Appends the numbers of the blocks that a record touches to `blocks`, deletes and trims included. Returns false

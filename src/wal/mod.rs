@@ -42,8 +42,8 @@ mod tests;
 mod walk;
 mod writer;
 
-pub(crate) use cut::cut;
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
+pub(crate) use cut::cut;
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
 pub use reader::{LogPosition, LogReader};

@@ -32,8 +32,8 @@ use crate::limits::{
 };
 use crate::wire::codec::MAX_MESSAGE_LEN;
 use crate::wire::{
-    Ack, BaseComplete, BaseDataHeader, CaughtUp, CommonPoint, EpochHistory, Heartbeat, SegmentPieceHeader, SessionAck, SessionControl, ShardInfo,
-    Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
+    Ack, BaseComplete, BaseDataHeader, CaughtUp, CommonPoint, EpochHistory, Heartbeat, SegmentPieceHeader, SessionAck,
+    SessionControl, ShardInfo, Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
 };
 
 const MAGIC: [u8; 2] = *b"TW";
@@ -255,11 +255,11 @@ mod tests {
     #[test]
     fn the_numbers_of_the_kinds() {
         let numbers: Vec<u8> = FrameKind::ALL.iter().map(|kind| kind.to_wire()).collect();
-        assert_eq!(numbers, (1..=16).collect::<Vec<u8>>());
+        assert_eq!(numbers, (1..=18).collect::<Vec<u8>>());
         for number in 0..=u8::MAX {
             assert_eq!(
                 FrameKind::from_wire(number).map(FrameKind::to_wire),
-                (1..=16).contains(&number).then_some(number)
+                (1..=18).contains(&number).then_some(number)
             );
         }
     }

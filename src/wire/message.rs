@@ -10,7 +10,8 @@ use crate::limits::MAX_ERROR_TEXT_LEN;
 use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
 use crate::wire::codec::{MAX_MESSAGE_LEN, MessageBytes, Writer, choice, message};
 use crate::wire::{
-    BaseComplete, CommonPoint, EpochHistory, FrameKind, SessionAck, SessionControl, SessionId, SessionKind, VersionRange, WireError,
+    BaseComplete, CommonPoint, EpochHistory, FrameKind, SessionAck, SessionControl, SessionId, SessionKind,
+    VersionRange, WireError,
 };
 
 choice! {

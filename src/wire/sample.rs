@@ -145,7 +145,8 @@ pub(crate) fn golden_messages() -> Vec<(Message, &'static str)> {
             "0200 02 0500000000000000 0102030405060708 ddccbbaa 0000000000000000 0600000000000000 07000000",
         ),
         (
-            CommonPoint { tail_epoch: Epoch(5), lsn: Lsn(6), chain: Chain(0xaabb_ccdd), flags: CommonPoint::FOUND }.into(),
+            CommonPoint { tail_epoch: Epoch(5), lsn: Lsn(6), chain: Chain(0xaabb_ccdd), flags: CommonPoint::FOUND }
+                .into(),
             "0500000000000000 0600000000000000 ddccbbaa 01",
         ),
         (Message::StatusRequest, ""),
