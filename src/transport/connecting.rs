@@ -77,7 +77,8 @@ pub(super) fn connect_unless_stopped(
     Ok(socket.into())
 }
 
-#[cfg(all(test, any(target_os = "linux", target_os = "android")))]
+#[cfg(test)]
+#[cfg(any(target_os = "linux", target_os = "android"))]
 mod tests {
     use socket2::{Domain, Type};
 
