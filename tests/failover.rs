@@ -198,7 +198,7 @@ fn a_follower_of_the_old_leader_is_cut_while_it_runs(net: &Net) {
 const STORE: FixedStoreOptions = FixedStoreOptions { key_len: 16, value_len: 32, shard_count: 1, prefix_bits: 0 };
 
 fn store(directory: &Path) -> Arc<FixedStore> {
-    Arc::new(FixedStore::open(&directory.join("store"), &STORE).unwrap())
+    Arc::new(FixedStore::open(directory.join("store"), &STORE).unwrap())
 }
 
 fn put(writer: &mut LogWriter, store: &FixedStore, key: &str, value: &str) -> Lsn {

@@ -146,7 +146,7 @@ message! {
         /// What the session is for.
         pub session_kind: SessionKind,
         /// The first LSN that will be sent. In a catch-up it may stand at or below the asker's newest one, behind the
-        /// [`CommonPoint`](super::CommonPoint) that it has named: it cuts its log there first.
+        /// [`CommonPoint`] that it has named: it cuts its log there first.
         pub start: Lsn,
         /// The LSN that the session must reach.
         pub target: Lsn,
