@@ -16,7 +16,7 @@ use crate::data_dir::DataDir;
 use crate::divergence::ask_where_logs_part;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
-use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals};
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, reason_of};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
 use crate::protocol::{FailureReason, SessionKind as Recovery};
@@ -31,8 +31,8 @@ use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
-    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
-    SessionKind, SessionPhase, ShardInfo, SyncRequest,
+    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionId, SessionKind,
+    SessionPhase, ShardInfo, SyncRequest,
 };
 
 /// One shard as the server sees it.
@@ -771,22 +771,6 @@ impl Drop for LeaveStream<'_> {
         if let Ok(shard) = self.server.shard(self.shard) {
             shard.host.stream_ended(self.stream);
         }
-    }
-}
-
-/// The follower's word for why a session failed, as the engine says it.
-fn reason_of(failure: SessionFailure) -> FailureReason {
-    match failure {
-        SessionFailure::EpochMismatch => FailureReason::EpochMismatch,
-        SessionFailure::TransportLost => FailureReason::TransportLost,
-        SessionFailure::ProgressStalled => FailureReason::ProgressStalled,
-        SessionFailure::DeadlineExceeded => FailureReason::DeadlineExceeded,
-        SessionFailure::PinLost => FailureReason::PinLost,
-        SessionFailure::BaseUnavailable => FailureReason::BaseUnavailable,
-        SessionFailure::LocalWalCorrupt => FailureReason::LocalWalCorrupt,
-        SessionFailure::LocalBaseCorrupt => FailureReason::LocalBaseCorrupt,
-        SessionFailure::Superseded => FailureReason::Superseded,
-        SessionFailure::None | SessionFailure::Cancelled => FailureReason::Cancelled,
     }
 }
 

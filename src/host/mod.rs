@@ -54,6 +54,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogWriter, Wal, unix_ms};
 use crate::watermark::Watermark;
+use crate::wire::SessionFailure;
 
 pub(crate) use admission::{Admitted, Declined, StreamSignals};
 pub(crate) use clock::Clock;
@@ -638,5 +639,21 @@ fn progress_of(epoch: Epoch, replica: NodeId, session: SessionId, progress: Prog
 impl Member {
     fn is_served_by(&self, stream: StreamKey) -> bool {
         self.stream.as_ref().is_some_and(|open| open.id == stream.id)
+    }
+}
+
+/// The follower's word for why a session failed, as the engine says it.
+pub(crate) fn reason_of(failure: SessionFailure) -> FailureReason {
+    match failure {
+        SessionFailure::EpochMismatch => FailureReason::EpochMismatch,
+        SessionFailure::TransportLost => FailureReason::TransportLost,
+        SessionFailure::ProgressStalled => FailureReason::ProgressStalled,
+        SessionFailure::DeadlineExceeded => FailureReason::DeadlineExceeded,
+        SessionFailure::PinLost => FailureReason::PinLost,
+        SessionFailure::BaseUnavailable => FailureReason::BaseUnavailable,
+        SessionFailure::LocalWalCorrupt => FailureReason::LocalWalCorrupt,
+        SessionFailure::LocalBaseCorrupt => FailureReason::LocalBaseCorrupt,
+        SessionFailure::Superseded => FailureReason::Superseded,
+        SessionFailure::None | SessionFailure::Cancelled => FailureReason::Cancelled,
     }
 }
