@@ -12,23 +12,25 @@
 //! `MANIFEST` is made last: a directory without one, in which nothing has been written yet, is as good as empty. A
 //! directory that has a log but no `MANIFEST` is damaged, and is never taken for a new one.
 //!
-//! # Format of `MANIFEST`, version 1
+//! # Format of `MANIFEST`, version 2
 //!
 //! 64 bytes, little-endian.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
 //! | 0 | 8 | `magic` | the bytes `TOWLMAN` and a zero |
-//! | 8 | 2 | `version` | 1 |
+//! | 8 | 2 | `version` | 2 |
 //! | 10 | 2 | `region` | where the node's own logs originate |
 //! | 12 | 2 | `shard_count` | shards, from 1 to [`MAX_SHARDS`] |
-//! | 14 | 2 | `reserved` | 0 |
+//! | 14 | 2 | `flags` | bit 0: *own epoch*, the node itself leads or led under `epoch`; others 0 |
 //! | 16 | 8 | `node` | the node's id |
 //! | 24 | 8 | `segment_size` | bytes of each segment file |
 //! | 32 | 8 | `epoch` | the highest epoch that the node has accepted |
 //! | 40 | 16 | `cluster` | the cluster's id; 0 is "not known yet" |
 //! | 56 | 4 | `reserved` | 0 |
 //! | 60 | 4 | `crc` | CRC-32 (IEEE) of all bytes before it |
+//!
+//! Version 1 has no flags: whose its epoch is, is not known, and so it counts as another's.
 //!
 //! Every version begins with magic and version and ends with the CRC of all bytes before it, so that a newer version
 //! can be told from damage.
@@ -55,11 +57,12 @@ const FOLLOWERS: &str = "followers";
 
 const MAGIC: [u8; 8] = *b"TOWLMAN\0";
 /// Version of the format of `MANIFEST`.
-pub const MANIFEST_VERSION: u16 = 1;
+pub const MANIFEST_VERSION: u16 = 2;
 const MANIFEST_LEN: usize = 64;
+const FLAG_OWN_EPOCH: u16 = 1;
 
-/// What a data directory is. Fixed when it is made, but for `epoch`, which only grows, and `cluster`, which becomes
-/// known once.
+/// What a data directory is. Fixed when it is made, but for `epoch`, which only grows, whose it is, and `cluster`, which
+/// becomes known once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Manifest {
     /// The cluster that the node belongs to.
@@ -74,6 +77,8 @@ pub struct Manifest {
     pub segment_size: u64,
     /// The highest epoch that the node has accepted.
     pub epoch: Epoch,
+    /// Whether that is the node's own: it leads, or has led, under it. Otherwise it came from another leader.
+    pub own_epoch: bool,
 }
 
 impl Manifest {
@@ -85,6 +90,7 @@ impl Manifest {
         bytes[8..10].copy_from_slice(&MANIFEST_VERSION.to_le_bytes());
         bytes[10..12].copy_from_slice(&self.region.0.to_le_bytes());
         bytes[12..14].copy_from_slice(&self.shard_count.to_le_bytes());
+        bytes[14..16].copy_from_slice(&(u16::from(self.own_epoch) * FLAG_OWN_EPOCH).to_le_bytes());
         bytes[16..24].copy_from_slice(&self.node.0.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.segment_size.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.epoch.0.to_le_bytes());
@@ -131,10 +137,12 @@ impl Manifest {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-        if version != MANIFEST_VERSION {
-            return Err(format!("manifest version {version} is not {MANIFEST_VERSION}"));
-        }
-        if u16_at(14) != 0 || u32_at(56) != 0 {
+        let known_flags = match version {
+            1 => 0,
+            MANIFEST_VERSION => FLAG_OWN_EPOCH,
+            _ => return Err(format!("there is no manifest version {version}")),
+        };
+        if u16_at(14) & !known_flags != 0 || u32_at(56) != 0 {
             return Err("reserved bytes are in use".to_owned());
         }
         let manifest = Manifest {
@@ -144,6 +152,7 @@ impl Manifest {
             shard_count: u16_at(12),
             segment_size: u64_at(24),
             epoch: Epoch(u64_at(32)),
+            own_epoch: u16_at(14) & FLAG_OWN_EPOCH != 0,
         };
         manifest.check().map(|()| manifest)
     }
@@ -176,6 +185,7 @@ impl Manifest {
 ///     shard_count: 2,
 ///     segment_size: 1024 * 1024,
 ///     epoch: Epoch::ZERO,
+///     own_epoch: false,
 /// };
 /// let directory = DataDir::create(&path, manifest)?;
 /// assert!(DataDir::open(&path).is_err(), "one at a time");
@@ -297,8 +307,8 @@ impl DataDir {
         self.path.join(FOLLOWERS)
     }
 
-    /// Accepts an epoch: it is on stable storage on return, and nothing older will be accepted again. Accepting the
-    /// present one changes nothing. On an error the present one stays in force.
+    /// Accepts the epoch of another leader: it is on stable storage on return, and nothing older will be accepted again.
+    /// Accepting the present one changes nothing. On an error the present one stays in force.
     ///
     /// # Errors
     ///
@@ -308,9 +318,65 @@ impl DataDir {
             if epoch < manifest.epoch {
                 return Err(Error::StaleEpoch { offered: epoch, accepted: manifest.epoch });
             }
+            manifest.own_epoch &= epoch == manifest.epoch;
             manifest.epoch = epoch;
             Ok(())
         })
+    }
+
+    /// Follows a leader under its epoch: as [`accept_epoch`](Self::accept_epoch), but not under one of this node's own.
+    ///
+    /// # Errors
+    ///
+    /// As accepting it; [`Error::Mismatch`] if this node leads, or has led, under that epoch itself: there would be two
+    /// logs of one epoch.
+    pub(crate) fn follow_under(&self, epoch: Epoch) -> Result<()> {
+        let manifest = self.manifest();
+        if manifest.own_epoch && epoch == manifest.epoch {
+            let reason = format!(
+                "this node has itself led under epoch {epoch}, under which the other one leads: lead that one under a \
+                 higher epoch, {} at least",
+                epoch.next()
+            );
+            return Err(Error::Mismatch { path: self.path.clone(), reason: reason.into() });
+        }
+        self.accept_epoch(epoch)
+    }
+
+    /// Accepts an epoch that stands in the node's own log, under which it was written by whoever the present one is of.
+    pub(crate) fn accept_epoch_of_log(&self, epoch: Epoch) -> Result<()> {
+        self.replace_manifest(|manifest| {
+            manifest.epoch = manifest.epoch.max(epoch);
+            Ok(())
+        })
+    }
+
+    /// Takes an epoch for this node to lead under, the present one if none is given: it is on stable storage on return,
+    /// as the node's own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StaleEpoch`] for one that is older than the present one; [`Error::Mismatch`] for the present one, given
+    /// or not, if that is another leader's: two would lead under it; [`Error::Io`].
+    pub fn lead_under(&self, epoch: Option<Epoch>) -> Result<Epoch> {
+        self.replace_manifest(|manifest| {
+            let (accepted, epoch) = (manifest.epoch, epoch.unwrap_or(manifest.epoch));
+            if epoch < accepted {
+                return Err(Error::StaleEpoch { offered: epoch, accepted });
+            }
+            if epoch == accepted && !manifest.own_epoch {
+                let reason = format!(
+                    "epoch {accepted} is another leader's, which this node has followed or was deposed by; to lead, give \
+                     an epoch that nobody has led under, {} at least (--epoch {}), and have the others follow",
+                    accepted.next(),
+                    accepted.next()
+                );
+                return Err(Error::Mismatch { path: self.path.clone(), reason: reason.into() });
+            }
+            (manifest.epoch, manifest.own_epoch) = (epoch, true);
+            Ok(())
+        })?;
+        Ok(self.manifest().epoch)
     }
 
     /// Joins a cluster: durable on return. A node that has never met its leader does not know its cluster yet; one
@@ -467,6 +533,7 @@ mod tests {
         shard_count: 2,
         segment_size: 65536,
         epoch: Epoch(5),
+        own_epoch: true,
     };
 
     fn decode(bytes: &[u8]) -> Result<Manifest> {
@@ -509,7 +576,7 @@ mod tests {
 
     #[test]
     fn the_format_is_what_the_table_says() {
-        let mut golden = b"TOWLMAN\0\x01\0\x03\0\x02\0\0\0".to_vec();
+        let mut golden = b"TOWLMAN\0\x02\0\x03\0\x02\0\x01\0".to_vec();
         golden.extend([9, 0, 0, 0, 0, 0, 0, 0]);
         golden.extend([0, 0, 1, 0, 0, 0, 0, 0]);
         golden.extend([5, 0, 0, 0, 0, 0, 0, 0]);
@@ -521,7 +588,7 @@ mod tests {
     #[test]
     fn a_newer_version_is_told_from_damage() {
         let mut newer = MANIFEST_OF_TWO.encode().to_vec();
-        newer[8] = 2;
+        newer[8] = 3;
         newer.extend([1; 40]);
         let error = decode(&resealed(newer)).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("newer towline"), "{error}");
@@ -566,7 +633,39 @@ mod tests {
         assert!(matches!(error, Error::StaleEpoch { offered: Epoch(7), accepted: Epoch(8) }));
         drop(directory);
         let manifest = DataDir::open(parent.path()).unwrap().unwrap().manifest();
-        assert_eq!(manifest, Manifest { epoch: Epoch(8), ..MANIFEST_OF_TWO });
+        assert_eq!(manifest, Manifest { epoch: Epoch(8), own_epoch: false, ..MANIFEST_OF_TWO });
+    }
+
+    #[test]
+    fn an_epoch_is_led_under_by_its_owner_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap();
+        assert_eq!(directory.lead_under(None).unwrap(), Epoch(5));
+        assert!(matches!(directory.lead_under(Some(Epoch(4))), Err(Error::StaleEpoch { .. })));
+        let two_leaders = directory.follow_under(Epoch(5)).unwrap_err().to_string();
+        assert!(two_leaders.contains("has itself led under epoch 5") && two_leaders.contains("6 at least"));
+        directory.follow_under(Epoch(6)).unwrap();
+        directory.follow_under(Epoch(6)).unwrap();
+        for asked in [None, Some(Epoch(6))] {
+            let error = directory.lead_under(asked).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("(--epoch 7)"), "{error}");
+        }
+        assert_eq!(directory.manifest(), Manifest { epoch: Epoch(6), own_epoch: false, ..MANIFEST_OF_TWO });
+        assert_eq!(directory.lead_under(Some(Epoch(9))).unwrap(), Epoch(9));
+        drop(directory);
+        let directory = DataDir::open(parent.path()).unwrap().unwrap();
+        assert_eq!(directory.lead_under(None).unwrap(), Epoch(9));
+        directory.accept_epoch_of_log(Epoch(11)).unwrap();
+        assert_eq!(directory.lead_under(None).unwrap(), Epoch(11), "its own log says so");
+    }
+
+    #[test]
+    fn of_the_first_version_the_epoch_is_nobodys() {
+        let mut first = MANIFEST_OF_TWO.encode().to_vec();
+        (first[8], first[14]) = (1, 0);
+        assert_eq!(decode(&resealed(first.clone())).unwrap(), Manifest { own_epoch: false, ..MANIFEST_OF_TWO });
+        first[14] = 1;
+        assert!(decode(&resealed(first)).unwrap_err().is_corruption());
     }
 
     #[test]

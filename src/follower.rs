@@ -70,11 +70,11 @@ impl Following {
     }
 
     pub(crate) fn connect(&self) -> Result<Connection> {
-        self.transport.connect(&self.leader, self.options.handshake_timeout)
+        self.transport.connect_until(&self.leader, self.options.handshake_timeout, &self.stop)
     }
 
     pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
-        self.directory.accept_epoch(epoch)?;
+        self.directory.follow_under(epoch)?;
         self.hosts.iter().for_each(|host| host.assign(protocol::Role::Follower, epoch));
         Ok(())
     }
@@ -303,8 +303,12 @@ impl Follower {
             applied,
             saved,
             applier: None,
+            awaits_leader: self.following.manifest().own_epoch,
+            gives_way: false,
         };
-        own.ensure_applier()?;
+        if !own.awaits_leader {
+            own.ensure_applier()?;
+        }
         let following = Arc::clone(&self.following);
         self.threads.spawn(format!("tl-recv-s{shard}"), move || {
             let mut receiver = Receiver { own };
@@ -338,7 +342,8 @@ impl Follower {
         Ok(Arc::clone(&self.server.shard(shard)?.log))
     }
 
-    /// The newest LSN of a shard that the target has applied, and serves. It stands still during a rebuild.
+    /// The newest LSN of a shard that the target has applied, and serves. It stands still during a rebuild, and where
+    /// records were given up that no leader has any more, until as many others have been applied.
     ///
     /// # Errors
     ///
@@ -420,7 +425,12 @@ fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) 
     let options = &builder.options;
     let mut backoff = Backoff::new(options.backoff_base, options.backoff_cap, node.0);
     loop {
-        let error = match crate::tail::ask_topology(transport, address, options.handshake_timeout) {
+        let error = match crate::tail::ask_topology_until(
+            transport,
+            address,
+            options.handshake_timeout,
+            builder.abort_signal(),
+        ) {
             Ok(info) => return manifest_for(address, &info, node),
             Err(error) => error,
         };
@@ -457,5 +467,6 @@ fn manifest_for(peer: &str, info: &ShardInfo, node: crate::types::NodeId) -> Res
         shard_count: info.shard_count,
         segment_size: info.segment_size,
         epoch: info.epoch,
+        own_epoch: false,
     })
 }

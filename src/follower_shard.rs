@@ -12,7 +12,20 @@
 //! | the checkpoint forgets the shard | the same; recovery expects nothing of the log |
 //! | the old segments are removed, newest first | a beginning of the old log |
 //! | the first header page has arrived | a log that begins there |
+//!
+//! # Cutting the log
+//!
+//! Where the newest records are of an epoch that ended without them, and were not applied, the log is [cut](crate::wal)
+//! and opened again. No stream carries anything meanwhile, and the applier has ended.
+//!
+//! | step | a crash after it leaves |
+//! |---|---|
+//! | the checkpoint says no more of the shard than is kept | the old log |
+//! | the log is cut | a beginning of the old log, in the end as long as what is kept |
+//!
+//! Each of them is told to the leader again, which decides again.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -29,7 +42,7 @@ use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::types::{Epoch, Lsn, ShardId};
-use crate::wal::{Log, LogIdentity, LogWriter, Wal, WalOptions};
+use crate::wal::{self, Log, LogIdentity, LogPosition, LogWriter, Wal, WalOptions};
 use crate::watermark::Watermark;
 
 /// One shard of a follower.
@@ -45,6 +58,10 @@ pub(crate) struct FollowerShard {
     /// Up to where that is durable. Moved by the checkpointer.
     pub(crate) saved: Arc<Watermark>,
     pub(crate) applier: Option<RunningApplier>,
+    /// This node has led, and its newest records may be nobody else's: nothing is applied before a leader has been met.
+    pub(crate) awaits_leader: bool,
+    /// The leader met last has shown that it may replace what this node has, however new that is.
+    pub(crate) gives_way: bool,
 }
 
 /// Up to where a shard's target has applied its log.
@@ -194,6 +211,51 @@ impl FollowerShard {
 
     fn replace(&mut self, first_lsn: Lsn, base_lsn: Lsn, newest_epoch: Epoch) -> Result<()> {
         self.checkpointer.forget(self.shard)?;
+        let (identity, options, path) = self.log_settings();
+        self.applied = AppliedMark::new(base_lsn, Arc::clone(&self.applied.told), false);
+        self.saved = Arc::new(Watermark::new(base_lsn));
+        self.reopen(|| Wal::open_at(&path, identity, options, first_lsn, newest_epoch))
+    }
+
+    /// Cuts the log at a place of it, behind which nothing has been applied. What was told of marks stays told: they stand
+    /// still until the log has come that far again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`]: the shard has no log then, and following must end.
+    pub(crate) fn cut_log(&mut self, place: &LogPosition) -> Result<()> {
+        let shard = self.shard;
+        let (head, epoch) = self.writer().map(|writer| (writer.end().head, writer.end().epoch))?;
+        log::warn!(
+            "shard {shard}: cutting the log, which has LSN {head} of epoch {epoch}, behind LSN {}: what follows is not the \
+             leader's, and was applied to nothing",
+            place.lsn
+        );
+        self.stop_applier();
+        self.cut(place).map_err(|error| match error {
+            Error::Poisoned { .. } | Error::ShutDown => error,
+            other => Error::Poisoned { shard, reason: other.to_string() },
+        })
+    }
+
+    fn cut(&mut self, place: &LogPosition) -> Result<()> {
+        self.checkpointer.lower(self.shard, place.lsn)?;
+        let (identity, options, path) = self.log_settings();
+        let is_told = self.applied.is_told.load(Ordering::SeqCst);
+        let applied = self.applied.load().min(place.lsn);
+        self.applied = AppliedMark::new(applied, Arc::clone(&self.applied.told), is_told);
+        self.saved = Arc::new(Watermark::new(self.saved.load().min(applied)));
+        self.reopen(|| {
+            wal::cut(&path, identity.segment_size, place)?;
+            Wal::open(&path, identity, options)
+        })?;
+        if !self.is_incomplete()? {
+            self.checkpointer.take_up(self.shard, self.checkpoint_shard()?);
+        }
+        Ok(())
+    }
+
+    fn log_settings(&self) -> (LogIdentity, WalOptions, PathBuf) {
         let manifest = self.node.manifest();
         let identity = LogIdentity {
             cluster: manifest.cluster,
@@ -202,15 +264,17 @@ impl FollowerShard {
             segment_size: manifest.segment_size,
         };
         let options = WalOptions { known_synced: Lsn::ZERO, ..self.node.options.wal };
-        let path = self.node.shard_path(self.shard);
-        self.applied = AppliedMark::new(base_lsn, Arc::clone(&self.applied.told), false);
-        self.saved = Arc::new(Watermark::new(base_lsn));
+        (identity, options, self.node.shard_path(self.shard))
+    }
+
+    /// Closes the log and puts the one that `open` gives in its place, everywhere.
+    fn reopen(&mut self, open: impl FnOnce() -> Result<(Wal, LogWriter)>) -> Result<()> {
         let before = self.server.shard(self.shard)?;
         // Nothing is released meanwhile: a file of the old log may have the name of one of the new.
         let (wal, writer) = before.host.replace_log(&self.saved, || {
             // Writer and threads end before the files go, and with them what keeps others out of the directory.
             drop(self.open.take());
-            Wal::open_at(&path, identity, options, first_lsn, newest_epoch)
+            open()
         })?;
         self.state.set_applied(&self.applied);
         let log = Arc::clone(wal.log());

@@ -63,6 +63,7 @@ mod host;
 mod leader;
 pub mod limits;
 mod node;
+mod parting;
 pub mod protocol;
 pub mod rebuild;
 mod receiver;

@@ -47,6 +47,8 @@ pub const MAX_ERROR_TEXT_LEN: usize = 1024;
 /// Bytes that a TCP receiver reads ahead: frame headers and small frames arrive through this buffer, many with one
 /// system call; bodies that are larger go straight to the memory that the caller chooses.
 pub const RECEIVE_BUFFER_LEN: usize = 16 * 1024;
+/// Epochs of a leader's history that a follower is told whose log is another one: more than anybody misses.
+pub const MAX_EPOCH_ENDS: usize = 50;
 /// Frames that an in-process stream holds before its sender waits.
 pub const MAX_IN_PROCESS_FRAMES: usize = 64;
 /// Connections that wait to be accepted.

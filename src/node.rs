@@ -3,6 +3,7 @@
 //! [`Node::builder`] takes the settings; [`NodeBuilder::lead`] and [`NodeBuilder::follow`] open the directory and
 //! start the role's threads. What both roles share stands here.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -150,7 +151,12 @@ impl NodeBuilder {
         self
     }
 
-    /// The leadership term. Default: the highest that the directory has accepted, else 1. An older one is refused.
+    /// The leadership term. Default: the one under which the directory has led before, 1 for a new one; an older one is
+    /// refused.
+    ///
+    /// One node alone leads under an epoch. So a directory whose newest epoch came from another leader, because it has
+    /// followed one or was deposed by one, leads only under a higher epoch, which must be given. Who gives it makes sure
+    /// that no other node is given the same.
     #[must_use]
     pub fn epoch(mut self, epoch: Epoch) -> Self {
         self.epoch = Some(epoch);
@@ -319,8 +325,8 @@ impl NodeBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`], [`Error::Mismatch`], [`Error::Corrupt`], [`Error::StaleEpoch`], [`Error::Network`] for the
-    /// address, [`Error::Io`].
+    /// [`Error::InUse`], [`Error::Mismatch`] (also where [`epoch`](Self::epoch) must be given), [`Error::Corrupt`],
+    /// [`Error::StaleEpoch`], [`Error::Network`] for the address, [`Error::Io`].
     pub fn lead(self, address: &str) -> Result<Leader> {
         Leader::start(self, address)
     }
@@ -355,11 +361,12 @@ impl NodeBuilder {
                     shard_count: self.shards.unwrap_or(1),
                     segment_size: self.segment_size.unwrap_or(DEFAULT_SEGMENT_SIZE),
                     epoch: self.epoch.unwrap_or(Epoch::FIRST),
+                    own_epoch: true,
                 },
             )?,
         };
         self.check_settings(&directory)?;
-        directory.accept_epoch(self.epoch.unwrap_or(directory.manifest().epoch))?;
+        directory.lead_under(self.epoch)?;
         Ok(directory)
     }
 
@@ -400,6 +407,11 @@ impl NodeBuilder {
         let applied = match target.durable_applied(log.shard())? {
             Some(applied) => applied,
             None => checkpoint.entries.get(&log.shard()).map_or(Lsn::ZERO, |entry| entry.applied),
+        };
+        // One that keeps nothing has nothing to continue.
+        let applied = match target.keeps_state() {
+            true => applied,
+            false => applied.max(log.tail().previous()).min(log.head()),
         };
         // A target that is ahead of its log, or further back than the log reaches, cannot be continued from it.
         if applied > log.head() || applied.next() < log.tail() {
@@ -546,7 +558,7 @@ pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<Op
         // A log may have seen a newer term than was written down before the node stopped.
         let epoch = writer.end().epoch;
         if epoch > directory.manifest().epoch {
-            directory.accept_epoch(epoch)?;
+            directory.accept_epoch_of_log(epoch)?;
         }
         wals.push(wal);
         writers.push(writer);
@@ -571,6 +583,8 @@ pub(crate) struct Checkpointer {
 struct CheckpointState {
     /// By number; none for a shard that is being rebuilt: the checkpoint says nothing of it.
     shards: Vec<Option<CheckpointShard>>,
+    /// What stands in the file meanwhile of a shard whose log is being cut.
+    held: BTreeMap<ShardId, CheckpointEntry>,
     /// What stands in the file.
     saved: Checkpoint,
 }
@@ -607,7 +621,7 @@ impl Checkpointer {
         registry: Arc<Registry>,
         saved: Checkpoint,
     ) -> Arc<Checkpointer> {
-        let state = Mutex::new(CheckpointState { shards, saved });
+        let state = Mutex::new(CheckpointState { shards, held: BTreeMap::new(), saved });
         Arc::new(Checkpointer { path, hurry, stop, registry, state, changes: Watermark::default() })
     }
 
@@ -641,10 +655,30 @@ impl Checkpointer {
         if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
             *place = None;
         }
+        state.held.remove(&shard);
         let mut checkpoint = state.saved.clone();
         if checkpoint.entries.remove(&shard).is_some() {
             checkpoint.save(&self.path)?;
             state.saved = checkpoint;
+        }
+        self.changes.advance(self.changes.load().next());
+        Ok(())
+    }
+
+    /// Says no more about a shard than that `lsn` is synced and applied, and that until it is taken up again; durable on
+    /// return. For a log that is about to be cut there.
+    pub(crate) fn lower(&self, shard: ShardId, lsn: Lsn) -> Result<()> {
+        let mut state = self.state.lock();
+        if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
+            *place = None;
+        }
+        let mut checkpoint = state.saved.clone();
+        if let Some(entry) = checkpoint.entries.get_mut(&shard) {
+            *entry = CheckpointEntry { applied: entry.applied.min(lsn), synced: entry.synced.min(lsn) };
+            let lowered = *entry;
+            checkpoint.save(&self.path)?;
+            state.saved = checkpoint;
+            state.held.insert(shard, lowered);
         }
         self.changes.advance(self.changes.load().next());
         Ok(())
@@ -656,6 +690,7 @@ impl Checkpointer {
         if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
             *place = Some(with);
         }
+        state.held.remove(&shard);
         self.changes.advance(self.changes.load().next());
     }
 
@@ -687,7 +722,7 @@ impl Checkpointer {
 
     /// Makes what is applied durable in the target first, so that the checkpoint never says more than the target has.
     fn save(&self, state: &mut CheckpointState) -> Result<()> {
-        let mut checkpoint = Checkpoint::default();
+        let mut checkpoint = Checkpoint { entries: state.held.clone() };
         for shard in state.shards.iter().flatten() {
             let id = shard.log.shard();
             let synced = shard.log.synced().load();

@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
+use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
@@ -96,11 +97,17 @@ impl Receiver {
 
     /// One stream, from connecting to its end.
     fn follow_once(&mut self) -> Result<()> {
-        self.own.ensure_applier()?;
+        if !self.own.awaits_leader {
+            self.own.ensure_applier()?;
+        }
         let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
         let over = self.own.node.stop.child();
         let _close_at_stop = over.on_shutdown(move || closer.close());
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
+        self.own.awaits_leader = false;
+        if info.session_kind != SessionKind::Rebuild {
+            self.own.ensure_applier()?;
+        }
         self.own.state.set_connected(true);
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
@@ -176,6 +183,7 @@ impl Receiver {
         let manifest = node.manifest();
         let is_incomplete = self.own.is_incomplete()?;
         let applied = if is_incomplete { Lsn::ZERO } else { self.own.applied.load() };
+        let base_applied = if self.own.target().keeps_state() { applied } else { Lsn::ZERO };
         let shard = self.own.shard;
         let writer = self.own.writer()?;
         let end = writer.end();
@@ -201,16 +209,26 @@ impl Receiver {
             from: Lsn::ZERO,
             flags: if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
-        let info = exchange(peer, sender, receiver, request, node.options.handshake_timeout)?;
+        let own = OwnHistory { log: writer.log(), applied: base_applied };
+        let timeout = node.options.handshake_timeout;
+        let (info, told) = parting::exchange((sender, receiver), request, timeout, &own)?;
         node.check_topology(peer, &info)?;
         // Persisted before anything is done under it.
         node.accept_epoch(info.epoch)?;
+        self.own.gives_way = told.is_some_and(|told| told.gives_way_to(info.epoch));
         if info.session_kind == SessionKind::Rebuild {
             return Ok(info);
         }
         if is_incomplete {
             return Err(Error::protocol(peer, "it would go on with the log, but the target has no base to put it on"));
         }
+        if let Some(told) = told
+            && let Some(place) = told.cut_asked(peer, &info, end.head)?
+        {
+            self.own.cut_log(&place)?;
+        }
+        let writer = self.own.writer()?;
+        let end = writer.end();
         let due = writer.ingest_position();
         let again = (due.0, 0);
         let offered = (info.start_segment, info.start_offset);

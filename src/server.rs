@@ -17,9 +17,10 @@ use crate::data_dir::DataDir;
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
-use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, reason_of};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
+use crate::parting::ask_where_logs_part;
 use crate::protocol::{FailureReason, SessionKind as Recovery};
 use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
 use crate::rebuild::places::Places;
@@ -32,8 +33,8 @@ use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{ChainCursor, Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, WaiterName, wait_any};
 use crate::wire::{
-    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
-    SessionKind, SessionPhase, ShardInfo, SyncRequest,
+    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionId, SessionKind,
+    SessionPhase, ShardInfo, SyncRequest,
 };
 
 /// One shard as the server sees it.
@@ -198,7 +199,7 @@ impl Server {
             receiver.receive_message_body(header)?;
             return server.answer_status(sender.as_mut());
         }
-        let request = match receiver.receive_message_body(header) {
+        let mut request = match receiver.receive_message_body(header) {
             Ok(Message::SyncRequest(request)) => request,
             Ok(other) => {
                 let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
@@ -214,11 +215,14 @@ impl Server {
         if !place.keep() {
             return Ok(());
         }
+        let signals = StreamSignals { over: over.clone(), superseded: ShutdownSignal::new() };
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
                 server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
             }
-            Purpose::Follow => server.start_following(&request, version, &peer, &over),
+            Purpose::Follow => {
+                server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), &peer, &signals)
+            }
             Purpose::Tail => server.start_tail(&request, version),
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
@@ -231,6 +235,7 @@ impl Server {
             }
         };
         let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
+        receiver.set_deadline(None)?;
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
         let cursor = match &lanes {
@@ -238,7 +243,7 @@ impl Server {
             _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
         };
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
-        let agreed = Stream { server, peer: &peer, request, info, over, of_shard, history, agreement };
+        let agreed = Stream { server, peer: &peer, request, info, signals, of_shard, history, agreement };
         match (stream, lanes) {
             (_, Lanes::None) => Ok(()),
             (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
@@ -310,17 +315,31 @@ impl Server {
         })
     }
 
-    /// Checks that the follower is one of this log at all, and has the shard's host decide how it goes on.
+    /// Checks that the follower is one of this log at all, asks it where the logs part if they do, and has the shard's
+    /// host decide how it goes on. A follower that is to cut its log stands where it will then stand: `request` is
+    /// changed to that.
     fn start_following(
         &self,
-        request: &SyncRequest,
+        request: &mut SyncRequest,
         version: u16,
+        (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
         peer: &str,
-        over: &ShutdownSignal,
+        signals: &StreamSignals,
     ) -> Result<Answer, Refusal> {
         self.check_follower(request)?;
         let shard = self.shard(request.shard).map_err(internal)?;
-        let admitted = shard.host.admit(request, peer, over)?;
+        let parting = ask_where_logs_part(&shard.log, request, version, sender, receiver).map_err(|error| {
+            let violates = matches!(error, Error::Protocol { .. });
+            Refusal(if violates { RefusalCode::ProtocolViolation } else { RefusalCode::Internal }, error.to_string())
+        })?;
+        let admitted = shard.host.admit(request, parting.as_ref(), peer, signals)?;
+        if let (Some(cut), Some(place)) = (admitted.session.cut, admitted.place) {
+            request.received = cut;
+            request.durable = request.durable.min(cut);
+            request.applied = request.applied.min(cut);
+            request.chain = place.chain;
+        }
+        let request = &*request;
         let answer = match (admitted.session.kind, admitted.place) {
             (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(&shard, &admitted, request, version),
             (kind, Some(place)) => self.describe(request, version).map(|info| Answer {
@@ -485,7 +504,7 @@ struct Stream<'a> {
     peer: &'a str,
     request: SyncRequest,
     info: ShardInfo,
-    over: ShutdownSignal,
+    signals: StreamSignals,
     of_shard: Arc<ServerShard>,
     /// How its history compares with this one.
     history: Arc<HistoryCheck>,
@@ -518,7 +537,7 @@ impl Stream<'_> {
         let shipper = Arc::new(shipper);
         commits.add_shipper(&shipper);
         follower.stream_began();
-        let over = self.over.clone();
+        let over = self.signals.over.clone();
         let name = format!("tl-ship-s{shard}");
         let result = self
             .server
@@ -537,9 +556,9 @@ impl Stream<'_> {
             .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
         if let Err(error) = &result {
             let timeout = self.server.options.handshake_timeout;
-            self.history.end_for(error, (shard, &follower), &self.over, receiver, timeout);
+            self.history.end_for(error, (shard, &follower), &self.signals.over, receiver, timeout);
         }
-        self.over.shutdown();
+        self.signals.over.shutdown();
         commits.remove_shipper(&shipper);
         follower.stream_ended();
         result
@@ -591,7 +610,8 @@ impl Stream<'_> {
             follower,
             epoch: self.info.epoch,
             heartbeat: self.server.options.heartbeat,
-            stream_over: self.over.clone(),
+            stream_over: self.signals.over.clone(),
+            superseded: self.signals.superseded.clone(),
             draining: self.server.draining.clone(),
             target: self.info.target,
         };
@@ -610,7 +630,7 @@ impl Stream<'_> {
             let header = match receiver.receive_header() {
                 Ok(header) => header,
                 // The stream was ended from this side, or the follower left between two frames.
-                Err(_) if self.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
+                Err(_) if self.signals.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
                 Err(error) => return Err(error),
             };
             match header.kind {
@@ -640,6 +660,10 @@ impl Stream<'_> {
         follower: &FollowerMarks,
         ack: Ack,
     ) -> Result<()> {
+        if self.signals.superseded.is_shutdown() {
+            // What the follower has now, its newer stream tells.
+            return Ok(());
+        }
         if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
             return Err(Error::protocol(
                 self.peer,
@@ -648,7 +672,7 @@ impl Stream<'_> {
         }
         let ServerShard { log, host, .. } = self.of_shard.as_ref();
         // Bytes are published just before the mark says so: an acknowledgement can be here first.
-        let written = [log.written().until(ack.received), self.over.until()];
+        let written = [log.written().until(ack.received), self.signals.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
         let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
         if !is_written || ack.durable > ack.received || ack.applied > ack.received {
@@ -694,6 +718,7 @@ impl Stream<'_> {
                 })?;
                 host.rebuild_progress(stream, session, blocks);
             }
+            SessionPhase::MakingDurable => host.rebuild_makes_durable(stream, session),
             SessionPhase::Failed => {
                 log::warn!("node {node}, shard {shard}: it gave up session {session}: {:?}", ack.reason);
                 host.rebuild_failed(stream, session, reason_of(ack.reason));
@@ -713,7 +738,7 @@ impl Stream<'_> {
     ) -> Result<()> {
         let SyncRequest { node, shard, .. } = self.request;
         let log = &self.of_shard.log;
-        let written = [log.written().until(ack.achieved), self.over.until()];
+        let written = [log.written().until(ack.achieved), self.signals.over.until()];
         let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
         let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
         if !self.agreement.is_base_sent() || !is_written || ack.achieved < self.info.target {
@@ -748,7 +773,7 @@ impl Stream<'_> {
     /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
     fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
         let (shipper, rebuild) = self.shipper(lanes, sender, None)?;
-        let over = self.over.clone();
+        let over = self.signals.over.clone();
         let shard = self.request.shard;
         self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
             if let Err(error) = shipper.run(rebuild) {
@@ -758,7 +783,7 @@ impl Stream<'_> {
         })?;
         receiver.set_timeout(None)?;
         let result = receiver.receive_header();
-        self.over.shutdown();
+        self.signals.over.shutdown();
         match result {
             Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
             Err(_) => Ok(()),
@@ -778,22 +803,6 @@ impl Drop for LeaveStream<'_> {
         if let Ok(shard) = self.server.shard(self.shard) {
             shard.host.stream_ended(self.stream);
         }
-    }
-}
-
-/// The follower's word for why a session failed, as the engine says it.
-fn reason_of(failure: SessionFailure) -> FailureReason {
-    match failure {
-        SessionFailure::EpochMismatch => FailureReason::EpochMismatch,
-        SessionFailure::TransportLost => FailureReason::TransportLost,
-        SessionFailure::ProgressStalled => FailureReason::ProgressStalled,
-        SessionFailure::DeadlineExceeded => FailureReason::DeadlineExceeded,
-        SessionFailure::PinLost => FailureReason::PinLost,
-        SessionFailure::BaseUnavailable => FailureReason::BaseUnavailable,
-        SessionFailure::LocalWalCorrupt => FailureReason::LocalWalCorrupt,
-        SessionFailure::LocalBaseCorrupt => FailureReason::LocalBaseCorrupt,
-        SessionFailure::Superseded => FailureReason::Superseded,
-        SessionFailure::None | SessionFailure::Cancelled => FailureReason::Cancelled,
     }
 }
 

@@ -25,6 +25,7 @@ use crate::error::{Error, RefusalCode, Result};
 use crate::limits::MAX_WAL_DATA_LEN;
 use crate::protocol::FailureReason;
 use crate::rebuild::base_lane::{BaseLane, IssuedRebuild};
+use crate::rebuild::intake::while_beating;
 use crate::shutdown::ShutdownSignal;
 use crate::transport::{Body, FrameSender, SentAtOnce};
 use crate::types::{Chain, Epoch, Lsn};
@@ -46,6 +47,8 @@ pub(crate) struct Shipper {
     pub(crate) heartbeat: Duration,
     /// The stream is over: shipping stops at once.
     pub(crate) stream_over: ShutdownSignal,
+    /// A newer stream of the same follower takes over: it is told, and shipping stops.
+    pub(crate) superseded: ShutdownSignal,
     /// The node is stopping: what is pending is shipped, then shipping stops.
     pub(crate) draining: ShutdownSignal,
     /// The head when the stream began: reaching it is reported once.
@@ -132,6 +135,9 @@ impl Shipper {
             if self.tell_refusal(&mut lane) {
                 return lane.sender.finish();
             }
+            if self.superseded.is_shutdown() {
+                return Self::say_superseded(&mut lane);
+            }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node.
             if (draining && log.written().load() <= lane.shipped) || log.is_closed() {
@@ -153,6 +159,7 @@ impl Shipper {
                 self.draining.until(),
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
                 self.history.as_ref().map_or(self.stream_over.until(), |history| history.until_refused()),
+                self.superseded.until(),
                 ended,
             ];
             if wait_any_as(self.name, &conditions, log.options().wait, deadline) == Waited::TimedOut {
@@ -199,17 +206,23 @@ impl Shipper {
             lane.sender.send_message(&Message::SessionControl(rebuild.control(SessionAction::Wait)))?;
         }
         while !place.is_granted() {
-            let conditions = [place.until_granted(), self.stream_over.until(), self.draining.until()];
+            let ends = [self.stream_over.until(), self.draining.until(), self.superseded.until()];
+            let conditions = [place.until_granted(), ends[0], ends[1], ends[2]];
             let deadline = lane.last_sent.checked_add(self.heartbeat);
             match wait_any(&conditions, WaitStrategy::Park, deadline) {
                 Waited::Reached(0) => {}
+                Waited::Reached(3) => return Self::say_superseded(lane).map(|()| None),
                 Waited::Reached(_) => return lane.sender.finish().map(|()| None),
                 Waited::TimedOut => self.beat(lane)?,
             }
         }
         let shard = rebuild.shard;
         let (host, stream, session) = (Arc::clone(&rebuild.host), rebuild.stream, rebuild.session.0);
-        let opened = host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place)).and_then(|base| {
+        // A target that makes its boundary durable first may take long over it.
+        let opened = while_beating(lane.sender.as_mut(), self.heartbeat, self.epoch, &self.stream_over, || {
+            host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place))
+        });
+        let opened = opened.and_then(|base| {
             let start = self.place_log(base.info().base_lsn, lane)?;
             host.rebuild_starts(stream, session, start)?;
             Ok((base, start))
@@ -286,7 +299,7 @@ impl Shipper {
             }
             lane.last_sent = Instant::now();
             sent += range.len();
-            if self.stream_over.is_shutdown() || self.is_refused() {
+            if self.stream_over.is_shutdown() || self.superseded.is_shutdown() || self.is_refused() {
                 return Ok(());
             }
         }
@@ -305,6 +318,14 @@ impl Shipper {
         let _ = lane.sender.send_message(&refusal);
         history.set_told();
         true
+    }
+
+    /// Tells the follower that another of its streams has taken over: if it knows nothing of one, somebody else has its
+    /// node id.
+    fn say_superseded(lane: &mut LogLane) -> Result<()> {
+        let text = "a newer stream of this node has taken over; if it has none, another node has the same id";
+        lane.sender.send_message(&Message::Error(ErrorMessage::new(RefusalCode::Superseded, text)))?;
+        lane.sender.finish()
     }
 
     /// Flags for data: which acknowledgements somebody waits for.

@@ -101,7 +101,8 @@ impl Reading<'_> {
         stop: &ShutdownSignal,
         on_batch: &mut dyn FnMut(&Batch<'_>) -> ControlFlow<()>,
     ) -> Result<()> {
-        let Connection { peer, mut sender, mut receiver, closer } = transport.connect(address, self.tail.timeout)?;
+        let Connection { peer, mut sender, mut receiver, closer } =
+            transport.connect_until(address, self.tail.timeout, stop)?;
         let _close_at_stop = stop.on_shutdown(move || closer.close());
         let from = if self.last == Lsn::ZERO { self.tail.from } else { self.last.next() };
         let request = request_for(Purpose::Tail, self.tail.shard, from);
@@ -274,7 +275,22 @@ pub fn ask_status(transport: &dyn Transport, address: &str, timeout: Duration) -
 ///
 /// As [`ask_status`].
 pub fn ask_topology(transport: &dyn Transport, address: &str, timeout: Duration) -> Result<ShardInfo> {
-    let Connection { peer, mut sender, mut receiver, closer: _ } = transport.connect(address, timeout)?;
+    ask_topology_until(transport, address, timeout, &ShutdownSignal::new())
+}
+
+/// [`ask_topology`], given up at once when `stop` is given.
+///
+/// # Errors
+///
+/// As [`ask_status`]; whatever was under way fails when `stop` is given.
+pub fn ask_topology_until(
+    transport: &dyn Transport,
+    address: &str,
+    timeout: Duration,
+    stop: &ShutdownSignal,
+) -> Result<ShardInfo> {
+    let Connection { peer, mut sender, mut receiver, closer } = transport.connect_until(address, timeout, stop)?;
+    let _close_at_stop = stop.on_shutdown(move || closer.close());
     let request = request_for(Purpose::Topology, ShardId(0), Lsn::ZERO);
     exchange(&peer, sender.as_mut(), receiver.as_mut(), request, timeout)
 }

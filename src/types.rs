@@ -119,6 +119,12 @@ impl Epoch {
     pub const ZERO: Epoch = Epoch(0);
     /// The first term of a cluster.
     pub const FIRST: Epoch = Epoch(1);
+
+    /// The epoch after this one, saturating.
+    #[must_use]
+    pub const fn next(self) -> Epoch {
+        Epoch(self.0.saturating_add(1))
+    }
 }
 
 impl Chain {

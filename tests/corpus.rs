@@ -182,6 +182,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         shard_count: 1024,
         segment_size: 1 << 30,
         epoch: Epoch(u64::MAX),
+        own_epoch: true,
     };
     let entry = CheckpointEntry { applied: Lsn(u64::MAX), synced: Lsn(1) };
     let checkpoint = Checkpoint { entries: [(ShardId(0), entry), (ShardId(u16::MAX), entry)].into() };

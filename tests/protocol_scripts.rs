@@ -197,6 +197,7 @@ fn event(name: &str, arguments: &Arguments<'_>) -> Result<Event, String> {
                 achieved: arguments.or("achieved", Lsn::ZERO)?,
                 base_blocks: arguments.or("blocks", 0)?,
             },
+            making_durable: arguments.or("making_durable", false)?,
         },
         "completed" => Event::SessionCompleted {
             epoch,

@@ -13,7 +13,10 @@ use towline::status::{FollowerStatus, ShardStatus};
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport, Transport};
 use towline::wal::Record;
-use towline::wire::{Ack, Message, PROTOCOL_VERSIONS, Purpose, SessionKind as WireKind, ShardInfo, SyncRequest};
+use towline::wire::{
+    Ack, CommonPoint, Message, PROTOCOL_VERSIONS, Purpose, SessionKind as WireKind, ShardInfo, SyncRequest,
+    VersionRange,
+};
 use towline::{
     Chain, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId, WaitStrategy,
     wait_any,
@@ -120,8 +123,15 @@ fn ask(leader: &Leader, request: SyncRequest) -> Result<ByHand, (RefusalCode, St
     let mut connection = transport.connect(leader.local_address(), PATIENCE).unwrap();
     connection.receiver.set_timeout(Some(PATIENCE)).unwrap();
     connection.sender.send_message(&Message::SyncRequest(request)).unwrap();
-    let header = connection.receiver.receive_header().unwrap();
-    match connection.receiver.receive_message_body(header).unwrap() {
+    let mut answer = connection.receiver.receive_message().unwrap();
+    if let Message::EpochHistory(history) = answer {
+        assert_eq!(history.version, 2);
+        // It knows of no point that both logs share.
+        let parting = CommonPoint { tail_epoch: request.epoch, lsn: Lsn::ZERO, chain: Chain(0), flags: 0 };
+        connection.sender.send_message(&Message::CommonPoint(parting)).unwrap();
+        answer = connection.receiver.receive_message().unwrap();
+    }
+    match answer {
         Message::ShardInfo(info) => Ok(ByHand { connection, info }),
         Message::Error(error) => Err((error.code, error.text)),
         other => panic!("{:?}", other.kind()),
@@ -207,6 +217,12 @@ fn the_answer_follows_from_the_facts() {
     assert_eq!(code, RefusalCode::Diverged, "{text}");
     let older = SyncRequest { epoch: Epoch::ZERO, chain: Chain(1), ..at(4) };
     assert_eq!(ask(&leader, older).err().unwrap().0, RefusalCode::Diverged);
+    // Whoever speaks the first version alone is not asked where the logs part.
+    let versions = VersionRange { min: 1, max: 1 };
+    for request in [SyncRequest { chain: Chain(1), ..at(4) }, older] {
+        assert_eq!(ask(&leader, SyncRequest { versions, ..request }).err().unwrap().0, RefusalCode::Diverged);
+    }
+    assert_eq!(ask(&leader, SyncRequest { versions, ..at(4) }).ok().unwrap().info.version, 1);
     assert!(ask(&leader, at(10)).is_ok(), "a refusal ends with the first facts that allow a session");
 }
 

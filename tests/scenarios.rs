@@ -306,7 +306,8 @@ fn a_newer_stream_of_the_same_node_takes_over(net: &Net) {
 
     let mut newer = net.connect();
     let info = ask(&mut newer, request(S0)).unwrap();
-    read_to_end(&mut older);
+    let told = read_to_end(&mut older);
+    assert!(matches!(told, Error::Refused { code: towline::RefusalCode::Superseded, .. }), "{told}");
     let head = append(&mut writers[0], 5);
     next_data(&mut newer).unwrap();
     acknowledge(&mut newer, &info, head, writers[0].end().chain).unwrap();

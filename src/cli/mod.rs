@@ -122,8 +122,9 @@ fn tcp() -> Arc<TcpTransport> {
 fn ask_topology(address: &str, stop: &ShutdownSignal) -> towline::Result<ShardInfo> {
     let mut wait = Duration::from_secs(1);
     loop {
-        match towline::tail::ask_topology(tcp().as_ref(), address, Duration::from_secs(10)) {
+        match towline::tail::ask_topology_until(tcp().as_ref(), address, Duration::from_secs(10), stop) {
             Ok(info) => return Ok(info),
+            Err(_) if stop.is_shutdown() => return Err(towline::Error::ShutDown),
             Err(error) if error.is_permanent() || error.is_unresolved() => return Err(error),
             Err(error) => eprintln!("towline: {error}; trying again in {} s", wait.as_secs()),
         }

@@ -69,8 +69,8 @@ impl Engine {
             Event::SyncAckReceived(ack) => self.sync_ack(now, ack, commands),
             Event::AssignmentDelivered(assignment) => self.assignment(assignment, commands),
             Event::ReadinessObserved(readiness) => self.readiness(readiness),
-            Event::SessionProgress { epoch, replica, session, progress } => {
-                self.progress(now, *epoch, *replica, *session, *progress)
+            Event::SessionProgress { epoch, replica, session, progress, making_durable } => {
+                self.progress(now, (*epoch, *replica, *session), *progress, *making_durable)
             }
             Event::SessionCompleted { epoch, replica, session, achieved, durable, head } => {
                 let reached = Reached { achieved: *achieved, durable: *durable, head: *head };
@@ -250,6 +250,7 @@ impl Engine {
             last_progress: now,
             // A rebuild may have to wait for its turn: its budget begins when the follower has taken it on.
             awaiting: kind == SessionKind::CatchUp,
+            making_durable: false,
             reason: None,
         };
         self.state.wake_at = self.state.wake_at.min(issued.due(&self.limits).unwrap_or(Millis::MAX));
@@ -287,10 +288,9 @@ impl Engine {
     fn progress(
         &mut self,
         now: Millis,
-        epoch: Epoch,
-        replica: NodeId,
-        session: SessionId,
+        (epoch, replica, session): (Epoch, NodeId, SessionId),
         progress: Progress,
+        making_durable: bool,
     ) -> Result<(), Ignored> {
         let index = self.current_session(epoch, replica, session)?;
         if let Some(session) = &mut self.state.replicas[index].session {
@@ -301,6 +301,7 @@ impl Engine {
                 session.touch(now);
             }
             session.advance(now, progress);
+            session.making_durable |= making_durable && session.kind == SessionKind::Rebuild;
             self.state.wake_at = self.state.wake_at.min(session.due(&self.limits).unwrap_or(Millis::MAX));
         }
         Ok(())

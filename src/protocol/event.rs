@@ -36,6 +36,9 @@ pub enum Event {
         session: SessionId,
         /// How far it is, counted from the session's beginning.
         progress: Progress,
+        /// It has all that a rebuild needs and is putting it on stable storage: how long that takes is its device's
+        /// business, so from here on the deadline alone counts.
+        making_durable: bool,
     },
     /// A follower reported that its session is done.
     SessionCompleted {

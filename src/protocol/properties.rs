@@ -44,11 +44,12 @@ fn any_event() -> impl Strategy<Value = Event> {
             shipper_connected: d,
         })
     });
-    let progress =
-        (epoch(), node(), session(), lsn(), 0u64..3).prop_map(|(epoch, replica, session, achieved, blocks)| {
-            let progress = Progress { achieved, base_blocks: blocks };
-            Event::SessionProgress { epoch, replica, session, progress }
-        });
+    let progress = (epoch(), node(), session(), lsn(), 0u64..3, any::<bool>()).prop_map(
+        |(epoch, replica, session, achieved, base_blocks, making_durable)| {
+            let progress = Progress { achieved, base_blocks };
+            Event::SessionProgress { epoch, replica, session, progress, making_durable }
+        },
+    );
     let completed = (epoch(), node(), session(), lsn(), lsn(), lsn()).prop_map(
         |(epoch, replica, session, achieved, durable, head)| Event::SessionCompleted {
             epoch,

@@ -126,7 +126,7 @@ pub struct SessionLimits {
     /// A rebuild fails this long after it was issued.
     pub rebuild_deadline_ms: Millis,
     /// Any session fails after this long without progress; a keep-up only counts the time in which the follower is
-    /// known to be behind, a rebuild the time since its follower has taken it on.
+    /// known to be behind, a rebuild the time since its follower has taken it on and until that makes it durable.
     pub stall_budget_ms: Millis,
 }
 
@@ -169,6 +169,8 @@ pub struct Session {
     /// The stall budget is running: always, except for a keep-up whose follower has everything and for a rebuild that
     /// its follower has not taken on yet.
     pub awaiting: bool,
+    /// The follower of a rebuild has all that it needs and is putting it on stable storage: the stall budget stands still.
+    pub making_durable: bool,
     /// Why it failed; `Some` exactly when it did.
     pub reason: Option<FailureReason>,
 }
@@ -194,7 +196,7 @@ impl Session {
         if !self.phase.is_live() {
             return None;
         }
-        let stalled = self.awaiting.then(|| self.last_progress.plus(limits.stall_budget_ms));
+        let stalled = (self.awaiting && !self.making_durable).then(|| self.last_progress.plus(limits.stall_budget_ms));
         match (self.deadline, stalled) {
             (Some(deadline), Some(stalled)) => Some(deadline.min(stalled)),
             (due, None) | (None, due) => due,
@@ -270,6 +272,7 @@ mod tests {
             deadline: (kind != SessionKind::KeepUp).then_some(Millis(100)),
             last_progress: Millis(10),
             awaiting: kind != SessionKind::KeepUp,
+            making_durable: false,
             reason: None,
         }
     }
@@ -302,6 +305,14 @@ mod tests {
             keep_up.enter(Phase::Completed),
             Err(IllegalTransition { from: Phase::Running, to: Phase::Completed })
         );
+    }
+
+    #[test]
+    fn making_a_rebuild_durable_may_take_until_the_deadline() {
+        let mut rebuild = session(SessionKind::Rebuild);
+        rebuild.making_durable = true;
+        assert_eq!(rebuild.overdue(Millis(99), &LIMITS), None);
+        assert_eq!(rebuild.overdue(Millis(100), &LIMITS), Some(FailureReason::DeadlineExceeded));
     }
 
     #[test]

@@ -51,7 +51,13 @@ fn ack(position: u64, tail: u64, head: u64) -> Event {
 }
 
 fn progress(session: SessionId) -> Event {
-    Event::SessionProgress { epoch: EPOCH, replica: FOLLOWER, session, progress: Progress::default() }
+    Event::SessionProgress {
+        epoch: EPOCH,
+        replica: FOLLOWER,
+        session,
+        progress: Progress::default(),
+        making_durable: false,
+    }
 }
 
 fn completed(session: SessionId) -> Event {

@@ -28,8 +28,8 @@ use crate::types::{Epoch, Lsn};
 use crate::wal::{Log, unix_ms};
 use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
-    BaseComplete, BaseDataHeader, Heartbeat, Message, SessionAck, SessionAction, SessionControl, SessionFailure,
-    SessionId, SessionKind, SessionPhase, ShardInfo,
+    BaseComplete, BaseDataHeader, Heartbeat, Message, ProtocolVersion, SessionAck, SessionAction, SessionControl,
+    SessionFailure, SessionId, SessionKind, SessionPhase, ShardInfo,
 };
 
 /// A rebuild that this stream serves.
@@ -41,6 +41,8 @@ pub(crate) struct Intake {
     over: ShutdownSignal,
     /// 1 once the base is complete. Moved by the receiver.
     base_complete: Watermark,
+    /// The leader's version knows that making it all durable takes its time.
+    tells_making_durable: bool,
 }
 
 /// What of the base has arrived. The receiver's own.
@@ -84,7 +86,11 @@ impl Intake {
         }
         let failure_of = |reason| failed(&contract, reason);
         let heartbeat = own.node.options.heartbeat;
-        let taken = while_beating(sender, heartbeat, info.epoch, over, || Self::prepare(own, contract, &start, over));
+        let mut taken =
+            while_beating(sender, heartbeat, info.epoch, over, || Self::prepare(own, contract, &start, over));
+        if let Ok(intake) = &mut taken {
+            intake.tells_making_durable = info.version >= ProtocolVersion::V2.to_wire();
+        }
         if let Err(error) = &taken {
             let reason =
                 if error.is_corruption() { SessionFailure::LocalBaseCorrupt } else { SessionFailure::BaseUnavailable };
@@ -103,7 +109,11 @@ impl Intake {
         let (shard, base) = (own.shard, contract.base);
         let durable = own.target().durable_applied(shard)?.unwrap_or(Lsn::ZERO);
         let here = durable.max(own.applied.load());
-        if !own.is_incomplete()? && here > base.base_lsn {
+        let is_newer = !own.is_incomplete()? && here > base.base_lsn;
+        if is_newer && own.gives_way {
+            log::warn!("shard {shard}: what was applied up to LSN {here} is not the leader's, and is given up");
+            own.target().give_up(shard)?;
+        } else if is_newer {
             return Err(Error::invalid(format!(
                 "shard {shard} has applied LSN {here}, which is newer than the offered base at LSN {}; nothing was \
                  changed; make the node with the newer state the leader, or start with an empty directory",
@@ -127,6 +137,7 @@ impl Intake {
             failure: Arc::default(),
             over: over.clone(),
             base_complete: Watermark::default(),
+            tells_making_durable: false,
         };
         if base.is_numbered() {
             own.start_applier(Some(intake.of_applier()))?;
@@ -273,6 +284,9 @@ impl Intake {
         if !is_reached(own.applied.own().until(needed)) || !is_reached(log.written().until(needed)) {
             return Ok(());
         }
+        if self.tells_making_durable {
+            lane.send_message(&self.word(SessionPhase::MakingDurable, needed))?;
+        }
         let achieved = {
             // The applier waits here, so nothing is applied that the log does not have on stable storage.
             let mut session = self.session.lock();
@@ -390,7 +404,7 @@ fn sign_of_life(epoch: Epoch) -> Message {
 }
 
 /// Does `work`, which may take long, while signs of life go out.
-fn while_beating<T>(
+pub(crate) fn while_beating<T>(
     sender: &mut dyn FrameSender,
     heartbeat: std::time::Duration,
     epoch: Epoch,

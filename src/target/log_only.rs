@@ -18,6 +18,10 @@ impl ReplicationTarget for LogOnly {
         Ok(())
     }
 
+    fn keeps_state(&self) -> bool {
+        false
+    }
+
     fn apply_batch(&self, _: ShardId, _: &Batch<'_>) -> Result<()> {
         Ok(())
     }

@@ -107,6 +107,12 @@ pub trait ReplicationTarget: Send + Sync {
         false
     }
 
+    /// Whether records that were applied leave anything behind here. Where they do, a log is never cut below what was
+    /// applied: the target is rebuilt instead.
+    fn keeps_state(&self) -> bool {
+        true
+    }
+
     /// Whether a rebuild was begun and has not been completed, in this process or before a crash. Such a target serves
     /// nothing, and applies nothing unless a base sink is open.
     ///
@@ -141,6 +147,18 @@ pub trait ReplicationTarget: Send + Sync {
     fn begin_base(&self, shard: ShardId, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
         let _ = info;
         Err(Error::invalid(format!("the target cannot take a base of shard {shard}")))
+    }
+
+    /// Follower side: the shard's state is of a history that is over, and gives way to a base whatever its LSN. Sets the
+    /// durable mark of [a rebuild](Self::begin_base), which follows at once: the target refuses to serve from here on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the target takes no bases; [`Error::Io`].
+    fn give_up(&self, shard: ShardId) -> Result<()> {
+        Err(Error::invalid(format!(
+            "the target cannot give up its state of shard {shard}, which no leader has any more"
+        )))
     }
 
     /// Appends the numbers of the blocks that a record touches to `blocks`, deletes and trims included. Returns false

@@ -32,6 +32,7 @@
 //! # }
 //! ```
 
+mod connecting;
 mod in_process;
 mod segment;
 mod tcp;
@@ -43,6 +44,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::shutdown::ShutdownSignal;
 use crate::wal::LogRange;
 use crate::wire::{FrameHeader, FrameKind, Message, WalSegmentPayload, WireError};
 
@@ -59,6 +61,19 @@ pub trait Transport: Send + Sync {
     /// [`Error::Invalid`] if `address` is not one; [`Error::Network`] if it does not resolve, if nobody listens there,
     /// or if `timeout` passes first.
     fn connect(&self, address: &str, timeout: Duration) -> Result<Connection>;
+
+    /// As [`connect`](Self::connect), but given up at once when `stop` is given, as far as the transport can. Looking up a
+    /// name takes as long as the system lets it.
+    ///
+    /// # Errors
+    ///
+    /// As connecting; [`Error::ShutDown`] after `stop`.
+    fn connect_until(&self, address: &str, timeout: Duration, stop: &ShutdownSignal) -> Result<Connection> {
+        if stop.is_shutdown() {
+            return Err(Error::ShutDown);
+        }
+        self.connect(address, timeout)
+    }
 
     /// Begins to take connections at `address`. Where the address ends in `:0`, a free one is chosen; see
     /// [`Listener::local_address`].

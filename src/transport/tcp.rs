@@ -16,6 +16,8 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::error::{Error, Result};
 use crate::limits::{FRAME_HEADER_LEN, MAX_CONTROL_LEN, MAX_PENDING_CONNECTIONS, RECEIVE_BUFFER_LEN};
+use crate::shutdown::ShutdownSignal;
+use crate::transport::connecting::connect_unless_stopped;
 use crate::transport::{
     Body, Closer, Connection, FrameReceiver, FrameSender, Listener, SentAtOnce, Transport, closed_by_peer, closed_here,
     misused, outgoing_header, receive_error, receive_timed_out, refuse_zero_timeout,
@@ -119,11 +121,10 @@ impl TcpTransport {
         TcpTransport { options }
     }
 
-    fn connect_to(&self, address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    fn connect_to(&self, address: SocketAddr, timeout: Duration, stop: &ShutdownSignal) -> io::Result<TcpStream> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         self.options.apply_before(&socket)?;
-        socket.connect_timeout(&address.into(), timeout)?;
-        let stream = TcpStream::from(socket);
+        let stream = connect_unless_stopped(socket, address, timeout, stop)?;
         // A port that nobody listens on can be chosen as our own end, and TCP then connects a socket to itself.
         if stream.local_addr()? == stream.peer_addr()? {
             return Err(io::ErrorKind::ConnectionRefused.into());
@@ -164,6 +165,10 @@ impl TcpTransport {
 
 impl Transport for TcpTransport {
     fn connect(&self, address: &str, timeout: Duration) -> Result<Connection> {
+        self.connect_until(address, timeout, &ShutdownSignal::new())
+    }
+
+    fn connect_until(&self, address: &str, timeout: Duration, stop: &ShutdownSignal) -> Result<Connection> {
         refuse_zero_timeout(Some(timeout))?;
         refuse_zero_timeout(self.options.write_timeout)?;
         let deadline = Instant::now().checked_add(timeout);
@@ -176,8 +181,12 @@ impl Transport for TcpTransport {
             if share.is_zero() {
                 break;
             }
-            match self.connect_to(candidate, share) {
+            if stop.is_shutdown() {
+                return Err(Error::ShutDown);
+            }
+            match self.connect_to(candidate, share, stop) {
                 Ok(stream) => return Ok(self.connection(stream, address.to_owned())),
+                Err(_) if stop.is_shutdown() => return Err(Error::ShutDown),
                 Err(error) => failure = error,
             }
         }
@@ -780,7 +789,7 @@ mod tests {
         };
         let transport = TcpTransport::new(options);
         let listener = transport.listener("127.0.0.1:0").unwrap();
-        let stream = transport.connect_to(listener.local, Duration::from_secs(60)).unwrap();
+        let stream = transport.connect_to(listener.local, Duration::from_secs(60), &ShutdownSignal::new()).unwrap();
         assert!(stream.nodelay().unwrap());
         assert_eq!(stream.write_timeout().unwrap(), Some(Duration::from_secs(7)));
         let socket = SockRef::from(&stream);

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 pub mod batch;
 mod compare;
+mod cut;
 mod given_up;
 mod history;
 mod log;
@@ -44,6 +45,7 @@ mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
+pub(crate) use cut::cut;
 pub(crate) use history::{ChainCursor, Compared};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};

@@ -180,26 +180,28 @@ impl Log {
         if place.lsn != lsn || place.offset != 0 {
             return Ok(None);
         }
-        let Some(sealed) = self.segment_holding(lsn) else { return Ok(None) };
-        Ok(place_before_seal(&sealed)?.filter(|place| place.lsn == lsn && place.chain == chain))
+        let Some(sealed) = self.segment_holding(lsn).filter(|segment| segment.sealed_last_lsn().is_some()) else {
+            return Ok(None);
+        };
+        Ok(Some(place_before_seal(&sealed)?).filter(|place| place.lsn == lsn && place.chain == chain))
     }
 }
 
-/// The place before the sealing batch of a segment; `None` while it is open.
-fn place_before_seal(segment: &Segment) -> Result<Option<LogPosition>> {
+/// The place before the sealing batch of a segment; while it is open, its end.
+pub(super) fn place_before_seal(segment: &Segment) -> Result<LogPosition> {
     let mut place = start_of(segment);
     place.offset = SEGMENT_HEADER_LEN;
     for batch in BatchIter::new(segment.bytes(SEGMENT_HEADER_LEN..segment.published())?) {
         if batch.header.is_sealing() {
-            return Ok(Some(place));
+            break;
         }
         place = after(place, &batch.header);
     }
-    Ok(None)
+    Ok(place)
 }
 
 /// The place before a segment.
-fn start_of(segment: &Segment) -> LogPosition {
+pub(super) fn start_of(segment: &Segment) -> LogPosition {
     let header = segment.header();
     LogPosition {
         lsn: header.id.first_lsn.previous(),

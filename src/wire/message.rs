@@ -1,6 +1,6 @@
 //! Messages: the bodies of small frames.
 //!
-//! The table at each message is its layout in version 1. A message is exactly as long as its table says: more bytes
+//! The table at each message is its layout in all versions so far. A message is exactly as long as its table says: more bytes
 //! are an error as fewer are. [`SyncRequest`] and [`ErrorMessage`] keep their layout in all versions to come, because
 //! they are read before a version is agreed on; of [`ShardInfo`] that holds for the first two bytes, which say by what
 //! version to read the rest.
@@ -10,7 +10,8 @@ use crate::limits::MAX_ERROR_TEXT_LEN;
 use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
 use crate::wire::codec::{MAX_MESSAGE_LEN, MessageBytes, Writer, choice, message};
 use crate::wire::{
-    BaseComplete, FrameKind, SessionAck, SessionControl, SessionId, SessionKind, VersionRange, WireError,
+    BaseComplete, CommonPoint, EpochHistory, FrameKind, SessionAck, SessionControl, SessionId, SessionKind,
+    VersionRange, WireError,
 };
 
 choice! {
@@ -144,7 +145,8 @@ message! {
         pub session: SessionId,
         /// What the session is for.
         pub session_kind: SessionKind,
-        /// The first LSN that will be sent.
+        /// The first LSN that will be sent. In a catch-up it may stand at or below the asker's newest one, behind the
+        /// [`CommonPoint`] that it has named: it cuts its log there first.
         pub start: Lsn,
         /// The LSN that the session must reach.
         pub target: Lsn,
@@ -446,6 +448,10 @@ messages! {
     SessionAck,
     /// A sign of life.
     Heartbeat,
+    /// Where each epoch of the leader's log ends.
+    EpochHistory,
+    /// Where the follower's log parts from it.
+    CommonPoint,
 }
 
 impl From<ErrorMessage> for Message {

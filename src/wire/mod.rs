@@ -7,6 +7,7 @@
 //! ```text
 //! follower                                         leader
 //!    │ SyncRequest (who, shard, marks, versions) ──▶ │
+//!    │ ◀── EpochHistory, CommonPoint ──▶             │   only where their logs differ: see [`history`]
 //!    │ ◀── ShardInfo (version, topology, session)    │   or Error, and the stream closes
 //!    │ ◀── WalData, Sync, Heartbeat, CaughtUp        │
 //!    │ Ack, SyncAck, SessionAck, Heartbeat ────────▶ │
@@ -16,7 +17,8 @@
 //! # Versions
 //!
 //! The first exchange agrees on a [version](ProtocolVersion): the asker says what it speaks, the answerer picks the
-//! highest that both do ([`VersionRange::negotiate`]) and names it in the first field of `ShardInfo`. Three things keep
+//! highest that both do ([`VersionRange::negotiate`]) and names it in the first field of `ShardInfo`, or of the
+//! [`EpochHistory`] before it. Three things keep
 //! their layout for ever, because they are read before a version is agreed on: the frame header, `SyncRequest` and
 //! `Error`. Everything else has exactly one layout, and one length, per version: a message that is longer or shorter
 //! is an error and never a guess.
@@ -28,6 +30,7 @@
 
 mod codec;
 pub mod frame;
+pub mod history;
 pub mod message;
 pub mod payload;
 #[cfg(test)]
@@ -40,6 +43,7 @@ use std::fmt;
 use crate::error::Error;
 
 pub use frame::{FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind};
+pub use history::{CommonPoint, EpochEnd, EpochHistory};
 pub use message::{
     Ack, CaughtUp, ErrorMessage, Heartbeat, Message, Purpose, ShardInfo, Sync, SyncAck, SyncRequest, WalDataHeader,
 };
@@ -53,13 +57,16 @@ pub use session::{
 #[non_exhaustive]
 #[repr(u16)]
 pub enum ProtocolVersion {
+    /// A follower whose log is no beginning of the leader's is asked where they part ([`EpochHistory`]), and one that makes
+    /// a rebuild durable says so ([`SessionPhase::MakingDurable`]). Nothing else has changed.
+    V2 = 2,
     /// The first.
     V1 = 1,
 }
 
 impl ProtocolVersion {
     /// The newest.
-    pub const NEWEST: ProtocolVersion = ProtocolVersion::V1;
+    pub const NEWEST: ProtocolVersion = ProtocolVersion::V2;
     /// The oldest that is still spoken.
     pub const OLDEST: ProtocolVersion = ProtocolVersion::V1;
 
@@ -282,7 +289,7 @@ mod tests {
             assert_eq!(ours.negotiate(theirs), expected, "{ours:?} {theirs:?}");
             assert_eq!(theirs.negotiate(ours), expected, "{ours:?} {theirs:?}");
         }
-        assert_eq!(PROTOCOL_VERSIONS, range(1, 1));
+        assert_eq!(PROTOCOL_VERSIONS, range(1, 2));
     }
 
     #[test]

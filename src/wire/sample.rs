@@ -133,6 +133,22 @@ pub(crate) fn golden_messages() -> Vec<(Message, &'static str)> {
             "0500000000000000 0800000000000000 0700000000000000 ddccbbaa 0100000098010000",
         ),
         (ErrorMessage::new(RefusalCode::NotRetained, "no é").into(), "0600 6e6f20c3a9"),
+        (
+            EpochHistory::new(
+                2,
+                vec![
+                    EpochEnd { epoch: Epoch(5), lsn: Lsn(0x0807_0605_0403_0201), chain: Chain(0xaabb_ccdd) },
+                    EpochEnd { epoch: Epoch::ZERO, lsn: Lsn(6), chain: Chain(7) },
+                ],
+            )
+            .into(),
+            "0200 02 0500000000000000 0102030405060708 ddccbbaa 0000000000000000 0600000000000000 07000000",
+        ),
+        (
+            CommonPoint { tail_epoch: Epoch(5), lsn: Lsn(6), chain: Chain(0xaabb_ccdd), flags: CommonPoint::FOUND }
+                .into(),
+            "0500000000000000 0600000000000000 ddccbbaa 01",
+        ),
         (Message::StatusRequest, ""),
     ]
 }

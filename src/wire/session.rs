@@ -45,6 +45,8 @@ choice! {
         Completed = 4,
         /// It has given up; `reason` says why.
         Failed = 5,
+        /// It has the base and the log up to the target, and is putting them on stable storage. Since version 2.
+        MakingDurable = 6,
     }
 }
 

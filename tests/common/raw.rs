@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use towline::transport::Connection;
 use towline::wal::{Log, LogEnd};
-use towline::wire::{Ack, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest, WalDataHeader};
+use towline::wire::{
+    Ack, CommonPoint, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest, WalDataHeader,
+};
 use towline::{Chain, Error, Lsn, Manifest, NodeId, RefusalCode, ShardId};
 
 /// The request of a follower of the node with `manifest`, whose log is empty. Change what should be different.
@@ -33,10 +35,26 @@ pub fn continuing(request: SyncRequest, end: LogEnd) -> SyncRequest {
     SyncRequest { received: end.head, durable: end.head, applied: end.head, chain: end.chain, ..request }
 }
 
+/// The answer of a follower that knows of no point that its log shares with the leader's, to the question where they
+/// part. Its newest record is of the epoch in its request.
+pub fn nothing_shared(request: &SyncRequest) -> CommonPoint {
+    CommonPoint { tail_epoch: request.epoch, lsn: Lsn::ZERO, chain: Chain(0), flags: 0 }
+}
+
 /// Sends a request and takes the answer.
 pub fn ask(connection: &mut Connection, request: SyncRequest) -> towline::Result<ShardInfo> {
+    ask_parting(connection, request, nothing_shared(&request).into())
+}
+
+/// Sends a request and takes the answer; if it is asked where the logs part, it says `parting`.
+pub fn ask_parting(connection: &mut Connection, request: SyncRequest, parting: Message) -> towline::Result<ShardInfo> {
     connection.sender.send_message(&Message::SyncRequest(request))?;
-    match connection.receiver.receive_message()? {
+    let mut answer = connection.receiver.receive_message()?;
+    if let Message::EpochHistory(_) = answer {
+        connection.sender.send_message(&parting)?;
+        answer = connection.receiver.receive_message()?;
+    }
+    match answer {
         Message::ShardInfo(info) => Ok(info),
         Message::Error(refusal) => Err(refusal.from_peer(connection.peer.clone())),
         other => panic!("{other:?} answers a request"),
@@ -56,7 +74,9 @@ pub fn next_data(connection: &mut Connection) -> towline::Result<(WalDataHeader,
     loop {
         let header = connection.receiver.receive_header()?;
         if header.kind != FrameKind::WalData {
-            connection.receiver.receive_message_body(header)?;
+            if let Message::Error(refusal) = connection.receiver.receive_message_body(header)? {
+                return Err(refusal.from_peer(connection.peer.clone()));
+            }
             continue;
         }
         let mut fields = [0; WalDataHeader::LEN];

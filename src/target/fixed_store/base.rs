@@ -75,6 +75,26 @@ struct SlotSink {
     block_count: u64,
 }
 
+/// Sets the mark alone: no base is too old any more.
+pub(super) fn give_up(shard: &Arc<Shard>) -> Result<()> {
+    let mut writer = shard.writer.lock();
+    shard.check_sound()?;
+    set_mark(shard)?;
+    writer.set_marked_clean(false);
+    Ok(())
+}
+
+fn set_mark(shard: &Shard) -> Result<()> {
+    shard.update_header(|header| {
+        header.rebuilding = true;
+        header.clean = false;
+        header.applied = Lsn::ZERO;
+    })?;
+    // Readers look at the mark last, so they find it before they find anything gone.
+    shard.rebuilding.store(true, Ordering::SeqCst);
+    Ok(())
+}
+
 /// Sets the mark, empties the shard and opens it for blocks.
 pub(super) fn begin_base(shard: &Arc<Shard>, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
     let mut writer = shard.writer.lock();
@@ -97,13 +117,7 @@ pub(super) fn begin_base(shard: &Arc<Shard>, info: BaseInfo) -> Result<Box<dyn B
             info.base_lsn
         )));
     }
-    shard.update_header(|header| {
-        header.rebuilding = true;
-        header.clean = false;
-        header.applied = Lsn::ZERO;
-    })?;
-    // Readers look at the mark last, so they find it before they find anything gone.
-    shard.rebuilding.store(true, Ordering::SeqCst);
+    set_mark(shard)?;
     shard.index.clear();
     writer.forget();
     writer.set_marked_clean(false);

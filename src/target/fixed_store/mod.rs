@@ -422,6 +422,10 @@ impl ReplicationTarget for FixedStore {
         base::open_base(self.shard(shard)?)
     }
 
+    fn give_up(&self, shard: ShardId) -> Result<()> {
+        base::give_up(self.shard(shard)?)
+    }
+
     fn begin_base(&self, shard: ShardId, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
         base::begin_base(self.shard(shard)?, info)
     }

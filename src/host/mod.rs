@@ -6,7 +6,7 @@
 //!
 //! | observed | event |
 //! |---|---|
-//! | a follower asks to follow | its old session fails, if it is live (`superseded`, or `transport_lost`); `SyncAckReceived` |
+//! | a follower asks to follow | its old session fails, if it is live (`superseded`, or `transport_lost`); `SyncAckReceived`, with where the logs part if they do |
 //! | it was never seen before | first `AssignmentDelivered`, with it, under the same epoch |
 //! | it acknowledges | `SyncAckReceived`; in a catch-up also `SessionProgress`, and `SessionCompleted` at the target |
 //! | it says how its rebuild goes | `SessionProgress`, `SessionCompleted` or `SessionFailed` |
@@ -33,28 +33,31 @@
 //! written to the registry, pins are taken and streams are told to end; nothing else blocks. An acknowledgement in
 //! keep-up takes it once, uncontended unless the same shard has more to say, and allocates nothing.
 
+mod admission;
+mod clock;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use crate::commit::Commit;
-use crate::error::{Error, RefusalCode, Result};
+use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
 use crate::protocol::{
     Assignment, Command, Engine, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Projection,
-    ReadinessObserved, Refusal, ReplicaInfo, Role, Session, SessionId, SessionKind, SessionLimits, Settings, SyncAck,
-    Verdict,
+    ReadinessObserved, ReplicaInfo, Role, Session, SessionId, SessionKind, SessionLimits, Settings, SyncAck, Verdict,
 };
 use crate::registry::Known;
 use crate::retention::{Pin, ShardRetention};
 use crate::shutdown::ShutdownSignal;
 use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
-use crate::wal::{Log, LogPosition, LogWriter, Wal, unix_ms};
-use crate::watermark::{WaitStrategy, Watermark, wait_any};
-use crate::wire::SyncRequest;
+use crate::wal::{Log, LogWriter, Wal, unix_ms};
+use crate::watermark::Watermark;
+use crate::wire::SessionFailure;
+
+pub(crate) use admission::{Admitted, Declined, StreamSignals};
+pub(crate) use clock::Clock;
 
 /// Called with each projection of each shard that changed in more than its numbers.
 pub(crate) type OnProjection = Arc<dyn Fn(&Projection) + Send + Sync>;
@@ -70,52 +73,6 @@ pub(crate) struct HostSettings {
     pub(crate) first_session: u64,
     pub(crate) on_projection: Option<OnProjection>,
     pub(crate) clock: Arc<Clock>,
-}
-
-/// The engine's time, and when the earliest session of a node runs out of it.
-pub(crate) struct Clock {
-    began: Instant,
-    /// Until when `tl-proto` waits; later than everything while it makes up its mind.
-    armed: AtomicU64,
-    /// Moves when something runs out of time before that.
-    wake: Watermark,
-}
-
-impl Clock {
-    pub(crate) fn new() -> Clock {
-        Clock { began: Instant::now(), armed: AtomicU64::new(u64::MAX), wake: Watermark::default() }
-    }
-
-    fn now(&self) -> Millis {
-        Millis(u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX))
-    }
-
-    fn moment(&self, at: Millis) -> Option<Instant> {
-        self.began.checked_add(Duration::from_millis(at.0))
-    }
-
-    fn arm(&self, deadline: Option<Millis>) {
-        if deadline.is_some_and(|deadline| deadline.0 < self.armed.load(Ordering::SeqCst)) {
-            self.wake.advance(self.wake.load().next());
-        }
-    }
-
-    /// The thread `tl-proto`: fails what has run out of time. Waits for the earliest deadline of all hosts, or for an
-    /// earlier one.
-    pub(crate) fn run(&self, hosts: &[Arc<Host>], stop: &ShutdownSignal) {
-        while !stop.is_shutdown() {
-            let wake = self.wake.load().next();
-            // Any deadline that is set from here on wakes this thread, until what it waits for is known.
-            self.armed.store(u64::MAX, Ordering::SeqCst);
-            let earliest = hosts.iter().filter_map(|host| host.next_deadline()).min();
-            self.armed.store(earliest.map_or(u64::MAX, |at| at.0), Ordering::SeqCst);
-            let conditions = [stop.until(), self.wake.until(wake)];
-            wait_any(&conditions, WaitStrategy::Park, earliest.and_then(|at| self.moment(at)));
-            for host in hosts {
-                host.tick();
-            }
-        }
-    }
 }
 
 /// One shard's engine, and what its commands have brought about.
@@ -157,7 +114,7 @@ struct Member {
 /// The stream that serves a follower.
 struct Open {
     id: u64,
-    over: ShutdownSignal,
+    signals: StreamSignals,
 }
 
 /// Names one stream of one follower.
@@ -166,20 +123,6 @@ pub(crate) struct StreamKey {
     node: NodeId,
     id: u64,
 }
-
-/// A follower that is served from now on.
-#[derive(Debug)]
-pub(crate) struct Admitted {
-    pub(crate) stream: StreamKey,
-    /// The session, as issued.
-    pub(crate) session: Session,
-    /// Where its log goes on in the leader's; a rebuild does not look at it.
-    pub(crate) place: Option<LogPosition>,
-}
-
-/// A follower that is not served: what it is told.
-#[derive(Debug)]
-pub(crate) struct Declined(pub(crate) RefusalCode, pub(crate) String);
 
 impl Host {
     /// A host to which nothing has been assigned yet.
@@ -231,161 +174,12 @@ impl Host {
         self.settle();
     }
 
-    /// Decides about a follower that asks to follow on a stream that `over` ends. What is decided holds until
-    /// [`stream_ended`](Self::stream_ended), which the caller owes.
-    pub(crate) fn admit(
-        &self,
-        request: &SyncRequest,
-        endpoint: &str,
-        over: &ShutdownSignal,
-    ) -> Result<Admitted, Declined> {
-        let mut state = self.state.lock();
-        let admitted = self.admit_locked(&mut state, request, endpoint, over);
-        drop(state);
-        self.settle();
-        admitted
-    }
-
-    fn admit_locked(
-        &self,
-        state: &mut State,
-        request: &SyncRequest,
-        endpoint: &str,
-        over: &ShutdownSignal,
-    ) -> Result<Admitted, Declined> {
-        let node = request.node;
-        let known = self.make_member(state, node, endpoint)?;
-        self.end_stream_before(state, node);
-        let (tail, head) = (state.log.tail(), state.log.head());
-        let place = state.log.position_after(request.received, request.chain).ok().flatten();
-        let durable = request.durable.min(request.received);
-        known.note(self.shard, durable, request.applied, unix_ms());
-        known.set_lost_place(self.shard, known.position(self.shard).next() < tail);
-        let facts = SyncAck {
-            epoch: state.assignment.epoch,
-            replica: node,
-            follower: FollowerFacts {
-                received: request.received,
-                durable,
-                applied: request.applied,
-                committed: Lsn::ZERO,
-                chain: request.chain,
-                // The highest epoch that it has accepted, which is at least that of its newest record.
-                tail_epoch: if request.received == Lsn::ZERO { Epoch::ZERO } else { request.epoch },
-                base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,
-            },
-            leader: LeaderFacts {
-                tail,
-                head,
-                chain_at_received: place.map(|_| request.chain),
-                common: None,
-                cut_possible: false,
-            },
-        };
-        self.apply(state, &Event::SyncAckReceived(facts));
-        let refusal = state.engine.replica(node).and_then(|replica| replica.refusal);
-        let session = state.engine.session(node).filter(|_| refusal.is_none());
-        let Some(session) = session.filter(|session| session.phase.is_live()) else {
-            return Err(self.declined(refusal, request, tail, head));
-        };
-        if session.kind == SessionKind::Rebuild {
-            // Until it is known where its log begins, it needs none.
-            known.set_lost_place(self.shard, true);
-        } else if place.is_none() {
-            // An empty log that began with another chain than this one.
-            self.fail_session(state, node, FailureReason::LocalWalCorrupt);
-            return Err(self.declined(Some(Refusal::Diverged), request, tail, head));
-        }
-        state.streams += 1;
-        let stream = StreamKey { node, id: state.streams };
-        if let Some(member) = state.member(node) {
-            member.stream = Some(Open { id: stream.id, over: over.clone() });
-        }
-        self.report_connected(state);
-        Ok(Admitted { stream, session, place })
-    }
-
-    /// The follower as a member of the assignment; one that is new is remembered first, for good.
-    fn make_member(&self, state: &mut State, node: NodeId, endpoint: &str) -> Result<Arc<Known>, Declined> {
-        if let Some(member) = state.member(node) {
-            return Ok(Arc::clone(&member.known));
-        }
-        if self.settings.members.as_ref().is_some_and(|members| !members.contains(&node)) {
-            return Err(Declined(
-                RefusalCode::WrongTopology,
-                format!("node {node} is not among the followers that this leader was told to have"),
-            ));
-        }
-        let full =
-            |error: &Error| if error.is_permanent() { RefusalCode::TooManyConnections } else { RefusalCode::Internal };
-        let known = self.retention.registry().add(node);
-        let known = known.map_err(|error| Declined(full(&error), error.to_string()))?;
-        state.assignment.replicas.push(ReplicaInfo { node, endpoint: endpoint.to_owned() });
-        self.deliver_assignment(state);
-        Ok(known)
-    }
-
-    /// A newer stream takes over: the session of the one before fails, and the stream ends.
-    fn end_stream_before(&self, state: &mut State, node: NodeId) {
-        let before = state.member(node).and_then(|member| member.stream.take());
-        let reason = if before.is_some() { FailureReason::Superseded } else { FailureReason::TransportLost };
-        self.fail_session(state, node, reason);
-        if let Some(before) = before {
-            log::info!("node {node}, shard {}: a newer stream takes over", self.shard);
-            before.over.shutdown();
-        }
-    }
-
-    /// What a follower without a session is told.
-    fn declined(&self, refusal: Option<Refusal>, request: &SyncRequest, tail: Lsn, head: Lsn) -> Declined {
-        let shard = self.shard;
-        match refusal {
-            Some(Refusal::LeaderBehind) if request.received > head || request.durable.max(request.applied) > head => {
-                Declined(
-                    RefusalCode::LeaderBehind,
-                    format!(
-                        "you have shard {shard} up to LSN {}, but this leader only up to {head} under the same epoch: \
-                         it has lost data, and nothing is overwritten; make a node with the longer log the leader",
-                        request.received.max(request.applied)
-                    ),
-                )
-            }
-            Some(Refusal::LeaderBehind | Refusal::Diverged) => Declined(
-                RefusalCode::Diverged,
-                format!(
-                    "at LSN {} of shard {shard} your history (chain {:08x}) is not this leader's; nothing is overwritten",
-                    request.received, request.chain.0
-                ),
-            ),
-            Some(Refusal::NewerEpoch) => Declined(
-                RefusalCode::StaleEpoch,
-                format!("epoch {} has been seen: this node is deposed", request.epoch),
-            ),
-            Some(Refusal::SessionIdsExhausted) => {
-                Declined(RefusalCode::Internal, "this leader has no session ids left".to_owned())
-            }
-            None => self.not_retained(request, tail, head),
-        }
-    }
-
-    /// What a follower is told whose next record is gone, where no base can be given either.
-    pub(crate) fn not_retained(&self, request: &SyncRequest, tail: Lsn, head: Lsn) -> Declined {
-        Declined(
-            RefusalCode::NotRetained,
-            format!(
-                "LSN {} of shard {} is no longer retained (LSN {tail} to {head} are); start with a copy of a newer state",
-                request.received.next(),
-                self.shard
-            ),
-        )
-    }
-
     /// Takes in what a follower acknowledges, whose marks the caller has found to be possible.
     pub(crate) fn acknowledge(&self, stream: StreamKey, received: Lsn, durable: Lsn, applied: Lsn, chain: Chain) {
         let mut state = self.state.lock();
         let epoch = state.assignment.epoch;
         let Some(member) = state.member(stream.node).filter(|member| member.is_served_by(stream)) else { return };
-        if member.stream.as_ref().is_some_and(|open| open.over.is_shutdown()) {
+        if member.stream.as_ref().is_some_and(|open| open.signals.over.is_shutdown()) {
             // What arrives on a stream that has been ended decides nothing any more.
             return;
         }
@@ -414,7 +208,7 @@ impl Host {
                 let Session { id: session, epoch, progress, .. } = session;
                 let progress = Progress { achieved: facts.follower.position().min(facts.leader.head), ..progress };
                 let replica = stream.node;
-                self.apply(&mut state, &Event::SessionProgress { epoch, replica, session, progress });
+                self.apply(&mut state, &progress_of(epoch, replica, session, progress));
             }
             _ => {}
         }
@@ -434,7 +228,7 @@ impl Host {
         let (epoch, head) = (session.epoch, facts.leader.head);
         let achieved = facts.follower.position().min(head);
         let progress = Progress { achieved, base_blocks: 0 };
-        self.apply(state, &Event::SessionProgress { epoch, replica, session: session.id, progress });
+        self.apply(state, &progress_of(epoch, replica, session.id, progress));
         if achieved >= session.target {
             let durable = facts.follower.durable;
             let completed = Event::SessionCompleted { epoch, replica, session: session.id, achieved, durable, head };
@@ -489,7 +283,19 @@ impl Host {
         let mut state = self.state.lock();
         if let Some(Session { id: session, epoch, progress, .. }) = state.rebuild_of(stream, SessionId(session)) {
             let (replica, progress) = (stream.node, Progress { base_blocks, ..progress });
-            self.apply(&mut state, &Event::SessionProgress { epoch, replica, session, progress });
+            self.apply(&mut state, &progress_of(epoch, replica, session, progress));
+        }
+        drop(state);
+        self.settle();
+    }
+
+    /// A rebuild's follower has everything, and makes it durable.
+    pub(crate) fn rebuild_makes_durable(&self, stream: StreamKey, session: u64) {
+        let mut state = self.state.lock();
+        if let Some(Session { id: session, epoch, progress, .. }) = state.rebuild_of(stream, SessionId(session)) {
+            let replica = stream.node;
+            let event = Event::SessionProgress { epoch, replica, session, progress, making_durable: true };
+            self.apply(&mut state, &event);
         }
         drop(state);
         self.settle();
@@ -586,7 +392,7 @@ impl Host {
     /// The streams that stand.
     pub(crate) fn streams(&self) -> Vec<ShutdownSignal> {
         let state = self.state.lock();
-        state.members.iter().filter_map(|member| Some(member.stream.as_ref()?.over.clone())).collect()
+        state.members.iter().filter_map(|member| Some(member.stream.as_ref()?.signals.over.clone())).collect()
     }
 
     /// How the shard stands.
@@ -703,7 +509,7 @@ impl Host {
                 if reason.is_some()
                     && let Some(stream) = &member.stream
                 {
-                    stream.over.shutdown();
+                    stream.signals.over.shutdown();
                 }
             }
             // The terms are the answer to the follower's request, which is being decided about.
@@ -730,7 +536,7 @@ impl Host {
         }
         for left in before {
             if let Some(stream) = left.stream {
-                stream.over.shutdown();
+                stream.signals.over.shutdown();
             }
         }
     }
@@ -804,7 +610,7 @@ impl State {
     /// The rebuild that a stream serves, while it is live.
     fn rebuild_of(&mut self, stream: StreamKey, session: SessionId) -> Option<Session> {
         let open = self.member(stream.node)?.stream.as_ref()?;
-        if open.id != stream.id || open.over.is_shutdown() {
+        if open.id != stream.id || open.signals.over.is_shutdown() {
             return None;
         }
         let current = self.engine.session(stream.node)?;
@@ -826,8 +632,28 @@ impl State {
     }
 }
 
+fn progress_of(epoch: Epoch, replica: NodeId, session: SessionId, progress: Progress) -> Event {
+    Event::SessionProgress { epoch, replica, session, progress, making_durable: false }
+}
+
 impl Member {
     fn is_served_by(&self, stream: StreamKey) -> bool {
         self.stream.as_ref().is_some_and(|open| open.id == stream.id)
+    }
+}
+
+/// The follower's word for why a session failed, as the engine says it.
+pub(crate) fn reason_of(failure: SessionFailure) -> FailureReason {
+    match failure {
+        SessionFailure::EpochMismatch => FailureReason::EpochMismatch,
+        SessionFailure::TransportLost => FailureReason::TransportLost,
+        SessionFailure::ProgressStalled => FailureReason::ProgressStalled,
+        SessionFailure::DeadlineExceeded => FailureReason::DeadlineExceeded,
+        SessionFailure::PinLost => FailureReason::PinLost,
+        SessionFailure::BaseUnavailable => FailureReason::BaseUnavailable,
+        SessionFailure::LocalWalCorrupt => FailureReason::LocalWalCorrupt,
+        SessionFailure::LocalBaseCorrupt => FailureReason::LocalBaseCorrupt,
+        SessionFailure::Superseded => FailureReason::Superseded,
+        SessionFailure::None | SessionFailure::Cancelled => FailureReason::Cancelled,
     }
 }

@@ -1,0 +1,228 @@
+//! Admission: a follower asks to follow, the engine decides, and the answer is made.
+//!
+//! A follower's request tells where its log ends. Where the leader's log does not hold that point, the server first finds
+//! out where the two part (see [`parting`](crate::parting)); the engine then decides by what both sides have shown.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Host, Open, State, StreamKey};
+use crate::error::{Error, RefusalCode};
+use crate::parting::Parting;
+use crate::protocol::{
+    Event, FailureReason, FollowerFacts, LeaderFacts, Refusal, ReplicaInfo, Session, SessionKind, SyncAck,
+};
+use crate::registry::Known;
+use crate::shutdown::ShutdownSignal;
+use crate::types::{Epoch, Lsn, NodeId};
+use crate::wal::{LogPosition, unix_ms};
+use crate::wire::SyncRequest;
+
+/// How long a stream that a newer one replaces may take to tell its follower. Only a peer that reads nothing needs more
+/// than a moment, and is then told nothing.
+const FAREWELL: Duration = Duration::from_millis(250);
+
+/// A follower that is served from now on.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) stream: StreamKey,
+    /// The session, as issued.
+    pub(crate) session: Session,
+    /// Where its log goes on in the leader's; a rebuild does not look at it.
+    pub(crate) place: Option<LogPosition>,
+}
+
+/// A follower that is not served: what it is told.
+#[derive(Debug)]
+pub(crate) struct Declined(pub(crate) RefusalCode, pub(crate) String);
+
+/// The signals of one stream.
+#[derive(Clone)]
+pub(crate) struct StreamSignals {
+    /// The stream is over; its socket is closed.
+    pub(crate) over: ShutdownSignal,
+    /// A newer stream of the same follower takes over: the shipper tells the follower and leaves.
+    pub(crate) superseded: ShutdownSignal,
+}
+
+impl Host {
+    /// Decides about a follower that asks to follow on a stream with these signals. `parting` is where its log parts from
+    /// this one, if that was found out. What is decided holds until [`stream_ended`](Self::stream_ended), which the caller
+    /// owes.
+    ///
+    /// An older stream of the follower is over when this returns.
+    pub(crate) fn admit(
+        &self,
+        request: &SyncRequest,
+        parting: Option<&Parting>,
+        endpoint: &str,
+        signals: &StreamSignals,
+    ) -> Result<Admitted, Declined> {
+        let mut state = self.state.lock();
+        let before = state.member(request.node).and_then(|member| member.stream.take());
+        let admitted = self.admit_locked(&mut state, request, parting, endpoint, (signals, before.as_ref()));
+        drop(state);
+        self.settle();
+        if let Some(before) = before
+            && !before.signals.over.wait_timeout(FAREWELL)
+        {
+            before.signals.over.shutdown();
+        }
+        admitted
+    }
+
+    fn admit_locked(
+        &self,
+        state: &mut State,
+        request: &SyncRequest,
+        parting: Option<&Parting>,
+        endpoint: &str,
+        (signals, before): (&StreamSignals, Option<&Open>),
+    ) -> Result<Admitted, Declined> {
+        let node = request.node;
+        self.end_stream_before(state, node, before);
+        let known = self.make_member(state, node, endpoint)?;
+        let (tail, head) = (state.log.tail(), state.log.head());
+        let place = state.log.position_after(request.received, request.chain).ok().flatten();
+        let common = parting.and_then(|parting| parting.common);
+        let durable = request.durable.min(request.received);
+        // What is behind the common point is no position in this log.
+        let shared = common.map_or(Lsn::MAX, |place| place.lsn);
+        known.note(self.shard, durable.min(shared), request.applied.min(shared), unix_ms());
+        known.set_lost_place(self.shard, known.position(self.shard).next() < tail);
+        let facts = SyncAck {
+            epoch: state.assignment.epoch,
+            replica: node,
+            follower: FollowerFacts {
+                received: request.received,
+                durable,
+                applied: request.applied,
+                committed: Lsn::ZERO,
+                chain: request.chain,
+                tail_epoch: match parting {
+                    Some(parting) => parting.tail_epoch,
+                    None if request.received == Lsn::ZERO => Epoch::ZERO,
+                    // The highest that it has accepted, which is at least that of its newest record.
+                    None => request.epoch,
+                },
+                base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,
+            },
+            leader: LeaderFacts {
+                tail,
+                head,
+                chain_at_received: place.map(|_| request.chain),
+                common: common.map(|place| place.lsn),
+                cut_possible: parting.is_some_and(|parting| parting.cut_possible),
+            },
+        };
+        self.apply(state, &Event::SyncAckReceived(facts));
+        let refusal = state.engine.replica(node).and_then(|replica| replica.refusal);
+        let session = state.engine.session(node).filter(|_| refusal.is_none());
+        let Some(session) = session.filter(|session| session.phase.is_live()) else {
+            return Err(self.declined(refusal, request, parting, (tail, head)));
+        };
+        let place = session.cut.map_or(place, |_| common);
+        if session.kind == SessionKind::Rebuild {
+            // Until it is known where its log begins, it needs none.
+            known.set_lost_place(self.shard, true);
+        } else if place.is_none() {
+            // An empty log that began with another chain than this one.
+            self.fail_session(state, node, FailureReason::LocalWalCorrupt);
+            return Err(self.declined(Some(Refusal::Diverged), request, parting, (tail, head)));
+        }
+        state.streams += 1;
+        let stream = StreamKey { node, id: state.streams };
+        if let Some(member) = state.member(node) {
+            member.stream = Some(Open { id: stream.id, signals: signals.clone() });
+        }
+        self.report_connected(state);
+        Ok(Admitted { stream, session, place })
+    }
+
+    /// The follower as a member of the assignment; one that is new is remembered first, for good.
+    fn make_member(&self, state: &mut State, node: NodeId, endpoint: &str) -> Result<Arc<Known>, Declined> {
+        if let Some(member) = state.member(node) {
+            return Ok(Arc::clone(&member.known));
+        }
+        if self.settings.members.as_ref().is_some_and(|members| !members.contains(&node)) {
+            return Err(Declined(
+                RefusalCode::WrongTopology,
+                format!("node {node} is not among the followers that this leader was told to have"),
+            ));
+        }
+        let full =
+            |error: &Error| if error.is_permanent() { RefusalCode::TooManyConnections } else { RefusalCode::Internal };
+        let known = self.retention.registry().add(node);
+        let known = known.map_err(|error| Declined(full(&error), error.to_string()))?;
+        state.assignment.replicas.push(ReplicaInfo { node, endpoint: endpoint.to_owned() });
+        self.deliver_assignment(state);
+        Ok(known)
+    }
+
+    /// A newer stream takes over: the session of the one before fails, and its follower is told.
+    fn end_stream_before(&self, state: &mut State, node: NodeId, before: Option<&Open>) {
+        let reason = if before.is_some() { FailureReason::Superseded } else { FailureReason::TransportLost };
+        self.fail_session(state, node, reason);
+        if let Some(before) = before {
+            log::info!("node {node}, shard {}: a newer stream takes over", self.shard);
+            before.signals.superseded.shutdown();
+        }
+    }
+
+    /// What a follower without a session is told.
+    fn declined(
+        &self,
+        refusal: Option<Refusal>,
+        request: &SyncRequest,
+        parting: Option<&Parting>,
+        (tail, head): (Lsn, Lsn),
+    ) -> Declined {
+        let shard = self.shard;
+        match refusal {
+            Some(Refusal::LeaderBehind) if request.received > head || request.durable.max(request.applied) > head => {
+                Declined(
+                    RefusalCode::LeaderBehind,
+                    format!(
+                        "you have shard {shard} up to LSN {}, but this leader only up to {head} under the same epoch: \
+                         it has lost data, and nothing is overwritten; make a node with the longer log the leader",
+                        request.received.max(request.applied)
+                    ),
+                )
+            }
+            Some(Refusal::LeaderBehind | Refusal::Diverged) => Declined(
+                RefusalCode::Diverged,
+                format!(
+                    "at LSN {} of shard {shard} your history (chain {:08x}) is not this leader's{}; nothing is \
+                     overwritten",
+                    request.received,
+                    request.chain.0,
+                    match parting.map(|parting| parting.common) {
+                        Some(Some(common)) => format!(", which shares it up to LSN {}", common.lsn),
+                        Some(None) => ", and no point is known up to which they are one".to_owned(),
+                        None => String::new(),
+                    }
+                ),
+            ),
+            Some(Refusal::NewerEpoch) => Declined(
+                RefusalCode::StaleEpoch,
+                format!("epoch {} has been seen: this node is deposed", request.epoch),
+            ),
+            Some(Refusal::SessionIdsExhausted) => {
+                Declined(RefusalCode::Internal, "this leader has no session ids left".to_owned())
+            }
+            None => self.not_retained(request, tail, head),
+        }
+    }
+
+    /// What a follower is told whose next record is gone, where no base can be given either.
+    pub(crate) fn not_retained(&self, request: &SyncRequest, tail: Lsn, head: Lsn) -> Declined {
+        Declined(
+            RefusalCode::NotRetained,
+            format!(
+                "LSN {} of shard {} is no longer retained (LSN {tail} to {head} are); start with a copy of a newer state",
+                request.received.next(),
+                self.shard
+            ),
+        )
+    }
+}

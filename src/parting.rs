@@ -1,0 +1,200 @@
+//! Where two logs part: the exchange by which a leader learns it of a follower whose log is no beginning of its own.
+//!
+//! It happens in the handshake, and only then: after an epoch has ended with records that never reached the next leader,
+//! the node that has them follows, and its log must be [cut](crate::wal::cut) at the common point or given up. The leader
+//! tells where the epochs of its log end ([`EpochHistory`]), the follower names the newest point that its own log shares
+//! with that ([`CommonPoint`]), and the leader looks the point up in its log: by LSN and chain, so that it is proven on
+//! both sides. What then happens is the [decision](crate::protocol::decide) of the protocol engine.
+//!
+//! The follower looks after itself all the same. It cuts only at the point that it has named, only for a leader of a newer
+//! epoch than its own newest record, and never what its target has applied.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::receiver::refusal;
+use crate::transport::{FrameReceiver, FrameSender};
+use crate::types::{Epoch, Lsn};
+use crate::wal::{Log, LogPosition};
+use crate::wire::{CommonPoint, EpochEnd, EpochHistory, Message, ProtocolVersion, SessionKind, ShardInfo, SyncRequest};
+
+/// Where a follower's log parts from the leader's, as both have found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Parting {
+    /// The epoch of the follower's newest record.
+    pub(crate) tail_epoch: Epoch,
+    /// The newest place known to be in both logs.
+    pub(crate) common: Option<LogPosition>,
+    /// The follower has applied nothing behind it to its base.
+    pub(crate) cut_possible: bool,
+}
+
+// The leader's side --------------------------------------------------------------------------------------------------
+
+/// Asks a follower where its log parts from `log`, if it is not a beginning of it and its version knows the question.
+/// Logs that no longer reach each other are not compared.
+///
+/// # Errors
+///
+/// What ended the stream, or a follower that answers something else.
+pub(crate) fn ask_where_logs_part(
+    log: &Log,
+    request: &SyncRequest,
+    version: u16,
+    sender: &mut dyn FrameSender,
+    receiver: &mut dyn FrameReceiver,
+) -> Result<Option<Parting>> {
+    if version < ProtocolVersion::V2.to_wire() || is_beginning_of(log, request) {
+        return Ok(None);
+    }
+    let end = |place: LogPosition| EpochEnd { epoch: place.epoch, lsn: place.lsn, chain: place.chain };
+    let mut ends: Vec<_> = log.epoch_ends()?.into_iter().map(end).collect();
+    if let Some(beginning) = ends.last_mut() {
+        beginning.epoch = Epoch::ZERO;
+    }
+    sender.send_message(&Message::EpochHistory(EpochHistory::new(version, ends)))?;
+    let answer = match receiver.receive_message()? {
+        Message::CommonPoint(answer) => answer,
+        other => return Err(refusal(receiver.peer(), other)),
+    };
+    let named = answer.flags & CommonPoint::FOUND != 0 && answer.lsn <= request.received;
+    let common = if named { log.position_after(answer.lsn, answer.chain).ok().flatten() } else { None };
+    log::info!(
+        "node {}, shard {}: its log ends with LSN {} of epoch {}, and parts from this one behind LSN {}",
+        request.node,
+        request.shard,
+        request.received,
+        answer.tail_epoch,
+        common.map_or_else(|| "(none that is known)".to_owned(), |place| place.lsn.to_string())
+    );
+    Ok(Some(Parting {
+        tail_epoch: answer.tail_epoch,
+        common,
+        cut_possible: common.is_some() && answer.flags & CommonPoint::CUT_POSSIBLE != 0,
+    }))
+}
+
+/// Whether what the follower has is a beginning of this log, or can no longer be compared with it.
+fn is_beginning_of(log: &Log, SyncRequest { received, durable, applied, chain, .. }: &SyncRequest) -> bool {
+    if *received.max(durable).max(applied) > log.head() {
+        return false;
+    }
+    let comparable = *received > Lsn::ZERO && received.next() >= log.tail();
+    !comparable || log.position_after(*received, *chain).ok().flatten().is_some()
+}
+
+// The follower's side ------------------------------------------------------------------------------------------------
+
+/// What a follower has, for the leader that asks where logs part.
+pub(crate) struct OwnHistory<'a> {
+    pub(crate) log: &'a Arc<Log>,
+    /// Up to where the target has applied something that cannot be taken back.
+    pub(crate) applied: Lsn,
+}
+
+/// What a follower has told of its history in a handshake.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Told {
+    /// The epoch of its newest record.
+    tail_epoch: Epoch,
+    /// The point that it has named: a place in its own log.
+    common: Option<LogPosition>,
+    applied: Lsn,
+}
+
+/// Sends a request to follow and takes the answer: `ShardInfo`, or a refusal. On the way there the leader may ask where
+/// the logs part.
+///
+/// # Errors
+///
+/// The refusal, or what ended the stream.
+pub(crate) fn exchange(
+    (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
+    request: SyncRequest,
+    timeout: Duration,
+    own: &OwnHistory<'_>,
+) -> Result<(ShardInfo, Option<Told>)> {
+    receiver.set_timeout(Some(timeout))?;
+    sender.send_message(&Message::SyncRequest(request))?;
+    let mut told = None;
+    loop {
+        match receiver.receive_message()? {
+            Message::ShardInfo(info) => return Ok((info, told)),
+            Message::EpochHistory(history) if told.is_none() => {
+                let (answer, point) = own.answer(&history)?;
+                sender.send_message(&Message::CommonPoint(answer))?;
+                told = Some(point);
+            }
+            other => return Err(refusal(receiver.peer(), other)),
+        }
+    }
+}
+
+impl OwnHistory<'_> {
+    fn answer(&self, history: &EpochHistory) -> Result<(CommonPoint, Told)> {
+        let ends = self.log.epoch_ends()?;
+        let newest = ends.first().filter(|_| self.log.head() > Lsn::ZERO);
+        let tail_epoch = newest.map_or(Epoch::ZERO, |end| end.epoch);
+        let common = history.ends.iter().find_map(|end| self.shared_at(&ends, end));
+        let mut flags = 0;
+        if let Some(place) = common {
+            flags |= CommonPoint::FOUND;
+            // A log that begins past LSN 1 and keeps nothing would not know its chain.
+            let keeps_some = place.lsn == Lsn::ZERO || place.segment > self.log.tail() || place.offset > 0;
+            if self.applied <= place.lsn && keeps_some {
+                flags |= CommonPoint::CUT_POSSIBLE;
+            }
+        }
+        let answer = CommonPoint {
+            tail_epoch,
+            lsn: common.map_or(Lsn::ZERO, |place| place.lsn),
+            chain: common.map_or_else(Default::default, |place| place.chain),
+            flags,
+        };
+        Ok((answer, Told { tail_epoch, common, applied: self.applied }))
+    }
+
+    /// The place in the own log that the leader's history allows for at the end of one of its epochs.
+    fn shared_at(&self, own: &[LogPosition], end: &EpochEnd) -> Option<LogPosition> {
+        let of_epoch = |place: &&LogPosition| place.epoch == end.epoch && end.epoch > Epoch::ZERO;
+        match own.iter().find(of_epoch) {
+            // All that this log has of the epoch, which the leader has too: one node alone wrote under it.
+            Some(place) if place.lsn <= end.lsn => Some(*place),
+            _ => self.log.position_after(end.lsn, end.chain).ok().flatten(),
+        }
+    }
+}
+
+impl Told {
+    /// Where this log is to be cut before what `info` announces can follow, if it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Protocol`] if it would cut what must not be cut.
+    pub(crate) fn cut_asked(&self, peer: &str, info: &ShardInfo, head: Lsn) -> Result<Option<LogPosition>> {
+        if info.session_kind != SessionKind::CatchUp || info.start > head {
+            return Ok(None);
+        }
+        let here = self.common.filter(|place| {
+            place.lsn.next() == info.start && (place.segment, place.offset) == (info.start_segment, info.start_offset)
+        });
+        match here {
+            Some(place) if self.gives_way_to(info.epoch) && self.applied <= place.lsn => Ok(Some(place)),
+            _ => Err(Error::protocol(
+                peer,
+                format!(
+                    "under epoch {} it would send from LSN {} on, where this log has records of epoch {} up to LSN {head}, \
+                     up to {} of them applied, and no point to cut it was agreed on",
+                    info.epoch, info.start, self.tail_epoch, self.applied
+                ),
+            )),
+        }
+    }
+
+    /// Whether what this node has beyond the leader's history may be given up for a leader of this epoch: its records are
+    /// of an older one, and both logs have been shown to have been one.
+    pub(crate) fn gives_way_to(&self, epoch: Epoch) -> bool {
+        epoch > self.tail_epoch && self.common.is_some()
+    }
+}
