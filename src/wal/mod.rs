@@ -27,6 +27,7 @@ use std::time::Duration;
 
 pub mod batch;
 mod compare;
+mod cut;
 mod log;
 #[cfg(test)]
 mod log_fixture;
@@ -207,11 +208,11 @@ impl Wal {
         let lock = lock_directory(directory)?;
         let (segments, others) = walk::list(directory)?;
         // The newest first: what a crash leaves is a beginning of the old log, which is a log.
-        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(
-            others
-                .into_iter()
-                .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name)),
-        );
+        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(others.into_iter().filter(|path| {
+            path.file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| cut::is_spare_name(name) || cut::is_staged_name(name))
+        }));
         for path in paths {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
