@@ -33,7 +33,7 @@
 //! ```
 
 mod in_process;
-mod segment;
+pub(crate) mod segment;
 mod tcp;
 #[cfg(test)]
 mod tests;

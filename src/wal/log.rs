@@ -200,7 +200,7 @@ impl Log {
     }
 
     /// The segment that begins with `lsn`.
-    pub(super) fn segment_beginning(&self, lsn: Lsn) -> Option<Arc<Segment>> {
+    pub(crate) fn segment_beginning(&self, lsn: Lsn) -> Option<Arc<Segment>> {
         self.segment_holding(lsn).filter(|segment| segment.id().first_lsn == lsn)
     }
 

@@ -32,6 +32,7 @@ mod log;
 #[cfg(test)]
 mod log_fixture;
 mod mapping;
+pub(crate) mod mend;
 mod reader;
 mod recovery;
 pub mod scan;
@@ -286,7 +287,7 @@ impl Drop for Wal {
 pub(crate) const LOCK_FILE: &str = "LOCK";
 
 /// Takes a shard's directory for one log. The lock goes with the file, also when the process is killed.
-fn lock_directory(directory: &Path) -> Result<Arc<File>> {
+pub(crate) fn lock_directory(directory: &Path) -> Result<Arc<File>> {
     let path = directory.join(LOCK_FILE);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.map_err(Error::io("create", &path))?;

@@ -32,7 +32,7 @@ use crate::limits::{
 };
 use crate::wire::codec::MAX_MESSAGE_LEN;
 use crate::wire::{
-    Ack, BaseComplete, BaseDataHeader, CaughtUp, Heartbeat, SegmentPieceHeader, SessionAck, SessionControl, ShardInfo,
+    Ack, BaseComplete, BaseDataHeader, CaughtUp, Heartbeat, SegmentPieceHeader, SegmentRange, SessionAck, SessionControl, ShardInfo,
     Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
 };
 
@@ -112,6 +112,8 @@ kinds! {
     Status = 15, at most MAX_STATUS_LEN;
     /// A [`SegmentPieceHeader`] and bytes of a whole sealed segment.
     Segment = 16, at most len(SegmentPieceHeader::LEN) + MAX_SEGMENT_PIECE_LEN;
+    /// Asks for bytes of a segment, and begins the answer: a [`SegmentRange`].
+    SegmentRange = 17, at most len(SegmentRange::LEN);
 }
 
 /// The length of a message as a frame length.
@@ -251,11 +253,11 @@ mod tests {
     #[test]
     fn the_numbers_of_the_kinds() {
         let numbers: Vec<u8> = FrameKind::ALL.iter().map(|kind| kind.to_wire()).collect();
-        assert_eq!(numbers, (1..=16).collect::<Vec<u8>>());
+        assert_eq!(numbers, (1..=17).collect::<Vec<u8>>());
         for number in 0..=u8::MAX {
             assert_eq!(
                 FrameKind::from_wire(number).map(FrameKind::to_wire),
-                (1..=16).contains(&number).then_some(number)
+                (1..=17).contains(&number).then_some(number)
             );
         }
     }
