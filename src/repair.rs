@@ -184,12 +184,7 @@ struct LazyPeer<'a> {
 }
 
 impl Source for LazyPeer<'_> {
-    fn fetch(
-        &mut self,
-        segment: Lsn,
-        range: Range<u64>,
-        put: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
-    ) -> Result<u64> {
+    fn fetch(&mut self, segment: Lsn, range: Range<u64>, put: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<u64> {
         let peer = match &mut self.peer {
             Some(peer) => peer,
             None => {

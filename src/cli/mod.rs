@@ -11,6 +11,7 @@ mod inspect;
 mod kv;
 mod leader;
 mod progress;
+mod repair;
 mod scan;
 mod status;
 mod tail;
@@ -58,6 +59,7 @@ enum Command {
     Status(status::Status),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
+    Repair(repair::Repair),
     Bench(bench::Bench),
 }
 
@@ -75,6 +77,7 @@ pub fn run() -> ExitCode {
         Command::Status(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Verify(command) => command.run(),
+        Command::Repair(command) => command.run(),
         Command::Bench(command) => command.run(),
     };
     match outcome {

@@ -234,7 +234,8 @@ fn sound_range(log: &Log, asked: SegmentRange) -> Result<(Arc<Segment>, Range<u6
     let published = segment.published();
     let end = asked.offset.saturating_add(asked.len).min(published);
     let range = asked.offset.min(end)..end;
-    let sound = sound_end(&segment, end).map_err(|error| ErrorMessage::new(RefusalCode::Internal, error.to_string()))?;
+    let sound =
+        sound_end(&segment, end).map_err(|error| ErrorMessage::new(RefusalCode::Internal, error.to_string()))?;
     if sound < end {
         let text = format!("its own copy of {} is damaged at offset {sound}; ask another node", segment.id());
         return Err(ErrorMessage::new(RefusalCode::Internal, text));
@@ -334,12 +335,7 @@ impl PeerLog {
 }
 
 impl Source for PeerLog {
-    fn fetch(
-        &mut self,
-        segment: Lsn,
-        range: Range<u64>,
-        put: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
-    ) -> Result<u64> {
+    fn fetch(&mut self, segment: Lsn, range: Range<u64>, put: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<u64> {
         let asked = SegmentRange { segment, offset: range.start, len: range.end - range.start };
         log::info!("shard {}: asking {} for {} bytes at {}", self.shard, self.peer, asked.len, asked.offset);
         self.sender.send_message(&Message::SegmentRange(asked))?;
@@ -369,8 +365,8 @@ impl Source for PeerLog {
                 self.receiver.receive_exact(&mut prefix)?;
             }
             let header = WalDataHeader::decode(&prefix).map_err(|error| error.from_peer(&*self.peer))?;
-            let fits = (header.segment, header.offset) == (segment, at)
-                && u64::from(self.receiver.remaining()) <= end - at;
+            let fits =
+                (header.segment, header.offset) == (segment, at) && u64::from(self.receiver.remaining()) <= end - at;
             if !is_long_enough || !fits {
                 let reason = format!("it sends a range that does not continue the one before, at offset {at}");
                 return Err(Error::protocol(self.peer.clone(), reason));

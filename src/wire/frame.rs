@@ -32,8 +32,8 @@ use crate::limits::{
 };
 use crate::wire::codec::MAX_MESSAGE_LEN;
 use crate::wire::{
-    Ack, BaseComplete, BaseDataHeader, CaughtUp, Heartbeat, SegmentPieceHeader, SegmentRange, SessionAck, SessionControl, ShardInfo,
-    Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
+    Ack, BaseComplete, BaseDataHeader, CaughtUp, Heartbeat, SegmentPieceHeader, SegmentRange, SessionAck,
+    SessionControl, ShardInfo, Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
 };
 
 const MAGIC: [u8; 2] = *b"TW";
