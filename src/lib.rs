@@ -69,6 +69,7 @@ mod registry;
 pub mod repair;
 pub mod replication;
 mod retention;
+pub mod scrub;
 mod server;
 mod shipper;
 pub mod shutdown;

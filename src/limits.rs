@@ -56,6 +56,8 @@ pub const MAX_PENDING_CONNECTIONS: u16 = 128;
 pub const SEGMENT_TIMEOUT_MS: u64 = 30_000;
 /// Connections that a node keeps open at a time.
 pub const MAX_CONNECTIONS: usize = 4096;
+/// Places of damage that are remembered of an open log.
+pub const MAX_FINDINGS: usize = 64;
 /// Followers that can be waited for.
 pub const MAX_FOLLOWERS: usize = 64;
 

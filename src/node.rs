@@ -22,6 +22,8 @@ use crate::protocol::{self, Projection, SessionLimits};
 use crate::registry::Registry;
 use crate::replication::{Checkpoint, CheckpointEntry};
 use crate::retention::{Retainer, RetentionOptions, ShardRetention};
+use crate::scrub::{ScrubOptions, Scrubber};
+use crate::server::Server;
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::transport::{TcpOptions, TcpTransport, Transport};
@@ -70,6 +72,7 @@ pub(crate) struct NodeOptions {
     pub(crate) retention: RetentionOptions,
     pub(crate) sessions: SessionLimits,
     pub(crate) max_rebuilds: usize,
+    pub(crate) scrub: ScrubOptions,
 }
 
 impl Default for NodeOptions {
@@ -87,6 +90,7 @@ impl Default for NodeOptions {
             retention: RetentionOptions::default(),
             sessions: SessionLimits::default(),
             max_rebuilds: DEFAULT_REBUILDS,
+            scrub: ScrubOptions::default(),
         }
     }
 }
@@ -255,6 +259,14 @@ impl NodeBuilder {
     #[must_use]
     pub fn max_rebuilds(mut self, rebuilds: usize) -> Self {
         self.options.max_rebuilds = rebuilds;
+        self
+    }
+
+    /// How the sealed segments are read again in the background, to find what a disk has forgotten. Default: see
+    /// [`ScrubOptions`].
+    #[must_use]
+    pub fn scrub(mut self, options: ScrubOptions) -> Self {
+        self.options.scrub = options;
         self
     }
 
@@ -715,6 +727,20 @@ impl Threads {
             }
         }
     }
+}
+
+/// Starts the thread that scrubs, if the node has one.
+pub(crate) fn start_scrubbing(
+    server: &Arc<Server>,
+    options: &NodeOptions,
+    stop: &ShutdownSignal,
+    threads: &Threads,
+) -> Result<()> {
+    if options.scrub.bytes_per_second == 0 {
+        return Ok(());
+    }
+    let scrubber = Scrubber { server: Arc::clone(server), options: options.scrub, stop: stop.clone() };
+    threads.spawn("tl-scrub".to_owned(), move || scrubber.run())
 }
 
 /// Room for what a target does in the applier.

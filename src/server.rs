@@ -113,7 +113,7 @@ impl Server {
     }
 
     /// All of them, as they are now.
-    fn all_shards(&self) -> impl Iterator<Item = Arc<ServerShard>> + '_ {
+    pub(crate) fn all_shards(&self) -> impl Iterator<Item = Arc<ServerShard>> + '_ {
         self.shards.iter().map(|shard| Arc::clone(&shard.read()))
     }
 

@@ -234,8 +234,9 @@ fn sound_range(log: &Log, asked: SegmentRange) -> Result<(Arc<Segment>, Range<u6
     let published = segment.published();
     let end = asked.offset.saturating_add(asked.len).min(published);
     let range = asked.offset.min(end)..end;
-    let sound =
-        sound_end(&segment, end).map_err(|error| ErrorMessage::new(RefusalCode::Internal, error.to_string()))?;
+    let internal = |error: Error| ErrorMessage::new(RefusalCode::Internal, error.to_string());
+    let readable = log.health().readable(&segment, range.clone()).map_err(internal)?;
+    let sound = sound_end(&segment, end).map_err(internal)?.min(readable);
     if sound < end {
         let text = format!("its own copy of {} is damaged at offset {sound}; ask another node", segment.id());
         return Err(ErrorMessage::new(RefusalCode::Internal, text));

@@ -28,6 +28,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
 use crate::types::{Epoch, Lsn, ShardId};
+use crate::wal::health::{Health, ScrubStatus};
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
@@ -55,6 +56,7 @@ pub struct Log {
     unremoved: Mutex<Option<PathBuf>>,
     end_reason: OnceLock<EndReason>,
     spares: Spares,
+    health: Health,
 }
 
 /// Why nothing more is appended.
@@ -105,6 +107,7 @@ impl Log {
             unremoved: Mutex::default(),
             end_reason: OnceLock::new(),
             spares,
+            health: Health::default(),
         }
     }
 
@@ -118,6 +121,22 @@ impl Log {
     #[must_use]
     pub fn shard(&self) -> ShardId {
         self.identity.shard
+    }
+
+    /// Where its segments are.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What is known to be damaged.
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// What scrubbing has found since the log was opened.
+    #[must_use]
+    pub fn scrub_status(&self) -> ScrubStatus {
+        self.health.status()
     }
 
     /// Its settings.
@@ -349,7 +368,7 @@ impl Log {
     }
 
     /// Whether a segment is (still) part of the log.
-    pub(super) fn holds(&self, segment: &Arc<Segment>) -> bool {
+    pub(crate) fn holds(&self, segment: &Arc<Segment>) -> bool {
         self.segments.read().iter().rev().any(|held| Arc::ptr_eq(held, segment))
     }
 

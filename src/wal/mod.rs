@@ -28,6 +28,7 @@ use std::time::Duration;
 pub mod batch;
 mod compare;
 mod cut;
+pub(crate) mod health;
 mod log;
 #[cfg(test)]
 mod log_fixture;
@@ -44,6 +45,7 @@ mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
+pub use health::{Finding, ScrubStatus};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
 pub use reader::{LogPosition, LogReader};
