@@ -284,7 +284,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Makes a follower answer `status` and `tail` requests at this address. Default: it does not listen.
+    /// Makes a follower answer requests for its status and its log at this address, also those of a node that repairs
+    /// its own log. Default: it does not listen.
     #[must_use]
     pub fn listen(mut self, address: impl Into<String>) -> Self {
         self.listen = Some(address.into());

@@ -197,7 +197,8 @@ impl Shipper {
         while sent < budget {
             // Read before the bytes: all records up to it are among what is published then.
             let written = self.reader.log().written().load();
-            let Some(range) = self.reader.next(u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64)? else {
+            let next = self.reader.next(u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64);
+            let Some(range) = next.inspect_err(|error| refuse_damaged(self.sender.as_mut(), error))? else {
                 progress.shipped = progress.shipped.max(written);
                 // Asked for everything shipped, now that the last frame of it said so.
                 if progress.flags & FLAG_ACK_DURABLE != 0 {
@@ -277,5 +278,12 @@ impl Shipper {
             chain: Chain::default(),
             sent_unix_ms: unix_ms(),
         }))
+    }
+}
+
+/// Tells the follower why it gets no more, if that is damage found in the leader's own log.
+fn refuse_damaged(sender: &mut dyn FrameSender, error: &Error) {
+    if error.is_corruption() {
+        let _ = sender.send_message(&Message::Error(ErrorMessage::new(RefusalCode::Internal, error.to_string())));
     }
 }

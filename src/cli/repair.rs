@@ -79,6 +79,7 @@ impl Repair {
         let bytes: u64 = shard.ranges.iter().filter(|range| range.fetched).map(|range| range.len).sum();
         let what = match shard.ranges.len() {
             0 => "nothing to repair".to_owned(),
+            1 => format!("1 range {done}, {} fetched", super::human_bytes(bytes)),
             count => format!("{count} ranges {done}, {} fetched", super::human_bytes(bytes)),
         };
         println!("shard {number}: {what}; the log reads up to LSN {}", shard.head);

@@ -97,7 +97,8 @@ proptest! {
         prop_assert!(ranges[0].offset <= at && at < ranges[0].offset + ranges[0].len, "{:?}", ranges);
         // Not a byte more than the batch, or the header page.
         let batch = log.places.iter().find(|place| place.path == *path && (place.offset..place.offset + place.len).contains(&at));
-        let due = batch.map_or(if at < 4096 { vec![0..4096] } else { vec![] }, |batch| vec![batch.offset..batch.offset + batch.len]);
+        let of_batch = batch.map(|batch| batch.offset..batch.offset + batch.len);
+        let due: Vec<_> = of_batch.or((at < 4096).then_some(0..4096)).into_iter().collect();
         let is_last_batch = batch.is_some_and(|batch| batch.len == 56);
         prop_assert!(copy.asked == due || is_last_batch, "{:?}, due {:?}", copy.asked, due);
     }
@@ -178,7 +179,7 @@ fn a_log_that_begins_later_gets_its_first_header_back_if_a_batch_of_it_vouches()
     write(&log.segment_path(), &[0xee; 4096], 0);
     assert!(assert_refused(&log, &mut Copy::of(&other)).is_corruption());
     // Nothing of the log is left: the other one could be anybody's.
-    write(&log.segment_path(), &[0; SIZE as usize], 0);
+    write(&log.segment_path(), &vec![0; usize::try_from(SIZE).unwrap()], 0);
     let error = assert_refused(&log, &mut Copy::of(&twin));
     assert!(error.to_string().contains("neither its header nor a batch"), "{error}");
 }
