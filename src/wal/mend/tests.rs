@@ -82,7 +82,7 @@ fn assert_refused(log: &LogFixture, source: &mut dyn Source) -> Error {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn any_flipped_byte_of_a_sealed_segment_is_repaired(segment in 0..2usize, at in 0..12_000u64, mask in 1u8..) {
         let (log, twin, mut copy) = twins();
