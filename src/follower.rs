@@ -9,6 +9,7 @@
 //! | `tl-apply-s…` | one a shard | waiting for the written mark, or in the target |
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-retain` | one | waiting for a new segment, or for the checkpoint |
+//! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
 //! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
 //! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
 
@@ -26,6 +27,7 @@ use crate::host::Host;
 use crate::limits::MAX_SHARDS;
 use crate::node::{
     CheckpointShard, Checkpointer, Hosting, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
+    start_scrubbing,
 };
 use crate::protocol;
 use crate::rebuild::RebuildProgress;
@@ -276,6 +278,7 @@ impl Follower {
         }
         follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         hosting.start(&follower.threads)?;
+        start_scrubbing(&follower.server, &builder.options, &follower.following.stop, &follower.threads)?;
         if let Some(address) = &builder.listen {
             let listener = transport.listen(address)?;
             follower.address = Some(listener.local_address());

@@ -10,6 +10,7 @@
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-proto` | one | waiting for the earliest deadline of a session |
 //! | `tl-retain` | one | waiting for a new segment, or for a follower that leaves one behind |
+//! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
 //! | `tl-apply-s…` | one a shard, if the leader has a target | waiting for `written`, or in the target |
 //! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
 //!
@@ -24,7 +25,7 @@ use crate::applier::Applier;
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
-use crate::node::{CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, open_logs};
+use crate::node::{CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, open_logs, start_scrubbing};
 use crate::protocol;
 use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
@@ -90,7 +91,7 @@ impl Leader {
         });
         let kept: Vec<_> = kept.collect();
         let hosting = Hosting::new(&builder, &directory, protocol::Role::Leader, &kept, &stop)?;
-        let hurry = hosting.hurry();
+        let (hurry, scrub_until) = (hosting.hurry(), stop.clone());
         let kept = kept.into_iter().map(Some).collect();
         let checkpointer =
             Checkpointer::new(directory.checkpoint_path(), kept, hurry, stop.clone(), hosting.registry(), checkpoint);
@@ -143,6 +144,7 @@ impl Leader {
                 }
             })?;
         }
+        start_scrubbing(&server, &builder.options, &scrub_until, &leader.threads)?;
         Server::listen(&server, listener)?;
         Ok(leader)
     }

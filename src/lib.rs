@@ -27,7 +27,8 @@
 //!
 //! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and retention bounds what
 //! each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart;
-//! [`status`] and [`tail`] look in from outside; [`shutdown`] ends everything at once.
+//! [`status`] and [`tail`] look in from outside; [`repair`] mends a damaged log from a peer's copy; [`shutdown`] ends
+//! everything at once.
 //!
 //! # Example
 //!
@@ -68,8 +69,10 @@ pub mod protocol;
 pub mod rebuild;
 mod receiver;
 mod registry;
+pub mod repair;
 pub mod replication;
 mod retention;
+pub mod scrub;
 #[doc(hidden)]
 pub mod seams;
 mod server;

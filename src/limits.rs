@@ -62,6 +62,8 @@ pub const MAX_CONNECTIONS: usize = 4096;
 pub const MAX_HANDSHAKES: usize = 256;
 /// The longest that a peer's word about its heartbeats makes this side wait for a byte, in milliseconds.
 pub const MAX_PATIENCE_MS: u32 = 60 * 60 * 1000;
+/// Places of damage that are remembered of an open log.
+pub const MAX_FINDINGS: usize = 64;
 /// Followers that can be waited for.
 pub const MAX_FOLLOWERS: usize = 64;
 

@@ -23,6 +23,8 @@ use crate::protocol::{self, Projection, SessionLimits};
 use crate::registry::Registry;
 use crate::replication::{Checkpoint, CheckpointEntry};
 use crate::retention::{Retainer, RetentionOptions, ShardRetention};
+use crate::scrub::{ScrubOptions, Scrubber};
+use crate::server::Server;
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::transport::{TcpOptions, TcpTransport, Transport};
@@ -72,6 +74,7 @@ pub(crate) struct NodeOptions {
     pub(crate) retention: RetentionOptions,
     pub(crate) sessions: SessionLimits,
     pub(crate) max_rebuilds: usize,
+    pub(crate) scrub: ScrubOptions,
 }
 
 impl Default for NodeOptions {
@@ -90,6 +93,7 @@ impl Default for NodeOptions {
             retention: RetentionOptions::default(),
             sessions: SessionLimits::default(),
             max_rebuilds: DEFAULT_REBUILDS,
+            scrub: ScrubOptions::default(),
         }
     }
 }
@@ -282,6 +286,14 @@ impl NodeBuilder {
         self
     }
 
+    /// How the sealed segments are read again in the background, to find what a disk has forgotten. Default: see
+    /// [`ScrubOptions`].
+    #[must_use]
+    pub fn scrub(mut self, options: ScrubOptions) -> Self {
+        self.options.scrub = options;
+        self
+    }
+
     /// How streams are made. Default: TCP.
     #[must_use]
     pub fn transport(mut self, transport: Arc<dyn Transport>) -> Self {
@@ -296,7 +308,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Makes a follower answer `status` and `tail` requests at this address. Default: it does not listen.
+    /// Makes a follower answer requests for its status and its log at this address, also those of a node that repairs
+    /// its own log. Default: it does not listen.
     #[must_use]
     pub fn listen(mut self, address: impl Into<String>) -> Self {
         self.listen = Some(address.into());
@@ -780,6 +793,20 @@ impl Threads {
             }
         }
     }
+}
+
+/// Starts the thread that scrubs, if the node has one.
+pub(crate) fn start_scrubbing(
+    server: &Arc<Server>,
+    options: &NodeOptions,
+    stop: &ShutdownSignal,
+    threads: &Threads,
+) -> Result<()> {
+    if options.scrub.bytes_per_second == 0 {
+        return Ok(());
+    }
+    let scrubber = Scrubber { server: Arc::clone(server), options: options.scrub, stop: stop.clone() };
+    threads.spawn("tl-scrub".to_owned(), move || scrubber.run())
 }
 
 /// Room for what a target does in the applier.

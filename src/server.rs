@@ -28,7 +28,7 @@ use crate::shipper::{LogLane, Shipper};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
-use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
+use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer, segment};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{ChainCursor, Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, WaiterName, wait_any};
@@ -85,6 +85,8 @@ enum Lanes {
     Log(LogPosition),
     /// A base of this target and the log beside it, from where the rebuild will say.
     Rebuild(LogReader, Arc<dyn ReplicationTarget>),
+    /// Ranges of segments, as they are asked for.
+    Ranges,
 }
 
 impl Server {
@@ -118,7 +120,7 @@ impl Server {
     }
 
     /// All of them, as they are now.
-    fn all_shards(&self) -> impl Iterator<Item = Arc<ServerShard>> + '_ {
+    pub(crate) fn all_shards(&self) -> impl Iterator<Item = Arc<ServerShard>> + '_ {
         self.shards.iter().map(|shard| Arc::clone(&shard.read()))
     }
 
@@ -224,6 +226,9 @@ impl Server {
                 server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), &peer, &signals)
             }
             Purpose::Tail => server.start_tail(&request, version),
+            Purpose::Segment if request.from == Lsn::ZERO => {
+                server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::Ranges, stream: None })
+            }
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
         let Answer { info, lanes, stream } = match answer {
@@ -246,6 +251,7 @@ impl Server {
         let agreed = Stream { server, peer: &peer, request, info, signals, of_shard, history, agreement };
         match (stream, lanes) {
             (_, Lanes::None) => Ok(()),
+            (_, Lanes::Ranges) => agreed.serve_ranges(sender, receiver.as_mut()),
             (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
             (None, lanes) => agreed.serve_tail(lanes, sender, receiver.as_mut()),
         }
@@ -597,7 +603,7 @@ impl Stream<'_> {
                     stream,
                 }),
             ),
-            (Lanes::None | Lanes::Rebuild(..), _) => {
+            (Lanes::None | Lanes::Ranges | Lanes::Rebuild(..), _) => {
                 return Err(Error::invalid("a stream with nothing to ship to anybody"));
             }
         };
@@ -768,6 +774,12 @@ impl Stream<'_> {
             self.agreement.accept();
         }
         Ok(())
+    }
+
+    /// Serves ranges of the log to a node that repairs its own.
+    fn serve_ranges(&self, mut sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
+        let idle = self.server.options.peer_timeout;
+        segment::serve_ranges(&self.of_shard.log, sender.as_mut(), receiver, idle)
     }
 
     /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.

@@ -274,7 +274,8 @@ impl Shipper {
             // Read before the bytes: all records up to it are among what is published then.
             let written = self.log.written().load();
             let most = (u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64).min(budget - sent);
-            let Some(range) = lane.reader.next(most)? else {
+            let next = lane.reader.next(most);
+            let Some(range) = next.inspect_err(|error| refuse_damaged(lane.sender.as_mut(), error))? else {
                 lane.shipped = lane.shipped.max(written);
                 // Asked for everything shipped, now that the last frame of it said so.
                 if lane.flags & FLAG_ACK_DURABLE != 0 {
@@ -394,5 +395,12 @@ fn refuse_base(error: &Error, sender: &mut dyn FrameSender) {
         let code = if is_final { RefusalCode::NotRetained } else { RefusalCode::Internal };
         let refusal = ErrorMessage::new(code, format!("there is no base: {error}"));
         let _ = sender.send_message(&Message::Error(refusal));
+    }
+}
+
+/// Tells the follower why it gets no more, if that is damage found in the leader's own log.
+fn refuse_damaged(sender: &mut dyn FrameSender, error: &Error) {
+    if error.is_corruption() {
+        let _ = sender.send_message(&Message::Error(ErrorMessage::new(RefusalCode::Internal, error.to_string())));
     }
 }

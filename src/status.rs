@@ -24,6 +24,8 @@
 //! | then place lost (1 byte), session kind and phase: texts, the kind empty if there is none | 1 |
 //! | then session, its target, achieved LSN and base blocks | 8, 8, 8, 8 |
 //! | then how its history differs: text, empty if that is not known to be so | |
+//! | then of scrubbing: passes, last completed (milliseconds since 1970), bytes, number of findings | 8, 8, 8, 2 |
+//! | for each finding: segment, offset, end, LSN, path and reason: texts | 8, 8, 8, 8 |
 //!
 //! Modes, reasons, refusals, kinds and phases are the words of [`crate::protocol`].
 
@@ -38,7 +40,7 @@ use crate::protocol::{Mode, Phase, Progress, Reason, Refusal, ReplicaProjection,
 use crate::retention::PinStatus;
 use crate::server::ServerShard;
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
-use crate::wal::unix_ms;
+use crate::wal::{Finding, ScrubStatus, unix_ms};
 
 const VERSION: u16 = 3;
 
@@ -110,6 +112,8 @@ pub struct ShardStatus {
     pub following: Option<FollowingStatus>,
     /// On a leader: the followers known, in the order of their ids.
     pub followers: Vec<FollowerStatus>,
+    /// What reading its sealed segments again has come to.
+    pub scrub: ScrubStatus,
 }
 
 /// How a follower's shard follows.
@@ -307,6 +311,7 @@ impl ShardStatus {
             reason: projection.reason,
             pins: retention.pins(),
             poison: log.poison().map(str::to_owned),
+            scrub: log.scrub_status(),
             following: shard.following.as_ref().map(|state| FollowingStatus {
                 connected: state.is_connected(),
                 leader_head: state.leader_head().max(head),
@@ -419,7 +424,9 @@ impl ShardStatus {
                 ),
             };
         }
-        json.push_str("]}");
+        json.push(']');
+        write_scrub_json(&self.scrub, json, now_ms);
+        json.push('}');
     }
 
     fn encode(&self, out: &mut Vec<u8>) {
@@ -456,6 +463,7 @@ impl ShardStatus {
             }
             follower.encode_recovery(out);
         }
+        encode_scrub(&self.scrub, out);
     }
 
     fn decode(from: &mut Fields<'_>) -> Result<ShardStatus, String> {
@@ -473,6 +481,7 @@ impl ShardStatus {
             poison: from.text()?,
             following: None,
             followers: Vec::new(),
+            scrub: ScrubStatus::default(),
         };
         if from.bool()? {
             status.following = Some(FollowingStatus {
@@ -501,6 +510,7 @@ impl ShardStatus {
                 divergence: from.text()?,
             });
         }
+        status.scrub = decode_scrub(from)?;
         Ok(status)
     }
 }
@@ -541,6 +551,54 @@ impl PinStatus {
         }
         Ok(pins)
     }
+}
+
+fn write_scrub_json(scrub: &ScrubStatus, json: &mut String, now_ms: u64) {
+    let _ = write!(
+        json,
+        ",\"scrub\":{{\"passes\":{},\"completed_ms_ago\":{},\"bytes\":{},\"findings\":[",
+        scrub.passes,
+        json_ago(scrub.completed_at_ms, now_ms),
+        scrub.bytes
+    );
+    for (index, finding) in scrub.findings.iter().enumerate() {
+        let _ = write!(
+            json,
+            "{}{{\"path\":{},\"offset\":{},\"end\":{},\"lsn\":{},\"reason\":{}}}",
+            if index == 0 { "" } else { "," },
+            json_text(&finding.path.display().to_string()),
+            finding.offset,
+            finding.end,
+            finding.lsn,
+            json_text(&finding.reason)
+        );
+    }
+    json.push_str("]}");
+}
+
+fn encode_scrub(scrub: &ScrubStatus, out: &mut Vec<u8>) {
+    for number in [scrub.passes, scrub.completed_at_ms, scrub.bytes] {
+        out.extend_from_slice(&number.to_le_bytes());
+    }
+    put_count(out, scrub.findings.len());
+    for Finding { path, segment, offset, end, lsn, reason } in &scrub.findings {
+        for number in [segment.0, *offset, *end, lsn.0] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        put_text(out, &path.display().to_string());
+        put_text(out, reason);
+    }
+}
+
+fn decode_scrub(from: &mut Fields<'_>) -> Result<ScrubStatus, String> {
+    let (passes, completed_at_ms, bytes) = (from.u64()?, from.u64()?, from.u64()?);
+    let mut scrub = ScrubStatus { passes, completed_at_ms, bytes, findings: Vec::new() };
+    for _ in 0..from.u16()? {
+        let (segment, offset, end, lsn) = (Lsn(from.u64()?), from.u64()?, from.u64()?, Lsn(from.u64()?));
+        let (path, reason) = (from.text()?.unwrap_or_default().into(), from.text()?.unwrap_or_default());
+        scrub.findings.push(Finding { path, segment, offset, end, lsn, reason });
+    }
+    Ok(scrub)
 }
 
 /// Reads fields off the front of bytes.
@@ -661,6 +719,19 @@ mod tests {
                     lost: true,
                 }],
                 poison: Some("disk \"a\" failed\n".to_owned()),
+                scrub: ScrubStatus {
+                    passes: 3,
+                    completed_at_ms: 9,
+                    bytes: 4711,
+                    findings: vec![Finding {
+                        path: "a/b.wal".into(),
+                        segment: Lsn(1),
+                        offset: 4096,
+                        end: 5000,
+                        lsn: Lsn(2),
+                        reason: "checksum".to_owned(),
+                    }],
+                },
                 following: Some(FollowingStatus {
                     connected: true,
                     leader_head: Lsn(12),

@@ -15,8 +15,8 @@ use common::{SEGMENT, append};
 use towline::types::shard_directory_name;
 use towline::{Lsn, Node, ShardId};
 
-const COMMANDS: [&str; 10] =
-    ["demo", "leader", "follower", "tail", "status", "get", "scan", "inspect", "verify", "bench"];
+const COMMANDS: [&str; 11] =
+    ["demo", "leader", "follower", "tail", "status", "get", "scan", "inspect", "verify", "repair", "bench"];
 
 /// A stopped node's directory with two shards, some segments and everything synced.
 fn node(parent: &Path, name: &str, records: u64) -> PathBuf {
@@ -87,6 +87,7 @@ fn wrong_usage_ends_with_2() {
         &["tail"],
         &["inspect"],
         &["verify", "--frobnicate"],
+        &["repair", "x"],
     ] {
         let (code, out, err) = outcome(&run(wrong));
         assert_eq!((code, out.as_str()), (2, ""), "{wrong:?}: {err}");

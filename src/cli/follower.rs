@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use towline::data_dir::DataDir;
+use towline::scrub::ScrubOptions;
 use towline::target::{FixedStore, FixedStoreOptions, LogOnly, ReplicationTarget};
 use towline::{Error, Node, NodeId, ShutdownSignal};
 
@@ -36,7 +37,10 @@ pub(super) struct Follower {
     /// Most bytes of log that each shard keeps once they are applied; 0 for no bound [default: 1073741824]
     #[arg(long, value_name = "BYTES")]
     max_wal_bytes: Option<u64>,
-    /// Address at which to answer `status` and `tail` [default: none]
+    /// Bytes a second of old log that are read again to find damage; 0 for none [default: 8388608]
+    #[arg(long, value_name = "BYTES")]
+    scrub: Option<u64>,
+    /// Address at which to answer `status` and `tail`, and who repairs a log [default: none]
     #[arg(long)]
     listen: Option<String>,
     /// Listen on an address that other machines reach, although nothing is encrypted
@@ -53,6 +57,9 @@ impl Follower {
         }
         if let Some(bytes) = self.max_wal_bytes {
             builder = builder.max_wal_bytes(bytes);
+        }
+        if let Some(bytes_per_second) = self.scrub {
+            builder = builder.scrub(ScrubOptions { bytes_per_second, ..ScrubOptions::default() });
         }
         if let Some(address) = &self.listen {
             builder = builder.listen(address);

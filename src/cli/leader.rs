@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use towline::scrub::ScrubOptions;
 use towline::target::{FixedStore, ReplicationTarget};
 use towline::{Commit, Epoch, Lsn, Node, NodeBuilder, NodeId, ShardId, ShutdownSignal, Until, WaitStrategy};
 
@@ -61,6 +62,9 @@ pub(super) struct Leader {
     /// 64 that a leader remembers. May be given several times
     #[arg(long, value_name = "ID")]
     forget: Vec<u64>,
+    /// Bytes a second of old log that are read again to find damage; 0 for none [default: 8388608]
+    #[arg(long, value_name = "BYTES")]
+    scrub: Option<u64>,
     /// Read records from standard input, one a line; with a store, keys and values
     #[arg(long)]
     stdin: bool,
@@ -138,6 +142,9 @@ impl Leader {
         }
         if let Some(bytes) = self.min_wal_bytes {
             builder = builder.min_wal_bytes(bytes);
+        }
+        if let Some(bytes_per_second) = self.scrub {
+            builder = builder.scrub(ScrubOptions { bytes_per_second, ..ScrubOptions::default() });
         }
         if let Some(epoch) = self.epoch {
             builder = builder.epoch(Epoch(epoch));

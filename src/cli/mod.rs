@@ -12,6 +12,7 @@ mod kv;
 mod leader;
 mod lines;
 mod progress;
+mod repair;
 mod scan;
 mod status;
 mod tail;
@@ -59,6 +60,7 @@ enum Command {
     Status(status::Status),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
+    Repair(repair::Repair),
     Bench(bench::Bench),
 }
 
@@ -76,6 +78,7 @@ pub fn run() -> ExitCode {
         Command::Status(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Verify(command) => command.run(),
+        Command::Repair(command) => command.run(),
         Command::Bench(command) => command.run(),
     };
     match outcome {

@@ -56,6 +56,15 @@ fn print_shard(shard: &ShardStatus) {
         shard.max_wal_bytes.map(|bytes| format!(" of {}", super::human_bytes(bytes))).unwrap_or_default(),
         why(shard.mode, shard.reason)
     );
+    for finding in &shard.scrub.findings {
+        println!(
+            "  damaged: {} at offset {} (LSN {}): {}",
+            finding.path.display(),
+            finding.offset,
+            finding.lsn,
+            finding.reason
+        );
+    }
     if let Some(poison) = &shard.poison {
         println!("  read-only: {poison}");
     }

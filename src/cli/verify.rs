@@ -15,7 +15,8 @@ use super::{DONE, FAILED, FOUND_DAMAGE, Outcome};
 /// Check every chain of a stopped node's log; with other directories, compare their logs with it, byte by byte.
 ///
 /// Ends with 0 if everything is sound (and identical), with 1 if a log is sound and the same but shorter, and with 3
-/// if there is damage or a difference; the first one is named by file, offset and LSN. Never writes.
+/// if there is damage or a difference; the first one is named by file, offset and LSN. Never writes: `towline repair`
+/// mends what this finds.
 ///
 /// Example:  towline verify /var/lib/towline /var/lib/towline-copy
 #[derive(Args)]

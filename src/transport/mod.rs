@@ -34,7 +34,7 @@
 
 mod connecting;
 mod in_process;
-mod segment;
+pub(crate) mod segment;
 mod tcp;
 #[cfg(test)]
 mod tests;

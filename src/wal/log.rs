@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
 use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::given_up::GivenUp;
+use crate::wal::health::{Health, ScrubStatus};
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
@@ -60,6 +61,7 @@ pub struct Log {
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Spares,
+    health: Health,
 }
 
 /// Why nothing more is appended.
@@ -111,6 +113,7 @@ impl Log {
             named: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
+            health: Health::default(),
         }
     }
 
@@ -124,6 +127,22 @@ impl Log {
     #[must_use]
     pub fn shard(&self) -> ShardId {
         self.identity.shard
+    }
+
+    /// Where its segments are.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What is known to be damaged.
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// What scrubbing has found since the log was opened.
+    #[must_use]
+    pub fn scrub_status(&self) -> ScrubStatus {
+        self.health.status()
     }
 
     /// Its settings.
@@ -206,7 +225,7 @@ impl Log {
     }
 
     /// The segment that begins with `lsn`.
-    pub(super) fn segment_beginning(&self, lsn: Lsn) -> Option<Arc<Segment>> {
+    pub(crate) fn segment_beginning(&self, lsn: Lsn) -> Option<Arc<Segment>> {
         self.segment_holding(lsn).filter(|segment| segment.id().first_lsn == lsn)
     }
 
@@ -371,7 +390,7 @@ impl Log {
     }
 
     /// Whether a segment is (still) part of the log.
-    pub(super) fn holds(&self, segment: &Arc<Segment>) -> bool {
+    pub(crate) fn holds(&self, segment: &Arc<Segment>) -> bool {
         self.segments.read().iter().rev().any(|held| Arc::ptr_eq(held, segment))
     }
 

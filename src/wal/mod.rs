@@ -26,14 +26,17 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub mod batch;
+mod carry_out;
 mod compare;
 mod cut;
 mod given_up;
+pub(crate) mod health;
 mod history;
 mod log;
 #[cfg(test)]
 mod log_fixture;
 mod mapping;
+pub(crate) mod mend;
 mod reader;
 mod recovery;
 pub mod scan;
@@ -46,6 +49,7 @@ mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
 pub(crate) use cut::cut;
+pub use health::{Finding, ScrubStatus};
 pub(crate) use history::{ChainCursor, Compared};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
@@ -215,7 +219,10 @@ impl Wal {
         // The newest first: what a crash leaves is a beginning of the old log, which is a log.
         let paths = segments.into_iter().map(|(_, path)| path).rev().chain(others.into_iter().filter(|path| {
             given_up::is_set_aside(path)
-                || path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name)
+                || path
+                    .file_name()
+                    .and_then(|name| name.to_str())
+                    .is_some_and(|name| carry_out::is_spare_name(name) || carry_out::is_staged_name(name))
         }));
         for path in paths {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
@@ -293,7 +300,7 @@ impl Drop for Wal {
 pub(crate) const LOCK_FILE: &str = "LOCK";
 
 /// Takes a shard's directory for one log. The lock goes with the file, also when the process is killed.
-fn lock_directory(directory: &Path) -> Result<Arc<File>> {
+pub(crate) fn lock_directory(directory: &Path) -> Result<Arc<File>> {
     let path = directory.join(LOCK_FILE);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.map_err(Error::io("create", &path))?;

@@ -61,7 +61,8 @@ impl LogReader {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`](crate::Error::NotRetained) if the next segment has been given up meanwhile.
+    /// [`Error::NotRetained`](crate::Error::NotRetained) if the next segment has been given up meanwhile;
+    /// [`Error::Corrupt`](crate::Error::Corrupt) if the next bytes have been found damaged since the log was opened.
     pub fn next(&mut self, max: u64) -> Result<Option<LogRange>> {
         loop {
             let Some(segment) = &self.segment else {
@@ -81,6 +82,7 @@ impl LogReader {
             let published = segment.published();
             if self.offset < published {
                 let end = published.min(self.offset.saturating_add(max));
+                let end = self.log.health().readable(segment, self.offset..end)?;
                 let range = LogRange::new(Arc::clone(segment), self.offset..end)?;
                 self.offset = end;
                 return Ok(Some(range));

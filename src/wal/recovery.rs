@@ -32,13 +32,7 @@
 //!
 //! Bytes behind a sealing batch belong to no record; they are looked at by [`scan`](super::scan), not here.
 //!
-//! # The cut
-//!
-//! Later segments go first: they get names of spare files, and the directory is synced. Then the segment with the stop
-//! is zeroed from there to its last byte that is not zero, and synced. A crash in between leaves less of what was to
-//! be cut, and the same decision. A segment that is left without any record goes the way of later segments, and so
-//! does one that a crash left empty, except that a log that begins past LSN 1 keeps its first one: that is where its
-//! position stands.
+//! How the cut is made is told in [`cut`](super::cut).
 
 use std::path::{Path, PathBuf};
 
@@ -47,16 +41,8 @@ use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::Expected;
 use crate::wal::given_up;
-use crate::wal::segment::{SegmentHeader, sync_directory, zero_in_pages};
+use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Plausible, SegmentFile};
-
-const SPARE_PREFIX: &str = "spare-";
-const SPARE_SUFFIX: &str = ".wal.tmp";
-
-/// Whether a file of this name is a segment prepared ahead of need, or one on its way there.
-pub(super) fn is_spare_name(name: &str) -> bool {
-    name.strip_prefix(SPARE_PREFIX).is_some_and(|rest| rest.ends_with(SPARE_SUFFIX) || rest.ends_with(".wal.old"))
-}
 
 /// What makes a log this log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +164,7 @@ pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known_synced: Ls
 
 /// What stands behind the last valid batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Beyond {
+pub(super) enum Beyond {
     /// Only zeros, and no other segment.
     Nothing,
     /// Something in the same segment, and no other segment.
@@ -206,31 +192,31 @@ fn decide(beyond: Beyond, synced_is_lost: bool) -> Decision {
 }
 
 /// Where the walk stopped, and why.
-struct Stop {
-    path: PathBuf,
-    offset: u64,
-    reason: String,
-    beyond: Beyond,
+pub(super) struct Stop {
+    pub(super) path: PathBuf,
+    pub(super) offset: u64,
+    pub(super) reason: String,
+    pub(super) beyond: Beyond,
     /// The end of the last byte that is not zero in the last segment kept, if the stop is in that one.
-    extent: Option<u64>,
+    pub(super) extent: Option<u64>,
     /// Bytes behind it that are not zero, without headers.
-    bytes: u64,
+    pub(super) bytes: u64,
 }
 
 /// What has been seen of a log, from the oldest segment on.
-struct Survey<'a> {
-    identity: &'a LogIdentity,
-    segments: Vec<RecoveredSegment>,
+pub(super) struct Survey<'a> {
+    pub(super) identity: &'a LogIdentity,
+    pub(super) segments: Vec<RecoveredSegment>,
     /// What the next batch must continue.
-    next: Expected,
-    timestamp: HybridTimestamp,
+    pub(super) next: Expected,
+    pub(super) timestamp: HybridTimestamp,
     /// Highest LSN known synced.
-    synced: Lsn,
-    stop: Option<Stop>,
+    pub(super) synced: Lsn,
+    pub(super) stop: Option<Stop>,
     /// Segments behind the stop: path, and whether the file has the right size.
-    dropped: Vec<(PathBuf, bool)>,
+    pub(super) dropped: Vec<(PathBuf, bool)>,
     /// Files cut short whose batches are all there up to the sealing one or the stop: to be filled up with zeros.
-    short: Vec<(PathBuf, u64)>,
+    pub(super) short: Vec<(PathBuf, u64)>,
 }
 
 impl<'a> Survey<'a> {
@@ -397,123 +383,18 @@ impl<'a> Survey<'a> {
         } else {
             "records before it were synced, and where the log stands cannot be told without it".to_owned()
         };
-        let advice =
-            "nothing was changed; `towline verify` shows the extent, and a peer that holds the log can repair it";
+        // A shard's directory lies in its node's.
+        let (node, shard) = (directory.parent().unwrap_or(directory).display(), self.identity.shard);
+        let advice = format!(
+            "nothing was changed; `towline verify {node}` shows the extent, and `towline repair {node} --from ADDR \
+             --shard {shard}` fetches what is damaged from a node that holds it"
+        );
         let (path, offset, reason) = match (self.stop, self.segments.last()) {
             (Some(stop), _) => (stop.path, stop.offset, stop.reason),
             (None, Some(last)) => (last.path.clone(), last.published, format!("the log ends before LSN {due}")),
             (None, None) => (directory.to_owned(), 0, "there are no segments".to_owned()),
         };
         Error::corrupt(path, offset, Some(due), format!("{reason}; {known}; {advice}"))
-    }
-
-    /// Makes the directory what the survey says it is.
-    fn carry_out(mut self, directory: &Path, others: &[PathBuf]) -> Result<Recovered> {
-        let (mut leftovers, mut spares) = self.tidy(others)?;
-        let stop = self.stop.take();
-        let extent = stop.as_ref().and_then(|stop| stop.extent);
-        let torn = stop.map(|stop| self.torn_tail(stop));
-        if let Some(torn) = &torn {
-            log::warn!(
-                "{}: cutting {} bytes behind LSN {} at offset {}, not known to be synced: {}",
-                torn.path.display(),
-                torn.bytes,
-                torn.after,
-                torn.offset,
-                torn.reason
-            );
-        }
-        self.drop_empty_segment();
-        for (path, has_right_size) in std::mem::take(&mut self.dropped).into_iter().rev() {
-            if has_right_size {
-                spares += 1;
-                let spare = directory.join(format!("{SPARE_PREFIX}{spares}{SPARE_SUFFIX}"));
-                log::info!("{} holds nothing of the log any more; keeping the file as a spare", path.display());
-                std::fs::rename(&path, &spare).map_err(Error::io("rename", &path))?;
-                leftovers.push(spare);
-            } else {
-                log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
-                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            }
-        }
-        sync_directory(directory).map_err(Error::io("sync", directory))?;
-        self.zero(extent)?;
-        Ok(Recovered {
-            head: self.next.first_lsn.previous(),
-            chain: self.next.chain,
-            epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
-            timestamp: self.timestamp,
-            synced: self.synced,
-            torn: torn.filter(|torn| torn.bytes > 0),
-            segments: self.segments,
-            leftovers,
-        })
-    }
-
-    /// What is to be reported of a stop.
-    fn torn_tail(&self, stop: Stop) -> TornTail {
-        TornTail {
-            path: stop.path,
-            // Where the stop is at a segment's header, the first byte that counts is that of its first batch.
-            offset: stop.offset.max(SEGMENT_HEADER_LEN),
-            after: self.next.first_lsn.previous(),
-            bytes: stop.bytes,
-            reason: stop.reason,
-        }
-    }
-
-    /// Sorts the names that are not segments: existing spare files, with the highest number among them.
-    fn tidy(&self, others: &[PathBuf]) -> Result<(Vec<PathBuf>, u64)> {
-        let (mut spares, mut highest) = (Vec::new(), 0);
-        for path in others {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            // What was set aside goes when the log is durable.
-            if name == crate::wal::LOCK_FILE || given_up::is_set_aside(path) {
-                continue;
-            }
-            let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {
-                log::warn!("{} is no part of a log; leaving it alone", path.display());
-                continue;
-            };
-            highest = highest.max(number.parse::<u32>().map_or(0, u64::from));
-            if path.metadata().map_err(Error::io("look at", path))?.len() == self.identity.segment_size {
-                spares.push(path.clone());
-            } else {
-                log::info!("removing {}, a spare file that was not finished", path.display());
-                std::fs::remove_file(path).map_err(Error::io("remove", path))?;
-            }
-        }
-        Ok((spares, highest))
-    }
-
-    /// Moves the last segment to the dropped ones if it has no record and is not where the log's position stands.
-    fn drop_empty_segment(&mut self) {
-        let holds_position = self.segments.len() == 1 && self.next.first_lsn > Lsn::FIRST;
-        let is_empty = |last: &mut RecoveredSegment| last.published == SEGMENT_HEADER_LEN && !holds_position;
-        if let Some(empty) = self.segments.pop_if(is_empty) {
-            let is_short = self.short.iter().any(|(path, _)| *path == empty.path);
-            self.short.retain(|(path, _)| *path != empty.path);
-            self.dropped.insert(0, (empty.path, !is_short));
-        }
-    }
-
-    /// Zeroes the last segment from the end of its last batch to `extent`, and fills up files that were cut short.
-    fn zero(&self, extent: Option<u64>) -> Result<()> {
-        let mut ranges: Vec<(&Path, u64, u64)> = Vec::new();
-        if let (Some(extent), Some(last)) = (extent, self.segments.last()) {
-            // A segment that was dropped takes its extent along.
-            if last.published < extent && !last.sealed {
-                ranges.push((&last.path, last.published, extent));
-            }
-        }
-        ranges.extend(self.short.iter().map(|(path, len)| (path.as_path(), *len, self.identity.segment_size)));
-        for (path, start, end) in ranges {
-            log::info!("zeroing {} from offset {start} to {end}", path.display());
-            let file = std::fs::File::options().write(true).open(path).map_err(Error::io("open", path))?;
-            zero_in_pages(&file, start..end).map_err(Error::io("zero", path))?;
-            file.sync_all().map_err(Error::io("sync", path))?;
-        }
-        Ok(())
     }
 }
 

@@ -9,9 +9,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::limits::SEGMENT_HEADER_LEN;
+use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
-use crate::wal::batch::{Batch, BatchError, Expected};
+use crate::wal::batch::{Batch, BatchError, BatchHeader, Expected};
+use crate::wal::health::Finding;
+use crate::wal::mapping::Segment;
 use crate::wal::recovery::LogIdentity;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Plausible, SegmentFile, Walked};
@@ -159,6 +161,76 @@ fn scan_file(file: &mut SegmentFile, limit: u64, visit: &mut dyn Visit) -> Resul
         }
     }
     Ok(report)
+}
+
+/// Whether to go on with something that takes a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Continue {
+    Yes,
+    No,
+}
+
+/// Bytes scrubbed between two looks at whether to go on.
+const SCRUB_STEP: u64 = 256 * 1024;
+
+/// Reads a sealed segment of an open log again, and `before`, its predecessor in the log, only for what it should
+/// continue. `read` is told of each further piece that was read. `None` if that said to stop.
+///
+/// The bytes are read from the file, whose synced pages the system may have in memory or not.
+pub(crate) fn scrub_segment(
+    segment: &Segment,
+    before: Option<&Segment>,
+    read: &mut dyn FnMut(u64) -> Continue,
+) -> Result<Option<Vec<Finding>>> {
+    let mut file = SegmentFile::open(segment.path())?;
+    let (header, published) = (segment.header(), segment.published());
+    let mut findings = Vec::new();
+    let mut note = |offset: u64, end: u64, lsn: Lsn, reason: String| {
+        let (path, segment) = (segment.path().to_owned(), segment.id().first_lsn);
+        findings.push(Finding { path, segment, offset, end, lsn, reason });
+    };
+    let wrong_header = match file.header()? {
+        Ok(found) if found != *header => Some("its header is not the one that it was opened with".to_owned()),
+        Ok(_) => before.and_then(|before| does_not_continue(header, before)),
+        Err(reason) => Some(reason),
+    };
+    if let Some(reason) = wrong_header {
+        note(0, SEGMENT_HEADER_LEN, header.id.first_lsn, reason);
+    }
+    let (mut at, mut due) = (SEGMENT_HEADER_LEN, first_of(header));
+    loop {
+        let limit = published.min(at + SCRUB_STEP);
+        let walked = walk::walk(&mut file, (at, limit, header.segment_size), due, |_, _| {})?;
+        if read(walked.end - at) == Continue::No {
+            return Ok(None);
+        }
+        (at, due) = (walked.end, walked.next);
+        if walked.sealed || at >= published {
+            break;
+        }
+        let Some(stopped) = walked.stopped else { continue };
+        let plausible =
+            Plausible { lowest: due.first_lsn, highest: due.first_lsn, base: at, epoch: due.epoch.0..=due.epoch.0 };
+        // Whatever stands here is not valid, even if it has its checksum.
+        let next = walk::next_consistent(&mut file, at + BATCH_ALIGNMENT, published, &plausible)?;
+        let end = next.map_or(published, |(offset, _)| offset);
+        note(at, end, due.first_lsn, stopped.to_string());
+        let Some((offset, next)) = next else { break };
+        (at, due) = (offset, Expected { first_lsn: next.first_lsn, chain: next.prev_crc, epoch: next.epoch });
+    }
+    Ok(Some(findings))
+}
+
+/// Why a segment does not continue the one before, if that is so.
+fn does_not_continue(header: &SegmentHeader, before: &Segment) -> Option<String> {
+    let sealing = before.published().checked_sub(BATCH_HEADER_LEN)?..before.published();
+    let sealing = BatchHeader::decode(before.bytes(sealing).ok()?.first_chunk()?);
+    (sealing.is_sealing() && sealing.crc != header.chain_before).then(|| {
+        format!(
+            "it continues chain {:08x}, but the segment before it ends with chain {:08x}",
+            header.chain_before.0, sealing.crc.0
+        )
+    })
 }
 
 /// What the first batch of a segment continues.

@@ -32,8 +32,8 @@ use crate::limits::{
 };
 use crate::wire::codec::MAX_MESSAGE_LEN;
 use crate::wire::{
-    Ack, BaseComplete, BaseDataHeader, CaughtUp, CommonPoint, EpochHistory, Heartbeat, SegmentPieceHeader, SessionAck,
-    SessionControl, ShardInfo, Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
+    Ack, BaseComplete, BaseDataHeader, CaughtUp, CommonPoint, EpochHistory, Heartbeat, SegmentPieceHeader,
+    SegmentRange, SessionAck, SessionControl, ShardInfo, Sync, SyncAck, SyncRequest, WalDataHeader, WireError,
 };
 
 const MAGIC: [u8; 2] = *b"TW";
@@ -116,6 +116,8 @@ kinds! {
     EpochHistory = 17, at most len(EpochHistory::MAX_LEN);
     /// Where the follower's log parts from it: a [`CommonPoint`]. Since version 2.
     CommonPoint = 18, at most len(CommonPoint::LEN);
+    /// Asks for bytes of a segment, and begins the answer: a [`SegmentRange`].
+    SegmentRange = 19, at most len(SegmentRange::LEN);
 }
 
 /// The length of a message as a frame length.
@@ -255,11 +257,11 @@ mod tests {
     #[test]
     fn the_numbers_of_the_kinds() {
         let numbers: Vec<u8> = FrameKind::ALL.iter().map(|kind| kind.to_wire()).collect();
-        assert_eq!(numbers, (1..=18).collect::<Vec<u8>>());
+        assert_eq!(numbers, (1..=19).collect::<Vec<u8>>());
         for number in 0..=u8::MAX {
             assert_eq!(
                 FrameKind::from_wire(number).map(FrameKind::to_wire),
-                (1..=18).contains(&number).then_some(number)
+                (1..=19).contains(&number).then_some(number)
             );
         }
     }

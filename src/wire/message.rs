@@ -25,7 +25,7 @@ choice! {
         Tail = 3,
         /// To ask for the status of the node.
         Status = 4,
-        /// To hand over whole segments.
+        /// To be given bytes of segments, each range asked for with a [`SegmentRange`]; or to hand over whole segments.
         Segment = 5,
     }
 }
@@ -78,7 +78,8 @@ message! {
         pub applied: Lsn,
         /// The chain at `received`.
         pub chain: Chain,
-        /// With [`Purpose::Tail`], the first LSN wanted; else 0.
+        /// With [`Purpose::Tail`], the first LSN wanted; with [`Purpose::Segment`], the first LSN of the segment that is
+        /// handed over, 0 from who wants to be given ranges; else 0.
         pub from: Lsn,
         /// What else is to be known of the asker. Flags that the answerer does not know say nothing.
         pub flags: u8,
@@ -249,6 +250,26 @@ message! {
         pub session: SessionId,
         /// The term under which it was received.
         pub epoch: Epoch,
+    }
+}
+
+message! {
+    /// Under [`Purpose::Segment`]: asks for bytes of one segment as they stand in its file, header page included. The
+    /// answer begins with another one, which says what comes: as many bytes as there are valid ones from `offset` on, at
+    /// most `len`. They follow as `WalData`, and after them the next range can be asked for.
+    ///
+    /// | offset | size | field |
+    /// |---:|---:|---|
+    /// | 0 | 8 | `segment` |
+    /// | 8 | 8 | `offset` |
+    /// | 16 | 8 | `len` |
+    pub struct SegmentRange in SegmentRange {
+        /// The first LSN of the segment.
+        pub segment: Lsn,
+        /// Where in the segment the bytes stand.
+        pub offset: u64,
+        /// How many bytes.
+        pub len: u64,
     }
 }
 
@@ -452,6 +473,8 @@ messages! {
     EpochHistory,
     /// Where the follower's log parts from it.
     CommonPoint,
+    /// Asks for bytes of a segment, and begins the answer.
+    SegmentRange,
 }
 
 impl From<ErrorMessage> for Message {

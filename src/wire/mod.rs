@@ -45,7 +45,8 @@ use crate::error::Error;
 pub use frame::{FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind};
 pub use history::{CommonPoint, EpochEnd, EpochHistory};
 pub use message::{
-    Ack, CaughtUp, ErrorMessage, Heartbeat, Message, Purpose, ShardInfo, Sync, SyncAck, SyncRequest, WalDataHeader,
+    Ack, CaughtUp, ErrorMessage, Heartbeat, Message, Purpose, SegmentRange, ShardInfo, Sync, SyncAck, SyncRequest,
+    WalDataHeader,
 };
 pub use payload::{SegmentPieceHeader, SegmentSummary, WalSegmentPayload};
 pub use session::{

@@ -132,6 +132,10 @@ pub(crate) fn golden_messages() -> Vec<(Message, &'static str)> {
             .into(),
             "0500000000000000 0800000000000000 0700000000000000 ddccbbaa 0100000098010000",
         ),
+        (
+            SegmentRange { segment: Lsn(0x0807_0605_0403_0201), offset: 9, len: 10 }.into(),
+            "0102030405060708 0900000000000000 0a00000000000000",
+        ),
         (ErrorMessage::new(RefusalCode::NotRetained, "no é").into(), "0600 6e6f20c3a9"),
         (
             EpochHistory::new(

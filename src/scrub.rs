@@ -1,0 +1,121 @@
+//! Scrubbing: reading an open node's sealed segments again, slowly, to find what a disk has forgotten.
+//!
+//! One thread a node, `tl-scrub`, goes through the shards one after the other, at a bounded rate, and then sleeps until
+//! the next pass is due. Each pass checks every sealed and synced segment: its header, every batch, and that each segment
+//! continues the one before. A node reads its whole log when it opens it, so the first pass comes a whole interval later.
+//!
+//! What is found stands in the log output and in the status, and those bytes are given to nobody any more. The node goes
+//! on otherwise: what it has in its target does not depend on an old segment. Stop it when that suits, and repair the
+//! log with [`Repair`](crate::repair::Repair).
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::server::Server;
+use crate::shutdown::ShutdownSignal;
+use crate::wal::scan::{Continue, scrub_segment};
+use crate::wal::{Log, Segment};
+
+/// How a node scrubs its logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScrubOptions {
+    /// Bytes read a second at most, over all shards; 0 for no scrubbing. Default: 8 MiB.
+    pub bytes_per_second: u64,
+    /// From the beginning of a pass to that of the next, and from the start of the node to the first. A pass that takes
+    /// longer is followed by the next at once. Default: one day.
+    pub every: Duration,
+}
+
+impl Default for ScrubOptions {
+    fn default() -> Self {
+        ScrubOptions { bytes_per_second: 8 << 20, every: Duration::from_secs(24 * 60 * 60) }
+    }
+}
+
+/// The thread's work.
+pub(crate) struct Scrubber {
+    pub(crate) server: Arc<Server>,
+    pub(crate) options: ScrubOptions,
+    pub(crate) stop: ShutdownSignal,
+}
+
+impl Scrubber {
+    /// Scrubs until the node stops.
+    pub(crate) fn run(&self) {
+        let mut due = self.options.every;
+        while !self.stop.wait_timeout(due) {
+            let began = Instant::now();
+            let mut pace = Pace { options: self.options, stop: &self.stop, began, bytes: 0 };
+            for shard in self.server.all_shards() {
+                if let Err(error) = scrub(&shard.log, &mut pace) {
+                    log::error!("shard {}: scrubbing: {error}", shard.log.shard());
+                }
+            }
+            due = self.options.every.saturating_sub(began.elapsed());
+        }
+    }
+}
+
+/// Bounds the rate.
+struct Pace<'a> {
+    options: ScrubOptions,
+    stop: &'a ShutdownSignal,
+    began: Instant,
+    bytes: u64,
+}
+
+impl Pace<'_> {
+    /// Waits until as much time has passed as so many bytes may take. Says whether to go on.
+    fn read(&mut self, bytes: u64) -> Continue {
+        self.bytes += bytes;
+        let micros = u128::from(self.bytes) * 1_000_000 / u128::from(self.options.bytes_per_second.max(1));
+        let due = Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX));
+        let stopped = match due.checked_sub(self.began.elapsed()) {
+            Some(wait) => self.stop.wait_timeout(wait),
+            None => self.stop.is_shutdown(),
+        };
+        if stopped { Continue::No } else { Continue::Yes }
+    }
+}
+
+/// One pass over one log.
+fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
+    let synced = log.synced().load();
+    let (mut before, mut bytes): (Option<Arc<Segment>>, u64) = (None, 0);
+    for segment in log.segments() {
+        if segment.sealed_last_lsn().is_none_or(|last| last > synced) {
+            break;
+        }
+        // Held while it is read, so that its file is removed rather than used again if retention gives it up.
+        let findings = match scrub_segment(&segment, before.as_deref(), &mut |bytes| pace.read(bytes)) {
+            Ok(Some(findings)) => findings,
+            Ok(None) => return Ok(()),
+            Err(error) if !log.holds(&segment) => {
+                log::debug!("shard {}: {} was given up meanwhile: {error}", log.shard(), segment.id());
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        for finding in findings {
+            let error =
+                Error::corrupt(&finding.path, finding.offset, Some(finding.lsn), finding.reason.clone()).to_string();
+            if log.health().found(finding) {
+                let node = log.directory().parent().map_or_else(PathBuf::new, std::path::Path::to_owned);
+                log::error!(
+                    "shard {}: found by scrubbing: {error}; stop the node when that suits, and run `towline repair {} \
+                     --from ADDR --shard {}`",
+                    log.shard(),
+                    node.display(),
+                    log.shard()
+                );
+            }
+        }
+        bytes += segment.published();
+        before = Some(segment);
+    }
+    log.health().passed(bytes);
+    log::debug!("shard {}: scrubbed {bytes} bytes", log.shard());
+    Ok(())
+}
