@@ -69,6 +69,10 @@ impl Following {
         self.directory.shard_path(shard)
     }
 
+    pub(crate) fn rebuild_path(&self, shard: ShardId) -> std::path::PathBuf {
+        self.directory.rebuild_path(shard)
+    }
+
     pub(crate) fn connect(&self) -> Result<Connection> {
         self.transport.connect(&self.leader, self.options.handshake_timeout)
     }
@@ -302,6 +306,7 @@ impl Follower {
             applied,
             saved,
             applier: None,
+            interrupted: None,
         };
         own.ensure_applier()?;
         let following = Arc::clone(&self.following);

@@ -173,7 +173,7 @@ pub(crate) struct Admitted {
     pub(crate) stream: StreamKey,
     /// The session, as issued.
     pub(crate) session: Session,
-    /// Where its log goes on in the leader's; a rebuild does not look at it.
+    /// Where its log goes on in the leader's.
     pub(crate) place: Option<LogPosition>,
 }
 
@@ -289,8 +289,8 @@ impl Host {
             return Err(self.declined(refusal, request, tail, head));
         };
         if session.kind == SessionKind::Rebuild {
-            // Until it is known where its log begins, it needs none.
-            known.set_lost_place(self.shard, true);
+            // Until it is known where its log begins, it needs none, unless it can go on with what it has.
+            known.set_lost_place(self.shard, rebuild_goes_on(request, place).is_none());
         } else if place.is_none() {
             // An empty log that began with another chain than this one.
             self.fail_session(state, node, FailureReason::LocalWalCorrupt);
@@ -444,20 +444,24 @@ impl Host {
         }
     }
 
-    /// Holds the log for a rebuild whose base is about to be opened: from what the leader's own target has applied durably
-    /// on, which no base is older than. [`rebuild_starts`](Self::rebuild_starts) lets go of what is not needed of it.
+    /// Holds the log for a rebuild whose base is about to be opened: from `goes_on` if that is still there, else from what
+    /// the leader's own target has applied durably on, which no base is older than. Gives from where.
+    /// [`rebuild_starts`](Self::rebuild_starts) lets go of what is not needed of it.
     ///
     /// # Errors
     ///
     /// [`Error::NotRetained`] if it has been given up meanwhile; [`Error::ShutDown`] if the stream has ended.
-    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64) -> Result<()> {
+    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64, goes_on: Option<Lsn>) -> Result<Lsn> {
         let mut state = self.state.lock();
         state.rebuild_of(stream, SessionId(session)).ok_or(Error::ShutDown)?;
-        let pin = self.retention.pin_for_base(format!("node {}", stream.node), SessionKind::Rebuild.as_str())?;
+        let (owner, reason) = (format!("node {}", stream.node), SessionKind::Rebuild.as_str());
+        let kept = goes_on.and_then(|first| self.retention.pin(owner.clone(), reason, first).ok());
+        let pin = kept.map_or_else(|| self.retention.pin_for_base(owner, reason), Ok)?;
+        let first = pin.lsn();
         if let Some(member) = state.member(stream.node) {
             member.pins.push((SessionId(session), pin));
         }
-        Ok(())
+        Ok(first)
     }
 
     /// A rebuild's log lane begins with `first`: from there on the follower has its place in the log again, and loses it
@@ -794,6 +798,12 @@ impl Host {
             }
         }
     }
+}
+
+/// Where the log of a follower's interrupted rebuild goes on in the leader's, if it is a beginning of that.
+pub(crate) fn rebuild_goes_on(request: &SyncRequest, place: Option<LogPosition>) -> Option<LogPosition> {
+    let both = SyncRequest::BASE_INCOMPLETE | SyncRequest::REBUILD_KEPT;
+    place.filter(|_| request.flags & both == both && request.received > Lsn::ZERO)
 }
 
 impl State {

@@ -168,6 +168,7 @@ impl Receiver {
         let node = Arc::clone(&self.own.node);
         let manifest = node.manifest();
         let is_incomplete = self.own.is_incomplete()?;
+        let kept = self.own.find_interrupted()?.map_or(0, |_| SyncRequest::REBUILD_KEPT);
         let applied = if is_incomplete { Lsn::ZERO } else { self.own.applied.load() };
         let shard = self.own.shard;
         let writer = self.own.writer()?;
@@ -192,16 +193,16 @@ impl Receiver {
             applied,
             chain,
             from: Lsn::ZERO,
-            flags: if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
+            flags: kept | if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
         let info = exchange(peer, sender, receiver, request, node.options.handshake_timeout)?;
         node.check_topology(peer, &info)?;
         // Persisted before anything is done under it.
         node.accept_epoch(info.epoch)?;
-        if info.session_kind == SessionKind::Rebuild {
+        if info.session_kind == SessionKind::Rebuild && info.start == Lsn::ZERO {
             return Ok(info);
         }
-        if is_incomplete {
+        if is_incomplete && (info.session_kind != SessionKind::Rebuild || kept == 0) {
             return Err(Error::protocol(peer, "it would go on with the log, but the target has no base to put it on"));
         }
         let due = writer.ingest_position();

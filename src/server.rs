@@ -15,7 +15,7 @@ use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::data_dir::DataDir;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
-use crate::host::{Admitted, Declined as Refusal, Host, StreamKey};
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, rebuild_goes_on};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
 use crate::protocol::{FailureReason, SessionKind as Recovery};
@@ -24,10 +24,10 @@ use crate::rebuild::places::Places;
 use crate::shipper::Shipper;
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
-use crate::target::ReplicationTarget;
+use crate::target::{BlockId, ReplicationTarget};
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
-use crate::wal::{Log, LogReader, unix_ms};
+use crate::wal::{Log, LogPosition, LogReader, unix_ms};
 use crate::watermark::{Waited, wait_any};
 use crate::wire::{
     Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionFailure, SessionId,
@@ -77,8 +77,9 @@ enum Lanes {
     None,
     /// The log.
     Log(LogReader),
-    /// A base of this target and the log beside it, from where the rebuild will say.
-    Rebuild(LogReader, Arc<dyn ReplicationTarget>),
+    /// A base of this target and the log beside it: from where an interrupted rebuild's goes on, or from where the rebuild
+    /// will say.
+    Rebuild(LogReader, Option<LogPosition>, Arc<dyn ReplicationTarget>),
 }
 
 impl Server {
@@ -336,16 +337,21 @@ impl Server {
             shard.host.decline(admitted.stream, FailureReason::BaseUnavailable);
             return Err(shard.host.not_retained(request, shard.log.tail(), shard.log.head()));
         };
-        // The reader gets its place when the base is open.
-        let place = shard.log.segment_start_for(shard.log.head().next()).map_err(internal)?;
+        let goes_on = rebuild_goes_on(request, admitted.place);
+        // Otherwise the reader gets its place when the base is open.
+        let anew = || shard.log.segment_start_for(shard.log.head().next()).map_err(internal);
+        let place = goes_on.map_or_else(anew, Ok)?;
         self.describe(request, version).map(|info| Answer {
             info: ShardInfo {
                 session: SessionId(admitted.session.id.0),
                 session_kind: SessionKind::Rebuild,
                 target: admitted.session.target,
+                start: goes_on.map_or(Lsn::ZERO, |place| place.lsn.next()),
+                start_segment: goes_on.map_or(Lsn::ZERO, |place| place.segment),
+                start_offset: goes_on.map_or(0, |place| place.offset),
                 ..info
             },
-            lanes: Lanes::Rebuild(shard.log.reader_at(place), store),
+            lanes: Lanes::Rebuild(shard.log.reader_at(place), goes_on, store),
             stream: Some(admitted.stream),
         })
     }
@@ -529,13 +535,14 @@ impl Stream<'_> {
         let (stream, follower) = follower.unzip();
         let (reader, rebuild) = match (lanes, stream) {
             (Lanes::Log(reader), _) => (reader, None),
-            (Lanes::Rebuild(reader, store), Some(stream)) => (
+            (Lanes::Rebuild(reader, log_goes_on, store), Some(stream)) => (
                 reader,
                 Some(IssuedRebuild {
                     session: self.info.session,
                     epoch: self.info.epoch,
                     target: self.info.target,
                     shard: self.request.shard,
+                    log_goes_on,
                     store,
                     places: Arc::clone(&self.server.rebuild_places),
                     agreement: Arc::clone(&self.agreement),
@@ -648,7 +655,10 @@ impl Stream<'_> {
         }
         let (host, session) = (&self.of_shard.host, self.info.session.0);
         match ack.phase {
-            SessionPhase::Accepted => host.rebuild_progress(stream, session, 0),
+            SessionPhase::Accepted => {
+                host.rebuild_progress(stream, session, 0);
+                self.agreement.begin(BlockId(ack.blocks));
+            }
             SessionPhase::Running | SessionPhase::BaseComplete => {
                 let all = ack.phase == SessionPhase::BaseComplete;
                 let blocks = self.agreement.take_run(all).ok_or_else(|| {

@@ -108,7 +108,7 @@ impl Shipper {
                 Until { mark: self.commits.applied_wanted(), at_least: progress.applied_asked.next() },
                 self.stream_over.until(),
                 self.draining.until(),
-                base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
+                base.as_ref().map_or(self.stream_over.until(), BaseLane::until_more),
                 ended,
             ];
             let deadline = progress.last_sent.checked_add(self.heartbeat);
@@ -137,8 +137,14 @@ impl Shipper {
         }
         let shard = rebuild.shard;
         let (host, stream, session) = (Arc::clone(&rebuild.host), rebuild.stream, rebuild.session.0);
-        let opened = host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place)).and_then(|lane| {
-            let start = self.place_log(lane.info().base_lsn)?;
+        let goes_on = rebuild.log_goes_on;
+        let pinned = host.pin_rebuild(stream, session, goes_on.map(|place| place.lsn.next()));
+        let opened = pinned.and_then(|held| Ok((held, rebuild.open(place)?))).and_then(|(held, lane)| {
+            let start = match goes_on.filter(|place| held == place.lsn.next()) {
+                // The reader stands there.
+                Some(_) => held,
+                None => self.place_log(lane.info().base_lsn)?,
+            };
             host.rebuild_starts(stream, session, start)?;
             Ok((lane, start))
         });

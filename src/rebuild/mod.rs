@@ -38,6 +38,7 @@
 pub(crate) mod base_lane;
 pub mod bitmap;
 pub(crate) mod intake;
+pub(crate) mod interrupted;
 pub(crate) mod places;
 pub mod session;
 
