@@ -84,6 +84,13 @@ impl Beside {
         self.out.iter().collect()
     }
 
+    /// The same; gives how many lines of standard error that were not taken have `words` in them.
+    pub fn kill_and_count(mut self, words: &str) -> usize {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.err.iter().filter(|line| line.contains(words)).count()
+    }
+
     /// Asks it to stop, as a service manager would, and waits for its end.
     #[cfg(unix)]
     pub fn terminate(&mut self) -> ExitStatus {
