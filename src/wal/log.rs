@@ -346,6 +346,7 @@ impl Log {
         if position.segment == open.segment().id().first_lsn {
             position.offset = 0;
         }
+        self.give_turn(position);
     }
 
     /// Whether a segment is (still) part of the log.
@@ -433,11 +434,22 @@ impl Log {
             }
             Err(error) => self.set_poison(error),
         }
+        self.give_turn(position);
+        result
+    }
+
+    /// Lets go of the sync lock. Whoever found it taken waits for this turn, so it is counted whatever the lock was taken for.
+    fn give_turn(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) {
         position.turns = position.turns.next();
         let turns = position.turns;
         drop(position);
         self.sync_turns.advance(turns);
-        result
+    }
+
+    /// How often the sync lock has been let go.
+    #[cfg(test)]
+    pub(super) fn turns(&self) -> Lsn {
+        self.sync_turns.load()
     }
 
     /// Up to where the log is on stable storage: a segment, and bytes of it.
@@ -532,6 +544,12 @@ impl Log {
     /// Takes the oldest segment out of the list, if all of it is at or below `lsn` and its successor is durable.
     fn take_oldest(&self, lsn: Lsn) -> Option<Arc<Segment>> {
         let position = self.sync.lock();
+        let oldest = self.take_oldest_of(&position, lsn);
+        self.give_turn(position);
+        oldest
+    }
+
+    fn take_oldest_of(&self, position: &SyncPosition, lsn: Lsn) -> Option<Arc<Segment>> {
         let mut segments = self.segments.write();
         let oldest_is_released = segments.first()?.sealed_last_lsn().is_some_and(|last| last <= lsn);
         let next = segments.get(1)?.id().first_lsn;
