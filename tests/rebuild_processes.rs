@@ -15,17 +15,28 @@ use std::path::Path;
 use std::process::{ChildStdin, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use common::PATIENCE;
 use common::net::free_port;
 use common::process::{Beside, arg, outcome, run, towline};
-use common::until;
 use parking_lot::{Condvar, Mutex};
+use towline::target::ShardRouter;
 
 /// How many rounds: a new follower each, killed or losing its leader up to three times.
 const ROUNDS: &str = "TOWLINE_KILL_ROUNDS";
+const SHARDS: u16 = 2;
 /// Keys that are never deleted: a store that lacks one of them is half built.
 const KEYS: u64 = 25_000;
+
+/// Looks again and again, each time with a process: so this does not spin. Longer than others are waited for, since both
+/// sides wait a while before they connect again.
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + 4 * PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {:?}: {what}", 4 * PATIENCE);
+    }
+}
 
 fn rounds() -> u64 {
     std::env::var(ROUNDS).map_or(3, |rounds| rounds.parse().expect("a number of rounds"))
@@ -161,20 +172,26 @@ fn scan(directory: &Path) -> Option<BTreeMap<String, String>> {
     let (code, out, error) = outcome(&run(&["scan", "--dir", arg(directory)]));
     if code != 0 {
         let known = ["being rebuilt", "being recovered", "holds no store", "No such file", "torn", "cut off"];
-        assert!(known.iter().any(|known| error.contains(known)), "{code}: {error}");
+        assert!(known.iter().any(|known| error.contains(known)), "exit code {code}: {error}");
         return None;
     }
     let pairs = out.lines().map(|line| line.split_once('\t').expect("a key and its value"));
     Some(pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
 
-/// Fails if the store can be read although it is half built. Says whether it can be read.
+/// Fails if a shard of the store can be read although it is half built. Says whether all of the store can be read, and is
+/// not that of a new follower whose rebuild has not begun.
 fn is_read_only_if_whole(directory: &Path) -> bool {
     let Some(store) = scan(directory) else { return false };
-    let missing = (0..KEYS).map(key).filter(|key| !store.contains_key(key)).count();
-    // A follower that has just made its store, and has not been told to do anything with it.
-    assert!(missing == 0 || store.is_empty(), "{missing} of {KEYS} keys are missing, {} are there", store.len());
-    missing == 0
+    let router = ShardRouter::new(SHARDS, 0).unwrap();
+    let is_there = |shard| {
+        let keys: Vec<_> = (0..KEYS).map(key).filter(|key| router.route(key.as_bytes()) == shard).collect();
+        let missing = keys.iter().filter(|key| !store.contains_key(*key)).count();
+        let is_empty = store.keys().all(|key| router.route(key.as_bytes()) != shard);
+        assert!(missing == 0 || is_empty, "{missing} of {} keys of shard {shard} are missing", keys.len());
+        missing == 0
+    };
+    common::shards(SHARDS).filter(|&shard| is_there(shard)).count() == usize::from(SHARDS)
 }
 
 #[test]

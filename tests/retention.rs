@@ -2,18 +2,21 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use common::raw::{self, follow_request};
 use parking_lot::Mutex;
 use towline::protocol::{FailureReason, Millis, Mode, Projection, Reason, SessionKind, SessionLimits};
 use towline::status::{FollowerStatus, ShardStatus};
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport, Transport};
 use towline::wal::Record;
-use towline::wire::{Ack, Message, PROTOCOL_VERSIONS, Purpose, SessionKind as WireKind, ShardInfo, SyncRequest};
+use towline::wire::{SessionKind as WireKind, ShardInfo, SyncRequest};
 use towline::{
     Chain, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId, WaitStrategy,
     wait_any,
@@ -95,65 +98,28 @@ struct ByHand {
 }
 
 fn request(leader: &Leader, node: u64) -> SyncRequest {
-    let manifest = leader.manifest();
-    SyncRequest {
-        versions: PROTOCOL_VERSIONS,
-        purpose: Purpose::Follow,
-        cluster: manifest.cluster,
-        node: NodeId(node),
-        region: manifest.region,
-        shard: SHARD,
-        shard_count: manifest.shard_count,
-        segment_size: manifest.segment_size,
-        epoch: manifest.epoch,
-        received: Lsn::ZERO,
-        durable: Lsn::ZERO,
-        applied: Lsn::ZERO,
-        chain: Chain::genesis(manifest.cluster, manifest.region, SHARD),
-        from: Lsn::ZERO,
-        flags: 0,
-    }
+    follow_request(&leader.manifest(), node, SHARD)
 }
 
 fn ask(leader: &Leader, request: SyncRequest) -> Result<ByHand, (RefusalCode, String)> {
     let transport = TcpTransport::new(TcpOptions::default());
     let mut connection = transport.connect(leader.local_address(), PATIENCE).unwrap();
     connection.receiver.set_timeout(Some(PATIENCE)).unwrap();
-    connection.sender.send_message(&Message::SyncRequest(request)).unwrap();
-    let header = connection.receiver.receive_header().unwrap();
-    match connection.receiver.receive_message_body(header).unwrap() {
-        Message::ShardInfo(info) => Ok(ByHand { connection, info }),
-        Message::Error(error) => Err((error.code, error.text)),
-        other => panic!("{:?}", other.kind()),
+    match raw::ask(&mut connection, request) {
+        Ok(info) => Ok(ByHand { connection, info }),
+        Err(Error::Refused { code, reason, .. }) => Err((code, reason)),
+        Err(error) => panic!("{error}"),
     }
 }
 
 impl ByHand {
     /// Reads until the leader ends the stream.
     fn read_to_the_end(&mut self) -> Error {
-        let mut body = vec![0; 2 << 20];
-        loop {
-            let header = match self.connection.receiver.receive_header() {
-                Ok(header) => header,
-                Err(error) => return error,
-            };
-            let len = usize::try_from(header.len).unwrap();
-            if let Err(error) = self.connection.receiver.receive_exact(&mut body[..len]) {
-                return error;
-            }
-        }
+        raw::read_to_end(&mut self.connection)
     }
 
     fn acknowledge(&mut self, lsn: Lsn) {
-        let ack = Ack {
-            received: lsn,
-            durable: lsn,
-            applied: lsn,
-            chain: Chain(0),
-            epoch: self.info.epoch,
-            session: self.info.session,
-        };
-        self.connection.sender.send_message(&Message::Ack(ack)).unwrap();
+        raw::acknowledge(&mut self.connection, &self.info, lsn).unwrap();
     }
 }
 

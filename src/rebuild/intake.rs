@@ -216,12 +216,7 @@ impl Intake {
         self.session.lock().check_kept()
     }
 
-    fn new(
-        own: &FollowerShard,
-        contract: RebuildContract,
-        session: RebuildSession,
-        over: &ShutdownSignal,
-    ) -> Intake {
+    fn new(own: &FollowerShard, contract: RebuildContract, session: RebuildSession, over: &ShutdownSignal) -> Intake {
         own.state.set_rebuild(session.progress());
         Intake {
             contract,
@@ -394,8 +389,7 @@ impl Intake {
     fn save_until_complete(&self, own: &Completion) -> Result<bool> {
         let mut due = Lsn(1);
         loop {
-            let conditions =
-                [self.base_complete.until(Lsn(1)), self.over.until(), self.base_bytes.until(due)];
+            let conditions = [self.base_complete.until(Lsn(1)), self.over.until(), self.base_bytes.until(due)];
             match wait_any(&conditions, WaitStrategy::Park, None) {
                 Waited::Reached(0) => return self.save(own).map(|()| true),
                 Waited::Reached(2) => {

@@ -131,7 +131,10 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let hex: String = SAMPLE.encode().iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(&hex[..88], "544f574c52454200010003006800000005000000000000000605040302010000090000000000000000000000");
+        assert_eq!(
+            &hex[..88],
+            "544f574c52454200010003006800000005000000000000000605040302010000090000000000000000000000"
+        );
         assert_eq!(decode(&SAMPLE.encode()), Ok(SAMPLE));
     }
 

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use towline::Lsn;
 use towline::rebuild::RebuildPhase;
 use towline::target::FixedStore;
 use towline::transport::InProcessTransport;
-use towline::Lsn;
 
 use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, assert_same, deadline, over_both, reach};
 

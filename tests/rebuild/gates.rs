@@ -161,7 +161,11 @@ impl BaseSource for DoledSource {
         self.given = self.given.next();
         wait_any(&[self.allowed.until(self.given)], WaitStrategy::Park, None);
         if self.allowed.load() == BROKEN {
-            return Err(Error::Io { action: "read", path: "the base".into(), source: std::io::ErrorKind::Other.into() });
+            return Err(Error::Io {
+                action: "read",
+                path: "the base".into(),
+                source: std::io::ErrorKind::Other.into(),
+            });
         }
         self.inner.next_run(buffer)
     }

@@ -20,7 +20,8 @@ use crate::gates::Doled;
 
 pub const SHARD: ShardId = ShardId(0);
 pub const PATIENCE: Duration = Duration::from_secs(60);
-pub const OPTIONS: FixedStoreOptions = FixedStoreOptions { key_len: 16, value_len: 100, shard_count: 1, prefix_bits: 0 };
+pub const OPTIONS: FixedStoreOptions =
+    FixedStoreOptions { key_len: 16, value_len: 100, shard_count: 1, prefix_bits: 0 };
 
 pub fn deadline() -> Option<Instant> {
     Some(Instant::now() + PATIENCE)

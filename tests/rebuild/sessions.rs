@@ -8,9 +8,7 @@ use towline::protocol::{FailureReason, Millis, Reason, SessionLimits};
 use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
 use towline::transport::{TcpOptions, TcpTransport};
-use towline::wire::{
-    Ack, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase,
-};
+use towline::wire::{Ack, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase};
 use towline::{AckLevel, Chain, Epoch, Lsn, Outcome};
 
 use crate::common::raw::follow_request;

@@ -242,7 +242,9 @@ impl BaseSink for SlotSink {
 
     fn check_kept(&mut self) -> Result<()> {
         match self.shard.writer.lock().first_torn() {
-            Some(slot) => Err(self.shard.damaged(slot, "the slot is damaged, and the local log has not written it again")),
+            Some(slot) => {
+                Err(self.shard.damaged(slot, "the slot is damaged, and the local log has not written it again"))
+            }
             None => Ok(()),
         }
     }

@@ -58,7 +58,9 @@ pub use reader::FixedStoreReader;
 use self::format::{Header, Layout, Operation, SLOTS_OFFSET};
 use self::shard::{Shard, read_header};
 use crate::error::{Error, Result};
-use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology};
+use crate::target::{
+    BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology,
+};
 use crate::types::{Lsn, ShardId};
 use crate::wal::segment::{sync_directory, write_all_at, zero_in_pages};
 use crate::wal::{Batch, Record};
