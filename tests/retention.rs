@@ -1,6 +1,6 @@
 //! A bounded log: what is kept for whom, what goes, and what the node says about it.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

@@ -5,7 +5,7 @@
 //! marking, and that nothing counts before the leader has accepted it. Nothing here is timed: tests wait for marks.
 
 // A test may panic, also in the functions that it is made of.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../common/mod.rs"]
 mod common;
