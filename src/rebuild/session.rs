@@ -680,6 +680,34 @@ mod tests {
     }
 
     #[test]
+    fn a_session_goes_on_with_what_an_interrupted_one_kept_and_the_log_marks_blocks_again() {
+        let mut pair = Pair::new();
+        let mut base = pair.start(1);
+        let mut block = vec![0; usize::try_from(base.info().block_len).unwrap()];
+        let run = base.next_run(&mut block).unwrap().unwrap();
+        pair.session.apply_base_block(run.first, &block).unwrap();
+        pair.put(b"two", b"newer");
+        pair.log_entry(3, 3).unwrap();
+        let kept = pair.session.kept();
+        assert_eq!(kept, KeptBase { blocks: 1, applied: Lsn(3) });
+        pair.session.cancel(SessionFailure::TransportLost);
+        // The next base is older than what has been applied: the log after it marks the block of two again.
+        let info = BaseInfo { base_lsn: Lsn(2), ..base.info() };
+        let contract = RebuildContract { session: SessionId(2), epoch: Epoch(1), target: Lsn(3), base: info };
+        pair.session.resume(contract, kept).unwrap();
+        assert_eq!((pair.session.progress().applied, pair.session.progress().blocks_kept), (Lsn(2), 1));
+        pair.log_entry(3, 3).unwrap();
+        pair.session.check_kept().unwrap();
+        base.skip_to(BlockId(kept.blocks));
+        let sent = pair.copy(base.as_mut());
+        assert_eq!(pair.session.progress().blocks_skipped, 1, "the log has written two since");
+        pair.session.mark_base_complete(sent).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(3)));
+        assert_eq!(pair.follower.get(b"one").unwrap().as_deref(), Some(&b"1"[..]));
+        assert_eq!(pair.follower.get(b"two").unwrap().as_deref(), Some(&b"newer"[..]));
+    }
+
+    #[test]
     fn a_target_that_takes_no_base_starts_nothing() {
         let mut session = RebuildSession::new(SHARD, Arc::new(LogOnly));
         let contract =
