@@ -225,7 +225,10 @@ fn a_rebuild_that_is_killed_at_any_moment_ends_right_and_is_not_served_before() 
             }
         }
         let last = format!("end-{round}");
-        until("the follower serves", || is_read_only_if_whole(&follower_dir));
+        until("the follower serves", || {
+            assert!(!follower.has_ended(), "the follower has ended: {:?}", follower.rest_of_errors());
+            is_read_only_if_whole(&follower_dir)
+        });
         feeder.pause(&last);
         let is_equal = || {
             let (leaders, followers) = (scan(&leader_dir), scan(&follower_dir));

@@ -38,6 +38,13 @@ struct SlotSource {
 
 /// Makes a flushed boundary and opens the image at it.
 pub(super) fn open_base(shard: &Arc<Shard>) -> Result<Box<dyn BaseSource>> {
+    if !shard.is_rebuilding()
+        && let Err(error) = shard.check_serving()
+    {
+        // After a crash, until the log has been replayed: not for good, so whoever wants a base asks again.
+        let source = std::io::Error::new(std::io::ErrorKind::WouldBlock, error.to_string());
+        return Err(Error::io("give a base of", &shard.path)(source));
+    }
     shard.check_serving()?;
     shard.check_whole()?;
     shard.sync()?;
