@@ -6,6 +6,7 @@
 //! | `MANIFEST` | what the directory is: see below; replaced as a whole |
 //! | `replication.ckpt` | applied marks; replaced as a whole |
 //! | `followers` | the followers known to a leader; replaced as a whole |
+//! | `rebuild-0003` | on a follower, how far the rebuild of shard 3 has come; replaced as a whole |
 //! | `shard-0003/` | the log of shard 3 |
 //! | `store/` | the state of the node's own target, if it keeps it here; nothing in it is looked at |
 //!
@@ -305,6 +306,11 @@ impl DataDir {
     /// Where the list of known followers is kept.
     pub(crate) fn followers_path(&self) -> PathBuf {
         self.path.join(FOLLOWERS)
+    }
+
+    /// Where it is kept how far the rebuild of a shard has come.
+    pub(crate) fn rebuild_path(&self, shard: ShardId) -> PathBuf {
+        self.path.join(format!("rebuild-{shard:04}", shard = shard.0))
     }
 
     /// Accepts the epoch of another leader: it is on stable storage on return, and nothing older will be accepted again.

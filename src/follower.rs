@@ -71,6 +71,10 @@ impl Following {
         self.directory.shard_path(shard)
     }
 
+    pub(crate) fn rebuild_path(&self, shard: ShardId) -> std::path::PathBuf {
+        self.directory.rebuild_path(shard)
+    }
+
     pub(crate) fn connect(&self) -> Result<Connection> {
         self.transport.connect_until(&self.leader, self.options.handshake_timeout, &self.stop)
     }
@@ -308,6 +312,7 @@ impl Follower {
             applier: None,
             awaits_leader: self.following.manifest().own_epoch,
             gives_way: false,
+            interrupted: None,
         };
         if !own.awaits_leader {
             own.ensure_applier()?;

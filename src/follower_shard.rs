@@ -38,6 +38,7 @@ use crate::error::{Error, Result};
 use crate::follower::{Following, ShardState};
 use crate::node::{CheckpointShard, Checkpointer, NODE_THREAD_STACK};
 use crate::rebuild::RebuildSession;
+use crate::rebuild::interrupted::{self, Interrupted};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
@@ -55,13 +56,15 @@ pub(crate) struct FollowerShard {
     /// None only after replacing it failed; following then ends.
     pub(crate) open: Option<(Wal, LogWriter)>,
     pub(crate) applied: Arc<AppliedMark>,
-    /// Up to where that is durable. Moved by the checkpointer.
+    /// Up to where that is durable. Moved by the checkpointer, and during a rebuild by whoever saves how far that has come.
     pub(crate) saved: Arc<Watermark>,
     pub(crate) applier: Option<RunningApplier>,
     /// This node has led, and its newest records may be nobody else's: nothing is applied before a leader has been met.
     pub(crate) awaits_leader: bool,
     /// The leader met last has shown that it may replace what this node has, however new that is.
     pub(crate) gives_way: bool,
+    /// What the leader has been told that another rebuild can go on with.
+    pub(crate) interrupted: Option<Interrupted>,
 }
 
 /// Up to where a shard's target has applied its log.
@@ -148,6 +151,63 @@ impl FollowerShard {
     /// Whether the target waits for a rebuild, so that nothing else can be applied to it.
     pub(crate) fn is_incomplete(&self) -> Result<bool> {
         self.target().is_rebuilding(self.shard)
+    }
+
+    /// Finds out what an interrupted rebuild has left that another can go on with; where that is not enough, says why and
+    /// forgets it. Notes it for the rebuild that begins on this stream.
+    pub(crate) fn find_interrupted(&mut self) -> Result<Option<Interrupted>> {
+        self.interrupted = None;
+        if !self.is_incomplete()? || !self.target().resumes_bases() {
+            return Ok(None);
+        }
+        let found = match Interrupted::load(&self.node.rebuild_path(self.shard)) {
+            Ok(None) => return Ok(None),
+            Ok(Some(found)) => found,
+            Err(error) if error.is_corruption() => {
+                self.forget_interrupted(&error.to_string())?;
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(reason) = self.is_beyond(&found)? {
+            self.forget_interrupted(&reason)?;
+            return Ok(None);
+        }
+        self.interrupted = Some(found);
+        Ok(self.interrupted)
+    }
+
+    /// Why an interrupted rebuild cannot go on with the local log, if it cannot.
+    fn is_beyond(&self, found: &Interrupted) -> Result<Option<String>> {
+        let (log, applied) = (self.log()?, found.kept.applied);
+        let epoch = self.node.manifest().epoch;
+        Ok(if found.shard != self.shard {
+            Some(format!("it was of shard {}", found.shard))
+        } else if found.epoch != epoch {
+            // Blocks can be newer than the local log, and only the leader of that term is known to have their records.
+            Some(format!("its blocks came under epoch {}, and this is epoch {epoch}", found.epoch))
+        } else if log.segments().is_empty() || log.tail() > applied.next() {
+            Some(format!(
+                "its blocks stand at LSN {applied}, and the local log holds LSN {} to {}",
+                log.tail(),
+                log.head()
+            ))
+        } else {
+            None
+        })
+    }
+
+    /// The next rebuild begins anew. Durable on return.
+    pub(crate) fn forget_interrupted(&mut self, reason: &str) -> Result<()> {
+        self.interrupted = None;
+        log::info!("shard {}: the interrupted rebuild cannot go on, and another begins anew: {reason}", self.shard);
+        interrupted::forget(&self.node.rebuild_path(self.shard))
+    }
+
+    /// The target stands at `applied` again, in a rebuild that goes on with the local log.
+    pub(crate) fn set_back_applied(&mut self, applied: Lsn) {
+        self.applied = AppliedMark::new(applied, Arc::clone(&self.applied.told), false);
+        self.state.set_applied(&self.applied);
     }
 
     /// Starts the applier unless it runs already, or the target waits for a rebuild.

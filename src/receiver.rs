@@ -182,6 +182,7 @@ impl Receiver {
         let node = Arc::clone(&self.own.node);
         let manifest = node.manifest();
         let is_incomplete = self.own.is_incomplete()?;
+        let kept = self.own.find_interrupted()?.map_or(0, |_| SyncRequest::REBUILD_KEPT);
         let applied = if is_incomplete { Lsn::ZERO } else { self.own.applied.load() };
         let base_applied = if self.own.target().keeps_state() { applied } else { Lsn::ZERO };
         let shard = self.own.shard;
@@ -207,7 +208,7 @@ impl Receiver {
             applied,
             chain,
             from: Lsn::ZERO,
-            flags: if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
+            flags: kept | if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
         let own = OwnHistory { log: writer.log(), applied: base_applied };
         let timeout = node.options.handshake_timeout;
@@ -216,10 +217,10 @@ impl Receiver {
         // Persisted before anything is done under it.
         node.accept_epoch(info.epoch)?;
         self.own.gives_way = told.is_some_and(|told| told.gives_way_to(info.epoch));
-        if info.session_kind == SessionKind::Rebuild {
+        if info.session_kind == SessionKind::Rebuild && info.start == Lsn::ZERO {
             return Ok(info);
         }
-        if is_incomplete {
+        if is_incomplete && (info.session_kind != SessionKind::Rebuild || kept == 0) {
             return Err(Error::protocol(peer, "it would go on with the log, but the target has no base to put it on"));
         }
         if let Some(told) = told

@@ -17,7 +17,7 @@ use crate::data_dir::DataDir;
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
-use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, reason_of};
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, reason_of, rebuild_goes_on};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
 use crate::parting::ask_where_logs_part;
@@ -27,7 +27,7 @@ use crate::rebuild::places::Places;
 use crate::shipper::{LogLane, Shipper};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
-use crate::target::ReplicationTarget;
+use crate::target::{BlockId, ReplicationTarget};
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer, segment};
 use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{ChainCursor, Log, LogPosition, LogReader, unix_ms};
@@ -83,8 +83,9 @@ enum Lanes {
     None,
     /// The log from a place on.
     Log(LogPosition),
-    /// A base of this target and the log beside it, from where the rebuild will say.
-    Rebuild(LogReader, Arc<dyn ReplicationTarget>),
+    /// A base of this target and the log beside it: from where an interrupted rebuild's goes on, or from where the rebuild
+    /// will say.
+    Rebuild(LogReader, Option<LogPosition>, Arc<dyn ReplicationTarget>),
     /// Ranges of segments, as they are asked for.
     Ranges,
 }
@@ -244,7 +245,7 @@ impl Server {
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
         let cursor = match &lanes {
-            Lanes::Log(place) => ChainCursor::at(Arc::clone(&of_shard.log), *place),
+            Lanes::Log(place) | Lanes::Rebuild(_, Some(place), _) => ChainCursor::at(Arc::clone(&of_shard.log), *place),
             _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
         };
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
@@ -378,16 +379,21 @@ impl Server {
             shard.host.decline(admitted.stream, FailureReason::BaseUnavailable);
             return Err(shard.host.not_retained(request, shard.log.tail(), shard.log.head()));
         };
-        // The reader gets its place when the base is open.
-        let place = shard.log.segment_start_for(shard.log.head().next()).map_err(internal)?;
+        let goes_on = rebuild_goes_on(request, admitted.place);
+        // Otherwise the reader gets its place when the base is open.
+        let anew = || shard.log.segment_start_for(shard.log.head().next()).map_err(internal);
+        let place = goes_on.map_or_else(anew, Ok)?;
         self.describe(request, version).map(|info| Answer {
             info: ShardInfo {
                 session: SessionId(admitted.session.id.0),
                 session_kind: SessionKind::Rebuild,
                 target: admitted.session.target,
+                start: goes_on.map_or(Lsn::ZERO, |place| place.lsn.next()),
+                start_segment: goes_on.map_or(Lsn::ZERO, |place| place.segment),
+                start_offset: goes_on.map_or(0, |place| place.offset),
                 ..info
             },
-            lanes: Lanes::Rebuild(shard.log.reader_at(place), store),
+            lanes: Lanes::Rebuild(shard.log.reader_at(place), goes_on, store),
             stream: Some(admitted.stream),
         })
     }
@@ -589,13 +595,14 @@ impl Stream<'_> {
         let (stream, follower) = follower.unzip();
         let (reader, rebuild) = match (lanes, stream) {
             (Lanes::Log(place), _) => (self.of_shard.log.reader_at(place), None),
-            (Lanes::Rebuild(reader, store), Some(stream)) => (
+            (Lanes::Rebuild(reader, log_goes_on, store), Some(stream)) => (
                 reader,
                 Some(IssuedRebuild {
                     session: self.info.session,
                     epoch: self.info.epoch,
                     target: self.info.target,
                     shard: self.request.shard,
+                    log_goes_on,
                     store,
                     places: Arc::clone(&self.server.rebuild_places),
                     agreement: Arc::clone(&self.agreement),
@@ -716,7 +723,10 @@ impl Stream<'_> {
         }
         let (host, session) = (&self.of_shard.host, self.info.session.0);
         match ack.phase {
-            SessionPhase::Accepted => host.rebuild_progress(stream, session, 0),
+            SessionPhase::Accepted => {
+                host.rebuild_progress(stream, session, 0);
+                self.agreement.begin(BlockId(ack.blocks));
+            }
             SessionPhase::Running | SessionPhase::BaseComplete => {
                 let all = ack.phase == SessionPhase::BaseComplete;
                 let blocks = self.agreement.take_run(all).ok_or_else(|| {

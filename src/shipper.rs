@@ -157,7 +157,7 @@ impl Shipper {
                 Until { mark: self.commits.applied_wanted(), at_least: applied_asked.next() },
                 self.stream_over.until(),
                 self.draining.until(),
-                base.as_ref().map_or(self.stream_over.until(), BaseLane::until_accepted),
+                base.as_ref().map_or(self.stream_over.until(), BaseLane::until_more),
                 self.history.as_ref().map_or(self.stream_over.until(), |history| history.until_refused()),
                 self.superseded.until(),
                 ended,
@@ -218,12 +218,18 @@ impl Shipper {
         }
         let shard = rebuild.shard;
         let (host, stream, session) = (Arc::clone(&rebuild.host), rebuild.stream, rebuild.session.0);
+        let goes_on = rebuild.log_goes_on;
         // A target that makes its boundary durable first may take long over it.
         let opened = while_beating(lane.sender.as_mut(), self.heartbeat, self.epoch, &self.stream_over, || {
-            host.pin_rebuild(stream, session).and_then(|()| rebuild.open(place))
+            let held = host.pin_rebuild(stream, session, goes_on.map(|place| place.lsn.next()))?;
+            Ok((held, rebuild.open(place)?))
         });
-        let opened = opened.and_then(|base| {
-            let start = self.place_log(base.info().base_lsn, lane)?;
+        let opened = opened.and_then(|(held, base)| {
+            let start = match goes_on.filter(|place| held == place.lsn.next()) {
+                // The reader stands there.
+                Some(_) => held,
+                None => self.place_log(base.info().base_lsn, lane)?,
+            };
             host.rebuild_starts(stream, session, start)?;
             Ok((base, start))
         });

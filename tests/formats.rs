@@ -127,6 +127,7 @@ fn messages_since_2() -> Vec<Message> {
             phase: SessionPhase::MakingDurable,
             achieved: Lsn(4),
             reason: SessionFailure::None,
+            blocks: 8,
         }),
     ]
 }

@@ -1,22 +1,22 @@
 //! A bounded log: what is kept for whom, what goes, and what the node says about it.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use common::raw::{self, follow_request};
 use parking_lot::Mutex;
 use towline::protocol::{FailureReason, Millis, Mode, Projection, Reason, SessionKind, SessionLimits};
 use towline::status::{FollowerStatus, ShardStatus};
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport, Transport};
 use towline::wal::Record;
-use towline::wire::{
-    Ack, CommonPoint, Message, PROTOCOL_VERSIONS, Purpose, SessionKind as WireKind, ShardInfo, SyncRequest,
-    VersionRange,
-};
+use towline::wire::{SessionKind as WireKind, ShardInfo, SyncRequest, VersionRange};
 use towline::{
     Chain, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId, WaitStrategy,
     wait_any,
@@ -98,72 +98,28 @@ struct ByHand {
 }
 
 fn request(leader: &Leader, node: u64) -> SyncRequest {
-    let manifest = leader.manifest();
-    SyncRequest {
-        versions: PROTOCOL_VERSIONS,
-        purpose: Purpose::Follow,
-        cluster: manifest.cluster,
-        node: NodeId(node),
-        region: manifest.region,
-        shard: SHARD,
-        shard_count: manifest.shard_count,
-        segment_size: manifest.segment_size,
-        epoch: manifest.epoch,
-        received: Lsn::ZERO,
-        durable: Lsn::ZERO,
-        applied: Lsn::ZERO,
-        chain: Chain::genesis(manifest.cluster, manifest.region, SHARD),
-        from: Lsn::ZERO,
-        flags: 0,
-    }
+    follow_request(&leader.manifest(), node, SHARD)
 }
 
 fn ask(leader: &Leader, request: SyncRequest) -> Result<ByHand, (RefusalCode, String)> {
     let transport = TcpTransport::new(TcpOptions::default());
     let mut connection = transport.connect(leader.local_address(), PATIENCE).unwrap();
     connection.receiver.set_timeout(Some(PATIENCE)).unwrap();
-    connection.sender.send_message(&Message::SyncRequest(request)).unwrap();
-    let mut answer = connection.receiver.receive_message().unwrap();
-    if let Message::EpochHistory(history) = answer {
-        assert_eq!(history.version, 2);
-        // It knows of no point that both logs share.
-        let parting = CommonPoint { tail_epoch: request.epoch, lsn: Lsn::ZERO, chain: Chain(0), flags: 0 };
-        connection.sender.send_message(&Message::CommonPoint(parting)).unwrap();
-        answer = connection.receiver.receive_message().unwrap();
-    }
-    match answer {
-        Message::ShardInfo(info) => Ok(ByHand { connection, info }),
-        Message::Error(error) => Err((error.code, error.text)),
-        other => panic!("{:?}", other.kind()),
+    match raw::ask(&mut connection, request) {
+        Ok(info) => Ok(ByHand { connection, info }),
+        Err(Error::Refused { code, reason, .. }) => Err((code, reason)),
+        Err(error) => panic!("{error}"),
     }
 }
 
 impl ByHand {
     /// Reads until the leader ends the stream.
     fn read_to_the_end(&mut self) -> Error {
-        let mut body = vec![0; 2 << 20];
-        loop {
-            let header = match self.connection.receiver.receive_header() {
-                Ok(header) => header,
-                Err(error) => return error,
-            };
-            let len = usize::try_from(header.len).unwrap();
-            if let Err(error) = self.connection.receiver.receive_exact(&mut body[..len]) {
-                return error;
-            }
-        }
+        raw::read_to_end(&mut self.connection)
     }
 
     fn acknowledge(&mut self, (lsn, chain): (Lsn, Chain)) {
-        let ack = Ack {
-            received: lsn,
-            durable: lsn,
-            applied: lsn,
-            chain,
-            epoch: self.info.epoch,
-            session: self.info.session,
-        };
-        self.connection.sender.send_message(&Message::Ack(ack)).unwrap();
+        raw::acknowledge(&mut self.connection, &self.info, lsn, chain).unwrap();
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) struct Admitted {
     pub(crate) stream: StreamKey,
     /// The session, as issued.
     pub(crate) session: Session,
-    /// Where its log goes on in the leader's; a rebuild does not look at it.
+    /// Where its log goes on in the leader's.
     pub(crate) place: Option<LogPosition>,
 }
 
@@ -123,8 +123,8 @@ impl Host {
         };
         let place = session.cut.map_or(place, |_| common);
         if session.kind == SessionKind::Rebuild {
-            // Until it is known where its log begins, it needs none.
-            known.set_lost_place(self.shard, true);
+            // Until it is known where its log begins, it needs none, unless it can go on with what it has.
+            known.set_lost_place(self.shard, rebuild_goes_on(request, place).is_none());
         } else if place.is_none() {
             // An empty log that began with another chain than this one.
             self.fail_session(state, node, FailureReason::LocalWalCorrupt);
@@ -225,4 +225,10 @@ impl Host {
             ),
         )
     }
+}
+
+/// Where the log of a follower's interrupted rebuild goes on in the leader's, if it is a beginning of that.
+pub(crate) fn rebuild_goes_on(request: &SyncRequest, place: Option<LogPosition>) -> Option<LogPosition> {
+    let both = SyncRequest::BASE_INCOMPLETE | SyncRequest::REBUILD_KEPT;
+    place.filter(|_| request.flags & both == both && request.received > Lsn::ZERO)
 }

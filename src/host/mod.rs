@@ -56,7 +56,7 @@ use crate::wal::{Log, LogWriter, Wal, unix_ms};
 use crate::watermark::Watermark;
 use crate::wire::SessionFailure;
 
-pub(crate) use admission::{Admitted, Declined, StreamSignals};
+pub(crate) use admission::{Admitted, Declined, StreamSignals, rebuild_goes_on};
 pub(crate) use clock::Clock;
 
 /// Called with each projection of each shard that changed in more than its numbers.
@@ -238,20 +238,24 @@ impl Host {
         }
     }
 
-    /// Holds the log for a rebuild whose base is about to be opened: from what the leader's own target has applied durably
-    /// on, which no base is older than. [`rebuild_starts`](Self::rebuild_starts) lets go of what is not needed of it.
+    /// Holds the log for a rebuild whose base is about to be opened: from `goes_on` if that is still there, else from what
+    /// the leader's own target has applied durably on, which no base is older than. Gives from where.
+    /// [`rebuild_starts`](Self::rebuild_starts) lets go of what is not needed of it.
     ///
     /// # Errors
     ///
     /// [`Error::NotRetained`] if it has been given up meanwhile; [`Error::ShutDown`] if the stream has ended.
-    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64) -> Result<()> {
+    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64, goes_on: Option<Lsn>) -> Result<Lsn> {
         let mut state = self.state.lock();
         state.rebuild_of(stream, SessionId(session)).ok_or(Error::ShutDown)?;
-        let pin = self.retention.pin_for_base(format!("node {}", stream.node), SessionKind::Rebuild.as_str())?;
+        let (owner, reason) = (format!("node {}", stream.node), SessionKind::Rebuild.as_str());
+        let kept = goes_on.and_then(|first| self.retention.pin(owner.clone(), reason, first).ok());
+        let pin = kept.map_or_else(|| self.retention.pin_for_base(owner, reason), Ok)?;
+        let first = pin.lsn();
         if let Some(member) = state.member(stream.node) {
             member.pins.push((SessionId(session), pin));
         }
-        Ok(())
+        Ok(first)
     }
 
     /// A rebuild's log lane begins with `first`: from there on the follower has its place in the log again, and loses it

@@ -13,14 +13,16 @@ use crate::error::{Error, Result};
 use crate::host::{Host, StreamKey};
 use crate::limits::{BASE_RUN_LEN, MAX_BASE_DATA_LEN};
 use crate::rebuild::places::{Place, Places};
-use crate::target::{BaseInfo, BaseSource, ReplicationTarget};
+use crate::target::{BaseInfo, BaseSource, BlockId, ReplicationTarget};
 use crate::transport::{Body, FrameSender};
 use crate::types::{Epoch, Lsn, ShardId};
+use crate::wal::LogPosition;
 use crate::watermark::{Until, Watermark};
 use crate::wire::{
     BaseComplete, BaseDataHeader, FrameKind, Message, SessionAction, SessionControl, SessionId, SessionKind,
 };
 
+const BEGUN: Lsn = Lsn(1);
 const ACCEPTED: Lsn = Lsn(1);
 
 /// A rebuild that has been issued and not begun.
@@ -30,6 +32,8 @@ pub(crate) struct IssuedRebuild {
     /// Frozen when it was issued.
     pub(crate) target: Lsn,
     pub(crate) shard: ShardId,
+    /// Where the log goes on with that of an interrupted rebuild, if it can.
+    pub(crate) log_goes_on: Option<LogPosition>,
     pub(crate) store: Arc<dyn ReplicationTarget>,
     pub(crate) places: Arc<Places>,
     pub(crate) agreement: Arc<Agreement>,
@@ -44,6 +48,8 @@ pub(crate) struct Agreement {
     /// The whole base has been sent. Set by the shipper.
     base_sent: AtomicBool,
     runs: Mutex<Runs>,
+    /// 1 once the follower has taken the session on. Moved by whoever reads acknowledgements.
+    begun: Watermark,
     /// 1 once what the follower achieved has been accepted. Moved by whoever reads acknowledgements.
     accepted: Watermark,
 }
@@ -55,9 +61,17 @@ struct Runs {
     sent: VecDeque<u32>,
     /// Blocks that the follower has taken or skipped.
     taken: u64,
+    /// The first block that it wants; none before it has taken the session on.
+    first: Option<BlockId>,
 }
 
 impl Agreement {
+    /// The follower has taken the session on, and wants the blocks from `first` on.
+    pub(crate) fn begin(&self, first: BlockId) {
+        self.runs.lock().first.get_or_insert(first);
+        self.begun.advance(BEGUN);
+    }
+
     /// The follower has taken one more run, or all. Gives how many blocks it has taken; `None` if no more was sent.
     pub(crate) fn take_run(&self, all: bool) -> Option<u64> {
         let mut runs = self.runs.lock();
@@ -110,6 +124,7 @@ impl IssuedRebuild {
             source,
             info,
             place: Some(place),
+            is_open: false,
             buffer: vec![0; usize::try_from(len).unwrap_or_default()],
             blocks: 0,
             checksum: crc32fast::Hasher::new(),
@@ -124,6 +139,8 @@ pub(crate) struct BaseLane {
     info: BaseInfo,
     /// Given up once the base has been sent.
     place: Option<Place>,
+    /// The follower has taken the session on, and the source stands at the first block that it wants.
+    is_open: bool,
     buffer: Vec<u8>,
     blocks: u64,
     checksum: crc32fast::Hasher,
@@ -135,7 +152,7 @@ impl BaseLane {
         self.info
     }
 
-    /// The message that starts the session, with a log lane that begins with the segment of `log_start`.
+    /// The message that starts the session, with a log lane that begins with `log_start`.
     pub(crate) fn start(&self, log_start: Lsn) -> SessionControl {
         SessionControl {
             base_lsn: self.info.base_lsn,
@@ -146,10 +163,16 @@ impl BaseLane {
         }
     }
 
-    /// Sends the next run, or the end of the base. Returns whether there was anything to send.
+    /// Sends the next run, or the end of the base. Returns whether there was anything to send: nothing before the follower
+    /// has taken the session on, for only then its bitmap covers what its log has.
     pub(crate) fn send_next(&mut self, sender: &mut dyn FrameSender) -> Result<bool> {
         if self.place.is_none() {
             return Ok(false);
+        }
+        if !self.is_open {
+            let Some(first) = self.issued.agreement.runs.lock().first else { return Ok(false) };
+            self.source.skip_to(first);
+            self.is_open = true;
         }
         let Some(run) = self.source.next_run(&mut self.buffer)? else {
             self.agree_base_sent(sender)?;
@@ -189,12 +212,14 @@ impl BaseLane {
 
     /// Whether the follower's achieved LSN has been accepted.
     pub(crate) fn is_accepted(&self) -> bool {
-        self.until_accepted().holds()
+        self.issued.agreement.accepted.until(ACCEPTED).holds()
     }
 
-    /// The condition that it has been accepted.
-    pub(crate) fn until_accepted(&self) -> Until<'_> {
-        self.issued.agreement.accepted.until(ACCEPTED)
+    /// The condition that there is more to do: the follower has taken the session on, or what it achieved has been
+    /// accepted.
+    pub(crate) fn until_more(&self) -> Until<'_> {
+        let Agreement { begun, accepted, .. } = self.issued.agreement.as_ref();
+        if self.is_open { accepted.until(ACCEPTED) } else { begun.until(BEGUN) }
     }
 
     /// The message that says so.

@@ -4,12 +4,13 @@
 //! |---|---|
 //! | receiver | takes on the session, puts blocks |
 //! | applier | applies the log lane through the session |
-//! | completer | waits until base and log are there, completes, reports |
+//! | completer | saves how far the base has come; waits until base and log are there, completes, reports |
 //!
 //! They share the [`RebuildSession`] behind a lock. The completer has a thread of its own because the receiver waits in
 //! the socket, where a quiet leader may send nothing for long, and because making a large base durable takes time, during
 //! which signs of life must go on.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -19,10 +20,11 @@ use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
 use crate::limits::MAX_BASE_DATA_LEN;
 use crate::node::{CheckpointShard, Checkpointer};
+use crate::rebuild::interrupted::{self, Interrupted};
 use crate::rebuild::{RebuildContract, RebuildSession};
 use crate::receiver::{AckLane, blame, refusal};
 use crate::shutdown::ShutdownSignal;
-use crate::target::{BaseInfo, BlockId};
+use crate::target::{BaseInfo, BlockId, ReplicationTarget};
 use crate::transport::{FrameReceiver, FrameSender};
 use crate::types::{Epoch, Lsn};
 use crate::wal::{Log, unix_ms};
@@ -39,11 +41,17 @@ pub(crate) struct Intake {
     /// What ended it on another thread.
     pub(crate) failure: Arc<Mutex<Option<Error>>>,
     over: ShutdownSignal,
+    /// Bytes of the base that have come. Moved by the receiver.
+    base_bytes: Watermark,
     /// 1 once the base is complete. Moved by the receiver.
     base_complete: Watermark,
     /// The leader's version knows that making it all durable takes its time.
     tells_making_durable: bool,
 }
+
+/// Bytes of the base after which it is saved how far it has come, at most: what an interruption costs. Small bases are
+/// saved whenever they have doubled.
+const SAVE_EVERY: u64 = 64 << 20;
 
 /// What of the base has arrived. The receiver's own.
 pub(crate) struct Arrived {
@@ -59,8 +67,9 @@ impl Arrived {
 }
 
 impl Intake {
-    /// Waits until the leader starts the session, then takes it on: the target gets its mark and the shard an empty log.
-    /// Signs of life go out meanwhile. A refusal is told to the leader.
+    /// Waits until the leader starts the session, then takes it on: the target gets its mark and the shard an empty log,
+    /// or both go on from where an interrupted rebuild left them. Signs of life go out meanwhile. A refusal is told to the
+    /// leader.
     ///
     /// # Errors
     ///
@@ -74,8 +83,9 @@ impl Intake {
         let start = await_start(info, sender, receiver)?;
         let base = BaseInfo { base_lsn: start.base_lsn, block_len: start.block_len, block_count: start.block_count };
         let contract = RebuildContract { session: info.session, epoch: info.epoch, target: info.target, base };
-        if start.log_start == Lsn::ZERO || start.log_start > base.base_lsn.next() || base.block_len > MAX_BASE_DATA_LEN
-        {
+        let goes_on = info.start != Lsn::ZERO && start.log_start == info.start;
+        let is_gap = !goes_on && start.log_start > base.base_lsn.next();
+        if start.log_start == Lsn::ZERO || is_gap || base.block_len > MAX_BASE_DATA_LEN {
             return Err(Error::protocol(
                 receiver.peer(),
                 format!(
@@ -86,8 +96,16 @@ impl Intake {
         }
         let failure_of = |reason| failed(&contract, reason);
         let heartbeat = own.node.options.heartbeat;
-        let mut taken =
-            while_beating(sender, heartbeat, info.epoch, over, || Self::prepare(own, contract, &start, over));
+        let mut taken = while_beating(sender, heartbeat, info.epoch, over, || match own.interrupted.take() {
+            Some(interrupted) if goes_on => Self::resume(own, contract, &interrupted, over).map_err(begin_anew),
+            interrupted => {
+                if interrupted.is_some() {
+                    let reason = format!("the leader's log no longer has what comes after LSN {}", own.log()?.head());
+                    own.forget_interrupted(&reason)?;
+                }
+                Self::prepare(own, contract, &start, over)
+            }
+        });
         if let Ok(intake) = &mut taken {
             intake.tells_making_durable = info.version >= ProtocolVersion::V2.to_wire();
         }
@@ -120,6 +138,8 @@ impl Intake {
                 base.base_lsn
             )));
         }
+        // Before the target is emptied: what the file says would not be true any more.
+        interrupted::forget(&own.node.rebuild_path(shard))?;
         let mut session = RebuildSession::new(shard, Arc::clone(own.target()));
         session.start(contract)?;
         own.replace_log(start.log_start, base.base_lsn, contract.epoch)?;
@@ -130,19 +150,92 @@ impl Intake {
             start.log_start,
             contract.target
         );
-        own.state.set_rebuild(session.progress());
-        let intake = Intake {
-            contract,
-            session: Arc::new(Mutex::new(session)),
-            failure: Arc::default(),
-            over: over.clone(),
-            base_complete: Watermark::default(),
-            tells_making_durable: false,
-        };
+        let intake = Intake::new(own, contract, session, over);
         if base.is_numbered() {
             own.start_applier(Some(intake.of_applier()))?;
         }
         Ok(intake)
+    }
+
+    /// Goes on with an interrupted rebuild: keeps its blocks, and applies the local log over them, which marks the blocks
+    /// that are ahead of the base. On an error the next rebuild begins anew, unless the node is stopping.
+    fn resume(
+        own: &mut FollowerShard,
+        contract: RebuildContract,
+        interrupted: &Interrupted,
+        over: &ShutdownSignal,
+    ) -> Result<Intake> {
+        let resumed = Self::keep(own, contract, interrupted).and_then(|session| {
+            let intake = Intake::new(own, contract, session, over);
+            intake.rehydrate(own).map(|()| intake)
+        });
+        resumed.inspect_err(|error| {
+            own.stop_applier();
+            if !own.node.stop.is_shutdown()
+                && let Err(error) = own.forget_interrupted(&error.to_string())
+            {
+                log::error!("{error}");
+            }
+        })
+    }
+
+    fn keep(own: &mut FollowerShard, contract: RebuildContract, interrupted: &Interrupted) -> Result<RebuildSession> {
+        own.stop_applier();
+        let (shard, base, kept) = (own.shard, contract.base, interrupted.kept);
+        let log = own.log()?;
+        // Blocks that are sent from now on stand at the new base LSN: the log after that is needed too.
+        if log.tail() > base.base_lsn.next() {
+            return Err(Error::invalid(format!(
+                "the base stands at LSN {}, and the local log begins with LSN {}",
+                base.base_lsn,
+                log.tail()
+            )));
+        }
+        if (contract.epoch, base.block_len) != (interrupted.epoch, interrupted.block_len) {
+            return Err(Error::invalid(format!(
+                "its blocks have {} bytes and came under epoch {}; these have {} bytes under epoch {}",
+                interrupted.block_len, interrupted.epoch, base.block_len, contract.epoch
+            )));
+        }
+        // What is applied from the local log must be there after a crash.
+        log.sync_all()?;
+        let mut session = RebuildSession::new(shard, Arc::clone(own.target()));
+        session.resume(contract, kept)?;
+        own.set_back_applied(session.progress().applied);
+        log::info!(
+            "shard {shard}: going on with a rebuild: {} of {} blocks are here, the base is at LSN {}, the local log has LSN              {} to {} and goes on to at least {}",
+            kept.blocks,
+            base.block_count,
+            base.base_lsn,
+            log.tail(),
+            log.head(),
+            contract.target
+        );
+        Ok(session)
+    }
+
+    /// Applies the local log, before the first block comes.
+    fn rehydrate(&self, own: &mut FollowerShard) -> Result<()> {
+        let head = own.log()?.head();
+        own.start_applier(Some(self.of_applier()))?;
+        let conditions = [own.applied.own().until(head), self.over.until()];
+        if wait_any(&conditions, WaitStrategy::Park, None) != Waited::Reached(0) {
+            return Err(self.failure.lock().take().unwrap_or(Error::ShutDown));
+        }
+        self.session.lock().check_kept()
+    }
+
+    fn new(own: &FollowerShard, contract: RebuildContract, session: RebuildSession, over: &ShutdownSignal) -> Intake {
+        own.state.set_rebuild(session.progress());
+        Intake {
+            contract,
+            session: Arc::new(Mutex::new(session)),
+            failure: Arc::default(),
+            over: over.clone(),
+            base_bytes: Watermark::default(),
+            base_complete: Watermark::default(),
+            tells_making_durable: false,
+        }
     }
 
     fn of_applier(&self) -> RebuildOfApplier {
@@ -156,7 +249,8 @@ impl Intake {
     /// The follower's word about the session.
     pub(crate) fn word(&self, phase: SessionPhase, achieved: Lsn) -> Message {
         let RebuildContract { session, epoch, .. } = self.contract;
-        Message::SessionAck(SessionAck { session, epoch, phase, achieved, reason: SessionFailure::None })
+        let blocks = if phase == SessionPhase::Accepted { self.session.lock().progress().blocks_kept } else { 0 };
+        Message::SessionAck(SessionAck { session, epoch, phase, achieved, reason: SessionFailure::None, blocks })
     }
 
     /// One `BaseData` frame: its blocks are put, unless the log has written them since, and the leader is told.
@@ -190,6 +284,7 @@ impl Intake {
         }
         arrived.checksum.update(&arrived.bytes);
         self.put_blocks(&peer, header.block, arrived)?;
+        self.base_bytes.advance(Lsn(self.base_bytes.load().0.saturating_add(u64::from(left))));
         let progress = self.session.lock().progress();
         own.state.set_rebuild(progress);
         lane.send_message(&self.word(SessionPhase::Running, progress.applied))
@@ -275,7 +370,7 @@ impl Intake {
         let over = self.over.until();
         let is_reached =
             |condition: Until<'_>| wait_any(&[condition, over], WaitStrategy::Park, None) == Waited::Reached(0);
-        if !is_reached(self.base_complete.until(Lsn(1))) {
+        if !self.save_until_complete(own)? {
             return Ok(());
         }
         lane.send_message(&self.word(SessionPhase::BaseComplete, own.applied.load()))?;
@@ -296,20 +391,58 @@ impl Intake {
             achieved
         };
         let Some(achieved) = achieved else { return Ok(()) };
+        interrupted::forget(&own.path)?;
         own.checkpointer.take_up(log.shard(), own.taken_up.clone());
         own.applied.tell();
         log::info!("shard {}: the rebuild is complete at LSN {achieved}", log.shard());
         lane.send_message(&self.word(SessionPhase::Completed, achieved))
     }
 
-    /// Ends the session if it is still active: the stream is over.
+    /// Saves how far the base has come, again and again, until it is complete. False if the stream ends first.
+    fn save_until_complete(&self, own: &Completion) -> Result<bool> {
+        let mut due = Lsn(1);
+        loop {
+            let conditions = [self.base_complete.until(Lsn(1)), self.over.until(), self.base_bytes.until(due)];
+            match wait_any(&conditions, WaitStrategy::Park, None) {
+                Waited::Reached(0) => return self.save(own).map(|()| true),
+                Waited::Reached(2) => {
+                    let come = self.base_bytes.load().0;
+                    self.save(own)?;
+                    due = Lsn(come.saturating_add(come.min(SAVE_EVERY)));
+                }
+                _ => return Ok(false),
+            }
+        }
+    }
+
+    /// Makes durable what has come and been applied, then notes it for a rebuild that goes on with it.
+    fn save(&self, own: &Completion) -> Result<()> {
+        if !own.target.resumes_bases() {
+            return Ok(());
+        }
+        let kept = self.session.lock().kept();
+        let shard = own.log.shard();
+        own.target.sync(shard)?;
+        let RebuildContract { epoch, base, .. } = self.contract;
+        Interrupted { shard, block_len: base.block_len, epoch, kept }.save(&own.path)?;
+        // Log before that is not needed here any more.
+        own.taken_up.saved.advance(kept.applied);
+        Ok(())
+    }
+
+    /// Ends the session if it is still active: the stream is over. If what is here is at fault, the next begins anew.
     pub(crate) fn end(&self, own: &mut FollowerShard) {
         self.session.lock().cancel(SessionFailure::TransportLost);
-        let (is_completed, progress) = {
+        let (is_completed, failure, progress) = {
             let session = self.session.lock();
-            (session.is_completed(), session.progress())
+            (session.is_completed(), session.failure(), session.progress())
         };
         own.state.set_rebuild(progress);
+        if failure == SessionFailure::LocalBaseCorrupt
+            && let Err(error) = own.forget_interrupted("it has failed here")
+        {
+            log::error!("{error}");
+        }
         if !is_completed {
             own.stop_applier();
         }
@@ -339,6 +472,9 @@ pub(crate) struct Completion {
     state: Arc<ShardState>,
     checkpointer: Arc<Checkpointer>,
     taken_up: CheckpointShard,
+    target: Arc<dyn ReplicationTarget>,
+    /// Where it is kept how far the rebuild has come.
+    path: PathBuf,
 }
 
 impl Completion {
@@ -349,13 +485,28 @@ impl Completion {
             state: Arc::clone(&own.state),
             checkpointer: Arc::clone(&own.checkpointer),
             taken_up: own.checkpoint_shard()?,
+            target: Arc::clone(own.target()),
+            path: own.node.rebuild_path(own.shard),
         })
     }
 }
 
 fn failed(contract: &RebuildContract, reason: SessionFailure) -> Message {
     let RebuildContract { session, epoch, .. } = *contract;
-    Message::SessionAck(SessionAck { session, epoch, phase: SessionPhase::Failed, achieved: Lsn::ZERO, reason })
+    let phase = SessionPhase::Failed;
+    Message::SessionAck(SessionAck { session, epoch, phase, achieved: Lsn::ZERO, reason, blocks: 0 })
+}
+
+/// What an interrupted rebuild has left cannot be used: the next stream begins anew, so nothing is lost for good.
+fn begin_anew(error: Error) -> Error {
+    match error {
+        Error::Corrupt { .. } | Error::Invalid { .. } => Error::Refused {
+            peer: "this node".to_owned(),
+            code: crate::error::RefusalCode::Superseded,
+            reason: format!("an interrupted rebuild cannot go on: {error}"),
+        },
+        other => other,
+    }
 }
 
 fn cancelled(peer: &str) -> Error {

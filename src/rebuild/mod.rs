@@ -29,15 +29,42 @@
 //! |---|---|---|
 //! | before the target's mark | its old state and log | the leader decides as before |
 //! | after the mark | a target that serves nothing, and some log | it says `base_incomplete`: another rebuild |
+//! | after it was saved how far the base has come | the same, and blocks that can be kept | the rebuild goes on |
 //! | after completion, before it was accepted | a whole target and a whole log | catch-up |
 //!
-//! Another rebuild begins from scratch: nothing of an interrupted one is relied on, so there are no marks of blocks to
-//! be restored. The checkpoint forgets the shard before the old log is removed, so recovery never looks for records
-//! that went with it.
+//! The checkpoint forgets the shard before the old log is removed, so recovery never looks for records that went with it.
+//!
+//! # Going on with an interrupted rebuild
+//!
+//! Now and then the follower makes everything durable that has come, and then notes (`interrupted.rs`): blocks below *n*
+//! are here, with the log up to LSN *a* in them, under epoch *e*. When a stream was lost or a side has crashed, the next
+//! session goes on from there:
+//!
+//! ```text
+//! follower                                                     leader
+//!    │ SyncRequest (base_incomplete, rebuild_kept, end of log) ▶ │  is it a beginning of this log?
+//!    │ ◀── ShardInfo (start = the LSN after that)                │
+//!    │ ◀── SessionControl Start (base_lsn, log_start = start)    │  base opened anew, log held from start on
+//!    │ keep blocks below n, apply the local log: marks blocks    │  log lane, and no block yet
+//!    │ SessionAck accepted (blocks = n) ───────────────────────▶ │
+//!    │ ◀── BaseData from block n on …                            │
+//! ```
+//!
+//! The log is applied again from the lower one of *a* and the new base LSN, before the first block comes. Then
+//!
+//! - blocks below *n* stand at *a* or later, and everything after *a* is in the local log or in the log lane;
+//! - blocks from *n* on stand at the new base LSN or later, and so is everything after that;
+//! - the bitmap covers each block that a record of the local log has touched, as if it had just come.
+//!
+//! So it is only done where the local log reaches back to both and the leader still has what follows it, with the same
+//! chain; where the target can do it ([`resume_base`](crate::target::ReplicationTarget::resume_base)); and under the same
+//! epoch, since blocks may be newer than the local log, and only the leader of that term is known to have their records.
+//! Otherwise the rebuild begins anew, and the log output says why.
 
 pub(crate) mod base_lane;
 pub mod bitmap;
 pub(crate) mod intake;
+pub(crate) mod interrupted;
 pub(crate) mod places;
 pub mod session;
 

@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::rebuild::BlockBitmap;
-use crate::target::{BaseInfo, BaseSink, BlockId, ReplicationTarget};
+use crate::target::{BaseInfo, BaseSink, BlockId, KeptBase, ReplicationTarget};
 use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::Batch;
 use crate::wire::{SessionFailure, SessionId};
@@ -132,6 +132,8 @@ pub struct RebuildProgress {
     pub blocks_skipped: u64,
     /// Blocks of the whole image, blank ones included, which are never sent; 0 where blocks have no numbers.
     pub blocks_total: u64,
+    /// Blocks at the beginning of the image that stayed from an interrupted rebuild, and are not sent again.
+    pub blocks_kept: u64,
     /// Up to where the log lane has been applied.
     pub applied: Lsn,
     /// Up to where it must be at least.
@@ -177,6 +179,10 @@ pub struct RebuildSession {
     sink: Option<Box<dyn BaseSink>>,
     covered: BlockBitmap,
     applied: Lsn,
+    /// Blocks below this number stayed from an interrupted rebuild.
+    kept: u64,
+    /// Blocks below this number have come, or are blank.
+    next_block: u64,
     done: u64,
     skipped: u64,
     failure: SessionFailure,
@@ -195,6 +201,8 @@ impl RebuildSession {
             sink: None,
             covered: BlockBitmap::new(0),
             applied: Lsn::ZERO,
+            kept: 0,
+            next_block: 0,
             done: 0,
             skipped: 0,
             failure: SessionFailure::None,
@@ -212,13 +220,47 @@ impl RebuildSession {
     pub fn start(&mut self, contract: RebuildContract) -> Result<()> {
         self.cancel(SessionFailure::Superseded);
         self.sink = Some(self.store.begin_base(self.shard, contract.base)?);
+        self.take_on(contract, KeptBase { blocks: 0, applied: contract.base.base_lsn })
+    }
+
+    /// Takes on a rebuild that goes on with an interrupted one: of the target's state, the blocks that `kept` speaks of
+    /// stay. The log must be applied again from where [`progress`](Self::progress) then says that it is applied; that marks
+    /// the blocks which are ahead of the base, so the local log comes before the first block.
+    ///
+    /// # Errors
+    ///
+    /// What the target gives: [`Error::Invalid`] if it cannot go on; [`Error::Mismatch`]. The session is not started then.
+    pub fn resume(&mut self, contract: RebuildContract, kept: KeptBase) -> Result<()> {
+        self.cancel(SessionFailure::Superseded);
+        self.sink = Some(self.store.resume_base(self.shard, contract.base, kept)?);
+        self.take_on(contract, kept)
+    }
+
+    fn take_on(&mut self, contract: RebuildContract, kept: KeptBase) -> Result<()> {
         self.enter(RebuildPhase::Accepted)?;
         // Blocks past the end of the image never come with it: they need no bit.
         self.covered = BlockBitmap::new(contract.base.block_count);
-        self.applied = contract.base.base_lsn;
+        self.applied = contract.base.base_lsn.min(kept.applied);
         self.contract = Some(contract);
+        (self.kept, self.next_block) = (kept.blocks, kept.blocks);
         (self.done, self.skipped, self.failure) = (0, 0, SessionFailure::None);
         Ok(())
+    }
+
+    /// Fails if a block that was kept is damaged, now that the local log has been applied.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Corrupt`]: the session has failed then.
+    pub fn check_kept(&mut self) -> Result<()> {
+        let result = self.sink.as_mut().map_or(Ok(()), |sink| sink.check_kept());
+        self.fail_on_error(result)
+    }
+
+    /// What an interruption now would leave, once the target has synced it.
+    #[must_use]
+    pub fn kept(&self) -> KeptBase {
+        KeptBase { blocks: self.next_block, applied: self.applied }
     }
 
     /// Applies the records of a batch of the local log, and marks the blocks that they touch. Records that the base holds
@@ -288,6 +330,8 @@ impl RebuildSession {
             return Err(self.out_of_place("a base block"));
         };
         self.done += 1;
+        // Blocks come in ascending order; those passed over are blank.
+        self.next_block = self.next_block.max(block.0.saturating_add(1));
         if !self.covered.should_apply_base(block) {
             self.skipped += 1;
             return Ok(false);
@@ -313,6 +357,7 @@ impl RebuildSession {
             let error = format!("{} blocks of a base arrived, and {blocks} were sent", self.done);
             return self.fail_on_error(Err(Error::invalid(error)));
         }
+        self.next_block = self.next_block.max(self.base().block_count);
         self.enter(RebuildPhase::BaseComplete)
     }
 
@@ -399,6 +444,7 @@ impl RebuildSession {
             blocks_done: self.done,
             blocks_skipped: self.skipped,
             blocks_total: self.base().block_count,
+            blocks_kept: self.kept,
             applied: self.applied,
             target: self.contract.map_or(Lsn::ZERO, |contract| contract.target),
         }
@@ -631,6 +677,34 @@ mod tests {
         let sent = pair.copy(base.as_mut());
         pair.session.mark_base_complete(sent).unwrap();
         assert!(pair.session.try_complete().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_session_goes_on_with_what_an_interrupted_one_kept_and_the_log_marks_blocks_again() {
+        let mut pair = Pair::new();
+        let mut base = pair.start(1);
+        let mut block = vec![0; usize::try_from(base.info().block_len).unwrap()];
+        let run = base.next_run(&mut block).unwrap().unwrap();
+        pair.session.apply_base_block(run.first, &block).unwrap();
+        pair.put(b"two", b"newer");
+        pair.log_entry(3, 3).unwrap();
+        let kept = pair.session.kept();
+        assert_eq!(kept, KeptBase { blocks: 1, applied: Lsn(3) });
+        pair.session.cancel(SessionFailure::TransportLost);
+        // The next base is older than what has been applied: the log after it marks the block of two again.
+        let info = BaseInfo { base_lsn: Lsn(2), ..base.info() };
+        let contract = RebuildContract { session: SessionId(2), epoch: Epoch(1), target: Lsn(3), base: info };
+        pair.session.resume(contract, kept).unwrap();
+        assert_eq!((pair.session.progress().applied, pair.session.progress().blocks_kept), (Lsn(2), 1));
+        pair.log_entry(3, 3).unwrap();
+        pair.session.check_kept().unwrap();
+        base.skip_to(BlockId(kept.blocks));
+        let sent = pair.copy(base.as_mut());
+        assert_eq!(pair.session.progress().blocks_skipped, 1, "the log has written two since");
+        pair.session.mark_base_complete(sent).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(3)));
+        assert_eq!(pair.follower.get(b"one").unwrap().as_deref(), Some(&b"1"[..]));
+        assert_eq!(pair.follower.get(b"two").unwrap().as_deref(), Some(&b"newer"[..]));
     }
 
     #[test]

@@ -89,7 +89,8 @@ pub trait ReplicationTarget: Send + Sync {
         batch.records().try_for_each(|record| self.apply(shard, record))
     }
 
-    /// Makes everything durable that was applied before the call. Runs beside appliers without stopping them for long.
+    /// Makes everything durable that was applied before the call, during a rebuild also the blocks that were put. Runs
+    /// beside appliers without stopping them for long.
     ///
     /// # Errors
     ///
@@ -161,6 +162,25 @@ pub trait ReplicationTarget: Send + Sync {
         )))
     }
 
+    /// Whether an interrupted rebuild can go on with what is in this target: see [`resume_base`](Self::resume_base).
+    fn resumes_bases(&self) -> bool {
+        false
+    }
+
+    /// Follower side: goes on with a rebuild that was interrupted, in this process or before a crash. The mark stands
+    /// and stays. Blocks below [`KeptBase::blocks`] are kept, all others are blank again; the shard's applied position
+    /// becomes the lower one of [`KeptBase::applied`] and [`BaseInfo::base_lsn`], and the log is applied again from
+    /// there. For that a record must not change a kept block that is newer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the target does not do this, or no rebuild was interrupted; [`Error::Mismatch`] if the
+    /// image does not fit. The rebuild then begins anew.
+    fn resume_base(&self, shard: ShardId, info: BaseInfo, kept: KeptBase) -> Result<Box<dyn BaseSink>> {
+        let _ = (info, kept);
+        Err(Error::invalid(format!("the target cannot go on with a base of shard {shard}")))
+    }
+
     /// Appends the numbers of the blocks that a record touches to `blocks`, deletes and trims included. Returns false
     /// if this target cannot number its blocks: its base is then a consistent snapshot, with the log applied after it.
     ///
@@ -212,6 +232,15 @@ impl BaseInfo {
     }
 }
 
+/// What an interrupted rebuild has left in a target on stable storage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeptBase {
+    /// Blocks below this number have come, and are at least as new as `applied`.
+    pub blocks: u64,
+    /// Up to here the log is in these blocks.
+    pub applied: Lsn,
+}
+
 /// Consecutive blocks of a base, as put into a buffer by [`BaseSource::next_run`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRun {
@@ -236,6 +265,12 @@ pub trait BaseSource: Send {
     /// [`Error::Corrupt`] for a damaged block, [`Error::Invalid`] if not even one block fits in the buffer. The source
     /// is of no use after an error.
     fn next_run(&mut self, buffer: &mut [u8]) -> Result<Option<BlockRun>>;
+
+    /// Blocks before `first` need not be given: the follower has them. Before the first run only. A source that gives them
+    /// all the same wastes time and does no harm.
+    fn skip_to(&mut self, first: BlockId) {
+        let _ = first;
+    }
 }
 
 /// A target's state that is being replaced. Dropping it is the same as [`cancel`](Self::cancel).
@@ -260,6 +295,16 @@ pub trait BaseSink: Send {
     /// [`Error::Invalid`] if less than `achieved` or [`consistent_from`](Self::consistent_from) has been applied, or
     /// the sink has been superseded; damage and I/O errors. The mark then stands.
     fn complete(&mut self, achieved: Lsn) -> Result<()>;
+
+    /// Fails if a block that a [resumed](ReplicationTarget::resume_base) rebuild has kept is damaged, now that the local
+    /// log has been applied over it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Corrupt`]: the rebuild has to begin anew.
+    fn check_kept(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Gives up. The mark stands: the target serves nothing until another rebuild completes.
     fn cancel(&mut self);

@@ -387,6 +387,7 @@ impl Log {
             position.offset = 0;
         }
         self.named.fetch_min(open.segment().id().first_lsn.previous().0, Ordering::AcqRel);
+        self.give_turn(position);
     }
 
     /// Whether a segment is (still) part of the log.
@@ -476,11 +477,22 @@ impl Log {
             }
             Err(error) => self.set_poison(error),
         }
+        self.give_turn(position);
+        result
+    }
+
+    /// Lets go of the sync lock. Whoever found it taken waits for this turn, so it is counted whatever the lock was taken for.
+    fn give_turn(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) {
         position.turns = position.turns.next();
         let turns = position.turns;
         drop(position);
         self.sync_turns.advance(turns);
-        result
+    }
+
+    /// How often the sync lock has been let go.
+    #[cfg(test)]
+    pub(super) fn turns(&self) -> Lsn {
+        self.sync_turns.load()
     }
 
     /// Up to where the log is on stable storage: a segment, and bytes of it.

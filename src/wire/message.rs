@@ -90,13 +90,16 @@ impl SyncRequest {
     /// Flag: a rebuild of the asker's target was begun and not completed, so neither its marks nor its log tell what it
     /// has. Only another rebuild helps.
     pub const BASE_INCOMPLETE: u8 = 1;
+    /// Flag, beside [`BASE_INCOMPLETE`](Self::BASE_INCOMPLETE): the log up to `received` and part of the base are those of
+    /// an interrupted rebuild, which another one can go on with.
+    pub const REBUILD_KEPT: u8 = 2;
 }
 
 message! {
     /// The answer to a [`SyncRequest`]: what the shard is, and what the stream will carry.
     ///
     /// Where a rebuild's log begins is not known yet: `start`, `start_segment` and `start_offset` are 0, and
-    /// [`SessionControl`] says it.
+    /// [`SessionControl`] says it. They are not 0 where a rebuild can go on with the log of an interrupted one.
     ///
     /// | offset | size | field |
     /// |---:|---:|---|

@@ -117,9 +117,10 @@ pub(crate) fn golden_messages() -> Vec<(Message, &'static str)> {
                 phase: SessionPhase::Failed,
                 achieved: Lsn(8),
                 reason: SessionFailure::Cancelled,
+                blocks: 9,
             }
             .into(),
-            "0700000000000000 0500000000000000 05 0800000000000000 0a",
+            "0700000000000000 0500000000000000 05 0800000000000000 0a 0900000000000000",
         ),
         (
             Heartbeat {

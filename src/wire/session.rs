@@ -105,8 +105,9 @@ message! {
         pub base_lsn: Lsn,
         /// The LSN that the session must reach, fixed when it was issued.
         pub target: Lsn,
-        /// When a rebuild starts, the first LSN of the segment with which the log lane begins, at most one past
-        /// `base_lsn`; else 0.
+        /// When a rebuild starts, the first LSN of the log lane; else 0. It is [`ShardInfo::start`](super::ShardInfo::start)
+        /// where the log goes on with that of an interrupted rebuild; else the lane begins with that segment, at most one past
+        /// `base_lsn`.
         pub log_start: Lsn,
         /// When a rebuild starts, bytes of each block of the base, or 0 if they have no numbers; else 0.
         pub block_len: u32,
@@ -125,6 +126,7 @@ message! {
     /// | 16 | 1 | `phase`, see [`SessionPhase`] |
     /// | 17 | 8 | `achieved` |
     /// | 25 | 1 | `reason`, see [`SessionFailure`] |
+    /// | 26 | 8 | `blocks` |
     pub struct SessionAck in SessionAck {
         /// Which session.
         pub session: SessionId,
@@ -136,6 +138,8 @@ message! {
         pub achieved: Lsn,
         /// Why it failed; [`SessionFailure::None`] in every other phase.
         pub reason: SessionFailure,
+        /// When a rebuild is accepted that goes on with an interrupted one, the first block that is still wanted; else 0.
+        pub blocks: u64,
     }
 }
 

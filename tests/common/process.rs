@@ -84,12 +84,24 @@ impl Beside {
         self.out.iter().collect()
     }
 
+    /// The same; gives how many lines of standard error that were not taken have `words` in them.
+    pub fn kill_and_count(mut self, words: &str) -> usize {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.err.iter().filter(|line| line.contains(words)).count()
+    }
+
     /// Asks it to stop, as a service manager would, and waits for its end.
     #[cfg(unix)]
     pub fn terminate(&mut self) -> ExitStatus {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
         self.wait()
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     /// Waits for its end.

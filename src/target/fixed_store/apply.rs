@@ -92,6 +92,11 @@ impl Writer {
         self.torn.first().copied()
     }
 
+    /// A slot that does not validate, and may be written again.
+    pub(super) fn note_torn(&mut self, slot: u64) {
+        self.torn.insert(slot);
+    }
+
     pub(super) fn is_marked_clean(&self) -> bool {
         self.marked_clean
     }

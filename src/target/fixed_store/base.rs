@@ -4,14 +4,30 @@
 //! age: all are at least as new as the base LSN, some may be newer. The slots' versions sort that out on the other side:
 //! of a block and what the log has put into its slot, the newer stays. Once the log has been applied up to the newest
 //! block, the image is the leader's state at that LSN.
+//!
+//! # Going on with an interrupted rebuild
+//!
+//! Slots below the last one known to be on stable storage are kept as they are, whatever has been written to them since;
+//! all others are emptied. Why that is right, where the log is applied again from the lower one of the kept LSN and the
+//! new base LSN:
+//!
+//! - A kept slot with version *v* is what record *v* left there. Records up to *v* change it no more; each later one is
+//!   in the log that follows, local or not.
+//! - A kept slot can be newer than the local log, because blocks are. Its record comes with the log lane, and rule 1 of
+//!   [`apply`](super::apply) keeps the slot until then; it is in the leader's history as long as the leader's term is the same.
+//! - A kept slot that is torn was being written by a record when the crash came: the local log has that record, since
+//!   records are applied only once they are durable. What is still torn after the local log has been applied is damage, and
+//!   the rebuild begins anew.
+//! - A slot that was emptied comes with the new base, or was never used before the new base LSN.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::apply::Writer;
 use super::format::{MAX_SLOTS, Slot};
 use super::shard::Shard;
 use crate::error::{Error, Result};
-use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, BlockRun};
+use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, BlockRun, KeptBase};
 use crate::types::Lsn;
 
 struct SlotSource {
@@ -22,6 +38,13 @@ struct SlotSource {
 
 /// Makes a flushed boundary and opens the image at it.
 pub(super) fn open_base(shard: &Arc<Shard>) -> Result<Box<dyn BaseSource>> {
+    if !shard.is_rebuilding()
+        && let Err(error) = shard.check_serving()
+    {
+        // After a crash, until the log has been replayed: not for good, so whoever wants a base asks again.
+        let source = std::io::Error::new(std::io::ErrorKind::WouldBlock, error.to_string());
+        return Err(Error::io("give a base of", &shard.path)(source));
+    }
     shard.check_serving()?;
     shard.check_whole()?;
     shard.sync()?;
@@ -67,6 +90,10 @@ impl BaseSource for SlotSource {
         self.shard.check_serving()?;
         Ok(run)
     }
+
+    fn skip_to(&mut self, first: BlockId) {
+        self.next = first.0;
+    }
 }
 
 struct SlotSink {
@@ -99,16 +126,7 @@ fn set_mark(shard: &Shard) -> Result<()> {
 pub(super) fn begin_base(shard: &Arc<Shard>, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
     let mut writer = shard.writer.lock();
     shard.check_sound()?;
-    if info.block_len != shard.layout.slot_size || info.block_count > MAX_SLOTS {
-        return Err(Error::Mismatch {
-            path: shard.path.clone(),
-            reason: format!(
-                "the base has {} blocks of {} bytes, but slots have {} bytes",
-                info.block_count, info.block_len, shard.layout.slot_size
-            )
-            .into(),
-        });
-    }
+    check_fits(shard, info)?;
     if !shard.is_rebuilding() && shard.applied() > info.base_lsn {
         return Err(Error::invalid(format!(
             "shard {} has applied LSN {}, which is newer than the offered base at LSN {}; nothing was changed",
@@ -118,26 +136,71 @@ pub(super) fn begin_base(shard: &Arc<Shard>, info: BaseInfo) -> Result<Box<dyn B
         )));
     }
     set_mark(shard)?;
+    Ok(open_sink(shard, &mut writer, info, KeptBase { blocks: 0, applied: info.base_lsn }))
+}
+
+/// Keeps what an interrupted rebuild has left, empties the rest of the shard and opens it for blocks.
+pub(super) fn resume_base(shard: &Arc<Shard>, info: BaseInfo, kept: KeptBase) -> Result<Box<dyn BaseSink>> {
+    let mut writer = shard.writer.lock();
+    shard.check_sound()?;
+    check_fits(shard, info)?;
+    if !shard.is_rebuilding() || kept.blocks > info.block_count {
+        return Err(Error::invalid(format!(
+            "shard {} has no interrupted rebuild that a base of {} blocks can go on with at block {}",
+            shard.id, info.block_count, kept.blocks
+        )));
+    }
+    Ok(open_sink(shard, &mut writer, info, kept))
+}
+
+fn check_fits(shard: &Shard, info: BaseInfo) -> Result<()> {
+    if info.block_len == shard.layout.slot_size && info.block_count <= MAX_SLOTS {
+        return Ok(());
+    }
+    Err(Error::Mismatch {
+        path: shard.path.clone(),
+        reason: format!(
+            "the base has {} blocks of {} bytes, but slots have {} bytes",
+            info.block_count, info.block_len, shard.layout.slot_size
+        )
+        .into(),
+    })
+}
+
+/// The shard carries its mark: empties every slot but those kept.
+fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: KeptBase) -> Box<dyn BaseSink> {
     shard.index.clear();
     writer.forget();
     writer.set_marked_clean(false);
     writer.slot_limit = info.block_count;
     writer.rebuilds += 1;
     writer.rebuild_session = writer.rebuilds;
-    shard.torn.store(0, Ordering::Release);
-    shard.occupied.store(0, Ordering::Release);
+    let (mut torn, mut occupied, mut newest) = (0, 0, info.base_lsn.max(kept.applied));
     let mut bytes = vec![0; shard.layout.slot_len()];
     for slot in 0..shard.map.slot_count() {
         shard.map.read(slot, &mut bytes);
-        if bytes.iter().any(|&byte| byte != 0) {
+        if slot < kept.blocks {
+            match Slot::decode(&shard.layout, slot, &bytes) {
+                Ok(found) => {
+                    occupied += u64::from(matches!(found, Slot::Occupied { .. }));
+                    newest = newest.max(found.lsn());
+                }
+                Err(_) => {
+                    writer.note_torn(slot);
+                    torn += 1;
+                }
+            }
+        } else if bytes.iter().any(|&byte| byte != 0) {
             bytes.fill(0);
             shard.map.write(&mut writer.slots, slot, &bytes);
         }
     }
-    shard.applied.store(info.base_lsn.0, Ordering::Release);
-    shard.consistent_from.store(info.base_lsn.0, Ordering::Release);
+    shard.torn.store(torn, Ordering::Release);
+    shard.occupied.store(occupied, Ordering::Release);
+    shard.applied.store(info.base_lsn.min(kept.applied).0, Ordering::Release);
+    shard.consistent_from.store(newest.0, Ordering::Release);
     let session = writer.rebuild_session;
-    Ok(Box::new(SlotSink { shard: Arc::clone(shard), session, block_count: info.block_count }))
+    Box::new(SlotSink { shard: Arc::clone(shard), session, block_count: info.block_count })
 }
 
 impl SlotSink {
@@ -196,6 +259,15 @@ impl BaseSink for SlotSink {
         writer.slot_limit = 0;
         shard.rebuilding.store(false, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn check_kept(&mut self) -> Result<()> {
+        match self.shard.writer.lock().first_torn() {
+            Some(slot) => {
+                Err(self.shard.damaged(slot, "the slot is damaged, and the local log has not written it again"))
+            }
+            None => Ok(()),
+        }
     }
 
     fn cancel(&mut self) {

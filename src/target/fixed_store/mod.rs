@@ -58,7 +58,9 @@ pub use reader::FixedStoreReader;
 use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
 use self::shard::{Shard, read_header};
 use crate::error::{Error, Result};
-use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, ReplicationTarget, ShardRouter, TargetTopology};
+use crate::target::{
+    BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology,
+};
 use crate::types::{Lsn, ShardId};
 use crate::wal::segment::{sync_directory, write_all_at, zero_in_pages};
 use crate::wal::{Batch, Record};
@@ -428,6 +430,14 @@ impl ReplicationTarget for FixedStore {
 
     fn begin_base(&self, shard: ShardId, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
         base::begin_base(self.shard(shard)?, info)
+    }
+
+    fn resumes_bases(&self) -> bool {
+        true
+    }
+
+    fn resume_base(&self, shard: ShardId, info: BaseInfo, kept: KeptBase) -> Result<Box<dyn BaseSink>> {
+        base::resume_base(self.shard(shard)?, info, kept)
     }
 
     fn blocks_of(&self, shard: ShardId, record: Record<'_>, blocks: &mut Vec<BlockId>) -> Result<bool> {

@@ -205,12 +205,13 @@ impl Shard {
         self.check_sound()?;
         let _one = self.syncing.lock();
         let applied = self.applied();
+        // While a rebuild stands the header keeps saying that nothing is applied.
         let is_done = |header: &Header| header.rebuilding || header.applied >= applied;
-        if is_done(&self.header.lock()) {
+        let header = *self.header.lock();
+        if is_done(&header) && !header.rebuilding {
             return Ok(());
         }
         self.sync_slots()?;
-        // While a rebuild stands the header keeps saying that nothing is applied.
         self.update_header(|header| {
             if !is_done(header) {
                 header.applied = applied;

@@ -1,0 +1,185 @@
+//! Sessions: what makes a follower count, and what ends one before that.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+use towline::protocol::{FailureReason, Millis, Reason, SessionLimits};
+use towline::rebuild::RebuildPhase;
+use towline::target::{FixedStore, ReplicationTarget};
+use towline::transport::{TcpOptions, TcpTransport};
+use towline::wire::{Ack, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase};
+use towline::{AckLevel, Epoch, Lsn, Outcome};
+
+use crate::common::raw::follow_request;
+use crate::gates::{Gate, Gated, Point};
+use crate::scene::{OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
+
+#[test]
+fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
+    over_both(|wire| {
+        let scene = Scene::filled(wire);
+        let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
+        let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();
+        stream.sender.send_message(&Message::SyncRequest(follow_request(&scene.leader.manifest(), 77, SHARD))).unwrap();
+        let Message::ShardInfo(info) = stream.receiver.receive_message().unwrap() else { panic!("a ShardInfo is due") };
+        assert_eq!((info.session_kind, info.target), (SessionKind::Rebuild, scene.head()));
+        let Message::SessionControl(start) = stream.receiver.receive_message().unwrap() else {
+            panic!("a start is due")
+        };
+        assert_eq!((start.action, start.session, start.target), (SessionAction::Start, info.session, info.target));
+        assert!(start.log_start <= start.base_lsn.next() && start.log_start > Lsn(1), "{start:?}");
+        // What the log lane needs was pinned before the follower was told, and the status speaks of the same session.
+        let status = || scene.leader.status().shards.remove(0);
+        let pins = status().pins;
+        assert_eq!(pins.len(), 1, "{pins:?}");
+        assert_eq!((pins[0].owner.as_str(), pins[0].reason.as_str()), ("node 77", "rebuild"));
+        assert_eq!((pins[0].lsn, pins[0].lost), (start.log_start, false));
+        let session = status().followers[0].session.unwrap();
+        assert_eq!((session.id.0, session.kind), (info.session.0, towline::protocol::SessionKind::Rebuild));
+        assert_eq!((session.phase, session.target), (towline::protocol::Phase::Issued, info.target));
+        let completed = |session, epoch| SessionAck {
+            session,
+            epoch,
+            phase: SessionPhase::Completed,
+            achieved: info.target,
+            reason: SessionFailure::None,
+            blocks: 0,
+        };
+        let stale = completed(SessionId(info.session.0 - 1), info.epoch);
+        stream.sender.send_message(&Message::SessionAck(stale)).unwrap();
+        let older = completed(info.session, Epoch(info.epoch.0 - 1));
+        stream.sender.send_message(&Message::SessionAck(older)).unwrap();
+        let marks = info.target;
+        let ack = Ack {
+            received: marks,
+            durable: marks,
+            applied: marks,
+            chain: scene.leader.log(SHARD).unwrap().position_before(marks.next()).unwrap().chain,
+            epoch: info.epoch,
+            session: info.session,
+        };
+        stream.sender.send_message(&Message::Ack(ack)).unwrap();
+        let commits = scene.leader.commits(SHARD).unwrap();
+        let taken_in = || commits.followers().first().is_some_and(|marks| marks.at(AckLevel::Applied) == info.target);
+        while !taken_in() {
+            std::thread::yield_now();
+        }
+        assert!(!commits.followers()[0].counts());
+        let outcome = commits.wait(Lsn(1), "received:1".parse().unwrap(), Some(Instant::now()));
+        assert_eq!(outcome, Outcome::TimedOut);
+        // A word about this very session, from a follower that cannot have reached what it says: the stream ends.
+        let lie = SessionAck { achieved: Lsn(1), ..completed(info.session, info.epoch) };
+        stream.sender.send_message(&Message::SessionAck(lie)).unwrap();
+        while stream.receiver.receive_header().is_ok_and(|header| {
+            let mut body = vec![0; usize::try_from(header.len).unwrap()];
+            stream.receiver.receive_exact(&mut body).is_ok()
+        }) {}
+        assert!(!commits.followers()[0].counts());
+        let deadline = Instant::now() + PATIENCE;
+        while !status().pins.is_empty() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(status().pins, []);
+        let session = status().followers[0].session.unwrap();
+        assert_eq!(session.phase, towline::protocol::Phase::Failed);
+    });
+}
+
+/// A leader whose sessions may take so long and no longer, and what it has published about failures.
+fn limited(
+    wire: &Wire,
+    deadline_ms: Millis,
+    stall_ms: Millis,
+) -> (Scene, Arc<towline::Watermark>, Receiver<FailureReason>) {
+    let (publish, published) = channel();
+    let limits =
+        SessionLimits { catch_up_deadline_ms: NEVER, rebuild_deadline_ms: deadline_ms, stall_budget_ms: stall_ms };
+    let (scene, allowed) = Scene::doled(wire, 1500, |builder| {
+        builder.session_limits(limits).on_projection(move |projection| {
+            for follower in &projection.replicas {
+                if let Some(Reason::Failed(reason)) = follower.reason {
+                    let _ = publish.send(reason);
+                }
+            }
+        })
+    });
+    (scene, allowed, published)
+}
+
+const NEVER: Millis = Millis(1 << 40);
+
+#[test]
+fn a_rebuild_that_stalls_or_takes_too_long_fails_and_a_later_one_completes() {
+    over_both(|wire| {
+        let cases = [
+            (Millis(100), NEVER, FailureReason::DeadlineExceeded),
+            (NEVER, Millis(100), FailureReason::ProgressStalled),
+        ];
+        for (deadline_ms, stall_ms, reason) in cases {
+            let (scene, allowed, published) = limited(wire, deadline_ms, stall_ms);
+            let store = scene.open_store("follower");
+            let follower = scene.follow("follower", store.clone());
+            // The base never comes.
+            assert_eq!(published.recv_timeout(PATIENCE), Ok(reason));
+            assert!(store.is_rebuilding(SHARD).unwrap() && store.get(&1u64.to_be_bytes()).is_err());
+            assert_eq!(follower.applied(SHARD).unwrap().load(), Lsn::ZERO);
+            allowed.advance(Lsn::MAX);
+            let scene = scene.restart(|builder| builder);
+            reach(follower.applied(SHARD).unwrap(), scene.head());
+            scene.stop_and_compare(vec![("follower", follower, store)]);
+        }
+    });
+}
+
+#[test]
+fn a_rebuild_that_loses_its_pin_fails_and_the_facts_begin_another() {
+    over_both(|wire| {
+        let (publish, published) = channel();
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(FixedStore::open(directory.path().join("leader-store"), &OPTIONS).unwrap());
+        let scene = Scene::with(wire, directory, store, |builder| {
+            builder.max_wal_bytes(BOUND).min_wal_bytes(0).on_projection(move |projection| {
+                for follower in &projection.replicas {
+                    let _ = publish.send((follower.reason, follower.kind, follower.session));
+                }
+            })
+        });
+        let fill = |rounds: u64| {
+            for key in 0..rounds * 1000 {
+                scene.put(key % 3000, &[b'a'; 90]);
+                if key % 500 == 499 {
+                    scene.leader.log(SHARD).unwrap().wait_synced(scene.head(), deadline()).unwrap();
+                }
+            }
+        };
+        fill(3);
+        scene.trim();
+        // It takes the session on, and then nothing of the log.
+        let gate = Gate::at(Point::Record, 5);
+        let inner = scene.open_store("follower");
+        let target = Gated { inner: inner.clone(), gate: Arc::clone(&gate), tells: true };
+        let follower = scene.follow("follower", Arc::new(target));
+        scene.put(1, b"one more, so that there is a record to wait with");
+        fill(1);
+        reach(&gate.reached, Lsn(1));
+        fill(20);
+        let lost = loop {
+            let (reason, kind, session) = published.recv_timeout(PATIENCE).unwrap();
+            if reason == Some(Reason::Failed(FailureReason::PinLost)) {
+                assert_eq!(kind, Some(towline::protocol::SessionKind::Rebuild));
+                break session.unwrap();
+            }
+        };
+        assert!(inner.is_rebuilding(SHARD).unwrap());
+        gate.open_for_good();
+        reach(follower.applied(SHARD).unwrap(), scene.head());
+        assert!(!inner.is_rebuilding(SHARD).unwrap());
+        assert_eq!(follower.rebuild_progress(SHARD).unwrap().phase, RebuildPhase::Completed);
+        assert!(follower.rebuild_progress(SHARD).unwrap().session.0 > lost.0, "it was another session");
+        scene.stop_and_compare(vec![("follower", follower, inner)]);
+    });
+}
+
+/// Bytes of log that the leader keeps at most.
+const BOUND: u64 = 12 * 64 * 1024;
