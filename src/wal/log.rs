@@ -319,16 +319,20 @@ impl Log {
     /// durable by the first sync of the segment.
     ///
     /// Recovery refuses a log that begins past LSN 1 without a readable header: there the header is durable before the
-    /// name is.
+    /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only the
+    /// second one would leave what looks like such a log.
     pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
-        let begins_log = self.segments.read().is_empty() && header.id.first_lsn > Lsn::FIRST;
-        if begins_log {
+        let is_first = self.segments.read().is_empty();
+        if is_first && header.id.first_lsn > Lsn::FIRST {
             write_all_at(&prepared.file, &header.encode(), 0)
                 .and_then(|()| prepared.file.sync_data())
                 .map_err(Error::io("write the header of", &prepared.path))?;
         }
         let path = self.directory.join(header.id.to_string());
         std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
+        if is_first {
+            sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+        }
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
         writer.unpublished(0..SEGMENT_HEADER_LEN).copy_from_slice(&header.encode());
         writer.publish(SEGMENT_HEADER_LEN);
@@ -507,7 +511,7 @@ impl Log {
     pub fn release_through(&self, lsn: Lsn, reason: &str) -> Result<usize> {
         let mut unremoved = self.unremoved.lock();
         if let Some(path) = unremoved.clone() {
-            remove_file(&path)?;
+            remove_durably(&path, &self.directory)?;
             *unremoved = None;
         }
         let mut count = 0;
@@ -517,7 +521,7 @@ impl Log {
             // Readers that still hold it keep its mapping, never its name.
             let removed = match Arc::try_unwrap(segment) {
                 Ok(segment) => self.spares.recycle(segment),
-                Err(_held) => remove_file(&path),
+                Err(_held) => remove_durably(&path, &self.directory),
             };
             if let Err(error) = removed {
                 *unremoved = Some(path);
@@ -540,12 +544,14 @@ impl Log {
     }
 }
 
-/// Removes a file that may be gone already.
-fn remove_file(path: &Path) -> Result<()> {
+/// Removes a segment's file, which may be gone already, and makes sure of that before any other one goes: of several
+/// removals a power cut may leave any subset, and a log without one of its middle segments ends there.
+pub(super) fn remove_durably(path: &Path, directory: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
-        _ => Ok(()),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
+        _ => {}
     }
+    sync_directory(directory).map_err(Error::io("sync directory", directory))
 }
 
 impl std::fmt::Debug for Log {

@@ -206,13 +206,13 @@ impl Wal {
         }
         let lock = lock_directory(directory)?;
         let (segments, others) = walk::list(directory)?;
-        // The newest first: what a crash leaves is a beginning of the old log, which is a log.
-        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(
-            others
-                .into_iter()
-                .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name)),
-        );
-        for path in paths {
+        // The newest first, one after the other: what a crash leaves is a beginning of the old log, which is a log.
+        for (_, path) in segments.into_iter().rev() {
+            log::remove_durably(&path, directory)?;
+        }
+        let is_spare =
+            |path: &Path| path.file_name().and_then(|name| name.to_str()).is_some_and(recovery::is_spare_name);
+        for path in others.into_iter().filter(|path| is_spare(path)) {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
         segment::sync_directory(directory).map_err(Error::io("sync directory", directory))?;

@@ -14,6 +14,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
 use crate::types::{Lsn, ShardId};
+use crate::wal::log::remove_durably;
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::{sync_directory, zero_in_pages};
 use crate::wal::{LogIdentity, WalOptions};
@@ -160,7 +161,7 @@ impl Spares {
         let mut state = self.state.lock();
         if state.ready.len() + state.used.len() >= self.keep {
             drop(state);
-            return std::fs::remove_file(&path).map_err(Error::io("remove", &path));
+            return remove_durably(&path, &self.directory);
         }
         state.next_name += 1;
         let aside = spare_path(&self.directory, state.next_name);
