@@ -10,14 +10,13 @@ mod disk;
 mod files;
 #[path = "crash_images/log.rs"]
 mod log;
-#[path = "crash_images/random.rs"]
+#[path = "common/random.rs"]
 mod random;
 #[path = "crash_images/store.rs"]
 mod store;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use towline::Lsn;
 use towline::wal::Log;
@@ -73,7 +72,7 @@ fn runs(what: &str, percent: u64, mut run: impl FnMut(u64, &Count)) {
         run(seed.parse().expect("a seed"), &count);
         return;
     }
-    let mut seeds = Random(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos().into());
+    let mut seeds = Random::new();
     let mut runs = 0;
     while !count.is_reached() {
         let named = Named(seeds.next());
