@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use towline::wire::WalDataHeader;
 
 use super::random::Random;
 
@@ -21,7 +22,8 @@ pub enum Fate {
     Cut(u64),
     /// After so many bytes of one direction nothing passes for so long, either way; then it goes on.
     Stall(u64, Duration),
-    /// One bit is wrong, this one of the stream from the leader.
+    /// One bit is wrong in what comes from the leader, this one or the next that a checksum covers: a frame's header, or
+    /// log bytes. Messages have none but TCP's own.
     Flip(u64),
     /// Everything that the follower says is said to the leader a second time, on a connection of its own.
     Double,
@@ -159,6 +161,39 @@ fn drain(mut stream: TcpStream) {
     while matches!(stream.read(&mut bytes), Ok(1..)) {}
 }
 
+/// Where in its frames a stream is. See `frame.rs` for the bytes.
+#[derive(Default)]
+struct Frames {
+    header: Vec<u8>,
+    /// Of the body.
+    passed: u32,
+}
+
+impl Frames {
+    const HEADER_LEN: usize = 16;
+    const WAL_DATA: u8 = 3;
+
+    /// Takes the next byte, and says whether a checksum covers it.
+    fn is_covered(&mut self, byte: u8) -> bool {
+        if self.header.len() < Frames::HEADER_LEN {
+            self.header.push(byte);
+            self.end_frame();
+            return true;
+        }
+        self.passed += 1;
+        let is_log = self.header[2] == Frames::WAL_DATA && self.passed as usize > WalDataHeader::LEN;
+        self.end_frame();
+        is_log
+    }
+
+    fn end_frame(&mut self) {
+        let len = self.header.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
+        if self.header.len() == Frames::HEADER_LEN && len == Some(self.passed) {
+            *self = Frames::default();
+        }
+    }
+}
+
 /// Carries one direction. `held` is what both directions of a connection wait for while it stalls.
 fn pump(
     mut from: TcpStream,
@@ -170,7 +205,8 @@ fn pump(
 ) {
     let mut buffer = [0; 8192];
     let mut passed = 0;
-    let mut stalled = false;
+    let (mut stalled, mut flipped) = (false, false);
+    let mut frames = Frames::default();
     while let Ok(len @ 1..) = from.read(&mut buffer) {
         let bytes = &mut buffer[..len];
         let end = passed + len as u64;
@@ -184,8 +220,13 @@ fn pump(
                 let _nothing_passes = held.lock();
                 std::thread::sleep(pause);
             }
-            Fate::Flip(bit) if is_from_leader && (passed * 8..end * 8).contains(&bit) => {
-                bytes[usize::try_from(bit / 8 - passed).unwrap()] ^= 1 << (bit % 8);
+            Fate::Flip(bit) if is_from_leader => {
+                for (at, byte) in (passed..).zip(bytes.iter_mut()) {
+                    if frames.is_covered(*byte) && at >= bit / 8 && !flipped {
+                        *byte ^= 1 << (bit % 8);
+                        flipped = true;
+                    }
+                }
             }
             _ => {}
         }

@@ -193,7 +193,7 @@ impl Acknowledged {
     pub fn take_some(&mut self, leader: &Beside, count: u64) {
         let mut taken = 0;
         while taken < count {
-            let line = leader.line().expect("the leader does not end by itself");
+            let line = leader.line().unwrap_or_else(|| panic!("the leader has ended: {:#?}", leader.rest_of_errors()));
             taken += u64::from(self.take(&line));
         }
     }
