@@ -110,14 +110,14 @@ struct Journal {
 }
 
 /// LSN and checksum of a record.
-const ENTRY_LEN: u64 = 12;
+const ENTRY_LEN: usize = 12;
 
 fn journal_path(directory: &Path, shard: u16) -> std::path::PathBuf {
     directory.with_extension(format!("applied-{shard}"))
 }
 
-fn entry(lsn: u64, bytes: &[u8]) -> [u8; ENTRY_LEN as usize] {
-    let mut entry = [0; ENTRY_LEN as usize];
+fn entry(lsn: u64, bytes: &[u8]) -> [u8; ENTRY_LEN] {
+    let mut entry = [0; ENTRY_LEN];
     entry[..8].copy_from_slice(&lsn.to_le_bytes());
     entry[8..].copy_from_slice(&crc32fast::hash(bytes).to_le_bytes());
     entry
@@ -128,7 +128,7 @@ impl Journal {
         let open = |shard| {
             let path = journal_path(directory, shard);
             let file = File::options().create(true).truncate(false).write(true).open(path).unwrap();
-            let entries = file.metadata().unwrap().len() / ENTRY_LEN;
+            let entries = file.metadata().unwrap().len() / ENTRY_LEN as u64;
             Mutex::new((file, entries))
         };
         Journal { shards: (0..SHARDS).map(open).collect() }
@@ -147,7 +147,7 @@ impl ReplicationTarget for Journal {
             return Ok(());
         }
         assert_eq!(found.lsn.get(), *entries + 1, "shard {shard}: a gap");
-        file.write_all_at(&entry(found.lsn.get(), found.bytes), *entries * ENTRY_LEN).unwrap();
+        file.write_all_at(&entry(found.lsn.get(), found.bytes), *entries * ENTRY_LEN as u64).unwrap();
         *entries += 1;
         Ok(())
     }

@@ -52,6 +52,8 @@ struct Life<'a> {
     trapped: Option<u64>,
     /// Waits for spares, so that a run is the same each time.
     is_orderly: bool,
+    /// Steps in which nobody waits for a sync.
+    careless: u64,
 }
 
 /// Where a follower's bytes come from.
@@ -99,9 +101,19 @@ pub fn run(seed: u64, count: &Count) {
         writer.set_epoch(Epoch(1)).unwrap();
     }
     let known = Known { written: Vec::new(), synced: 0, released: 0, epoch: Epoch(1) };
-    let mut life =
-        Life { random, disk: &observed, wal, writer, known, leader: leader.clone(), trapped: None, is_orderly };
-    let steps = 30 + life.random.below(90);
+    let steps = 30 + random.below(90);
+    let careless = if random.percent(30) { steps * 2 / 3 } else { 0 };
+    let mut life = Life {
+        random,
+        disk: &observed,
+        wal,
+        writer,
+        known,
+        leader: leader.clone(),
+        trapped: None,
+        is_orderly,
+        careless,
+    };
     let crashes = life.live(steps, 5);
     let mut random = life.random.split();
     drop(life);
@@ -177,6 +189,11 @@ impl Life<'_> {
     }
 
     fn step(&mut self) {
+        if self.careless > 0 {
+            self.careless -= 1;
+            self.write();
+            return;
+        }
         match self.random.below(100) {
             0..60 => self.write(),
             60..75 => {
@@ -281,6 +298,7 @@ fn check(crash: &Crash, random: &mut Random, leader: Option<Rc<RefCell<Leader>>>
             leader: leader.clone(),
             trapped: None,
             is_orderly: true,
+            careless: 0,
         };
         life.write();
         life.write();
