@@ -50,7 +50,7 @@ struct Life<'a> {
     leader: Option<Rc<RefCell<Leader>>>,
     /// What had been synced when the trap was set.
     trapped: Option<u64>,
-    /// Waits for spares, so that a run is the same each time.
+    /// Waits for spares now and then.
     is_orderly: bool,
     /// Steps in which nobody waits for a sync.
     careless: u64,
@@ -73,7 +73,7 @@ fn options(random: &mut Random) -> WalOptions {
             SyncPolicy::EveryBatch,
             SyncPolicy::Interval(Duration::from_millis(1)),
         ]),
-        spare_segments: 1 + random.index(3),
+        spare_segments: 1 + random.index(5),
         populate_ahead: random.pick(&[0, 16 * 1024, 1 << 20]),
         ..WalOptions::default()
     }
@@ -96,7 +96,7 @@ pub fn run(seed: u64, count: &Count) {
     let observed = Observed::new();
     let (wal, mut writer) = Wal::open(observed.path(), IDENTITY, options(&mut random)).unwrap();
     let leader = random.percent(30).then(|| Rc::new(RefCell::new(Leader::new(&mut random))));
-    let is_orderly = random.percent(80);
+    let is_orderly = random.percent(60);
     if leader.is_none() {
         writer.set_epoch(Epoch(1)).unwrap();
     }
@@ -162,7 +162,8 @@ impl Life<'_> {
         let mut found = Vec::new();
         for step in 0..steps {
             self.step();
-            if self.is_orderly {
+            // With all spares ready, a released segment's file is removed; else it becomes one of them.
+            if self.is_orderly && self.random.percent(30) {
                 self.wal.wait_for_spares();
             }
             if let Some(moment) = self.disk.disk.caught() {
@@ -202,8 +203,8 @@ impl Life<'_> {
                 self.wal.log().wait_synced(lsn, None).unwrap();
                 self.known.synced = self.known.synced.max(lsn.get());
             }
-            75..90 => self.disk.disk.look(),
-            90..95 => {
+            75..87 => self.disk.disk.look(),
+            87..92 => {
                 if self.leader.is_none() {
                     self.known.epoch = Epoch(self.known.epoch.0 + 1);
                     self.writer.set_epoch(self.known.epoch).unwrap();
