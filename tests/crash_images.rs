@@ -17,9 +17,13 @@
 //!
 //! **Faults that were planted, and what noticed.** By the test of the log: a sealed segment, or the page that a sync
 //! begins in, left out of the sync; the directory not synced with a segment's first sync; a recycled segment not filled
-//! with zeros; a cut not carried out, with the chain checked or not; removals of several segments not made durable one by
-//! one; @LOG@. By the test of the store: @STORE@.
-//! Two of them had been in the code, and so had a store whose directory had no durable name.
+//! with zeros; a cut not carried out, with the chain compared or not; removals of several segments not made durable one
+//! by one; a recycled file renamed without a sync of the directory; a log's first segment named and not made durable
+//! before the second; a segment released before its successor was durable; a torn tail not told. By the test of the
+//! store: the clean mark written before the slots were synced, or left in place by the next change; the applied mark
+//! written before the slots were synced. Not noticed: the chain of a batch not compared, as long as cut and recycled bytes
+//! are zeroed. Found in the code by these tests when they were new: the removals, the first segment's name, and a store
+//! whose directory had no durable name.
 //!
 //! A failing run prints a seed, which gives the same choices again (threads in the background may still come at other
 //! moments), and leaves the directory that it had opened. `TOWLINE_CRASH_IMAGES` says how many images there are to be.

@@ -1,5 +1,8 @@
 //! Whole processes on a network that delays, stalls, cuts, doubles and falsifies, while some of them are killed: what was
 //! acknowledged is there at the end, applied once, and the logs are identical.
+//!
+//! What is falsified is what a checksum covers: with any bit of the stream falsified instead, the test fails, because a
+//! message's epoch that has grown by one bit deposes the leader.
 #![cfg(all(unix, feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
