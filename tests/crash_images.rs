@@ -21,7 +21,9 @@
 //! by one; a recycled file renamed without a sync of the directory; a log's first segment named and not made durable
 //! before the second; a segment released before its successor was durable; a torn tail not told. By the test of the
 //! store: the clean mark written before the slots were synced, or left in place by the next change; the applied mark
-//! written before the slots were synced. Not noticed: the chain of a batch not compared, as long as cut and recycled bytes
+//! written before the slots were synced. By the others: the mark of a rebuild set after the slots were emptied; a small
+//! file renamed before it was synced, or its name not synced; a manifest made before its shards' directories were
+//! durable. Not noticed: the chain of a batch not compared, as long as cut and recycled bytes
 //! are zeroed. Found in the code by these tests when they were new: the removals, the first segment's name, and a store
 //! whose directory had no durable name.
 //!
