@@ -438,7 +438,7 @@ fn exists(path: &Path) -> Result<bool> {
 }
 
 /// Makes a directory and its missing parents, durably.
-fn create_directory(path: &Path) -> Result<()> {
+pub(crate) fn create_directory(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }

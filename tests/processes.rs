@@ -4,29 +4,21 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use common::net::free_port;
-use common::process::{Beside, arg, follower, leader_with_input, outcome, run};
-use common::{readable_records_of, record, shards, until};
+use common::process::{arg, follower, leader_with_input, outcome, run};
+use common::random::Random;
+use common::roles::{self, Acknowledged, SHARDS, assert_recovered, start};
+use common::{readable_records_of, until};
 use towline::tail::ask_status;
-use towline::target::LogOnly;
 use towline::transport::TcpTransport;
-use towline::{Lsn, Node, NodeId, ShardId};
+use towline::{Lsn, ShardId};
 
-/// Tells the test binary, started again by a test, which role to play.
-const ROLE: &str = "TOWLINE_TEST_ROLE";
-const DIRECTORY: &str = "TOWLINE_TEST_DIRECTORY";
-const ADDRESS: &str = "TOWLINE_TEST_ADDRESS";
 /// How many times the tests kill something.
 const ROUNDS: &str = "TOWLINE_KILL_ROUNDS";
-
-const SHARDS: u16 = 2;
 
 fn rounds() -> u64 {
     std::env::var(ROUNDS).map_or(10, |rounds| rounds.parse().expect("a number of rounds"))
@@ -35,128 +27,7 @@ fn rounds() -> u64 {
 /// Does nothing unless a test below has started this binary again to be a leader or a follower.
 #[test]
 fn role() {
-    let of = |name| std::env::var(name).unwrap();
-    match std::env::var(ROLE).as_deref() {
-        Ok("leader") => lead(Path::new(&of(DIRECTORY)), &of(ADDRESS)),
-        Ok("follower") => follow(Path::new(&of(DIRECTORY)), &of(ADDRESS)),
-        _ => {}
-    }
-}
-
-/// A leader whose every shard appends, waits until a follower has it durably, and says so, until it is killed.
-fn lead(directory: &Path, address: &str) {
-    let leader = Node::builder(directory).shards(SHARDS).segment_size(256 * 1024).lead(address).unwrap();
-    std::thread::scope(|scope| {
-        for mut writer in common::writers(&leader) {
-            let leader = &leader;
-            scope.spawn(move || {
-                let shard = writer.log().shard();
-                for round in 0.. {
-                    let lsn = common::append(&mut writer, 1 + round % 7);
-                    let outcome = leader.wait(shard, lsn, "durable:1".parse().unwrap(), None).unwrap();
-                    assert!(outcome.is_committed(), "{outcome:?}");
-                    println!("acknowledged {shard} {lsn}");
-                }
-            });
-        }
-    });
-}
-
-fn follow(directory: &Path, address: &str) {
-    let builder = common::quick(Node::builder(directory)).node_id(NodeId(1));
-    let follower = builder.follow(address, Arc::new(LogOnly)).unwrap();
-    println!("following");
-    follower.wait().unwrap();
-}
-
-fn start(role: &str, directory: &Path, address: &str) -> Beside {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "role", "--nocapture", "--test-threads=1"]).stdin(Stdio::null());
-    command.env(ROLE, role).env(DIRECTORY, directory).env(ADDRESS, address);
-    Beside::start(&mut command)
-}
-
-/// The newest LSN acknowledged to a client, by shard.
-#[derive(Default)]
-struct Acknowledged(BTreeMap<u16, u64>);
-
-impl Acknowledged {
-    fn take(&mut self, line: &str) -> bool {
-        // The last line of a killed process may be cut; the harness says things of its own.
-        let mut words = line.split(' ');
-        let (Some("acknowledged"), Some(Ok(shard)), Some(Ok(lsn)), None) =
-            (words.next(), words.next().map(str::parse::<u16>), words.next().map(str::parse::<u64>), words.next())
-        else {
-            return false;
-        };
-        let newest = self.0.entry(shard).or_default();
-        *newest = (*newest).max(lsn);
-        true
-    }
-
-    /// Takes acknowledgements until there are `count` more.
-    fn take_some(&mut self, leader: &Beside, count: u64) {
-        let mut taken = 0;
-        while taken < count {
-            let line = leader.line().expect("the leader does not end by itself");
-            taken += u64::from(self.take(&line));
-        }
-    }
-
-    /// Fails unless each acknowledged record is in the log of a node, whole and with its bytes.
-    fn assert_in(&self, node: &Path) {
-        for shard in shards(SHARDS) {
-            let newest = self.0.get(&shard.0).copied().unwrap_or(0);
-            let (records, report) = readable_records_of(node, shard);
-            assert!(report.is_sound(), "{:?}", report.problems);
-            for lsn in 1..=newest {
-                let found = records.get(&lsn);
-                assert!(
-                    found.is_some_and(|found| *found == record(shard, Lsn(lsn))),
-                    "LSN {lsn} of shard {shard} was acknowledged (up to {newest}), and {} has {found:?}",
-                    node.display()
-                );
-            }
-        }
-    }
-}
-
-/// Numbers that differ from run to run, so that kills hit at other moments each time; failures name the seed.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Random {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        let seed = now.as_nanos().to_le_bytes()[..8].try_into().map(u64::from_le_bytes).unwrap() | 1;
-        println!("seed {seed}");
-        Random(seed)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-
-    /// Lets a moment pass that nothing else decides: where in its work the other process is afterwards is chance.
-    fn moment(&mut self) {
-        std::thread::sleep(Duration::from_micros(self.below(20_000)));
-    }
-}
-
-/// Starts everything again, waits until the follower has all that the leader has, and checks both.
-fn assert_recovered(leader_dir: &Path, follower_dir: &Path, address: &str, acknowledged: &Acknowledged) {
-    let leader = Node::builder(leader_dir).lead(address).unwrap();
-    let follower = common::quick(Node::builder(follower_dir)).follow(address, Arc::new(LogOnly)).unwrap();
-    common::catch_up(&leader, &follower);
-    let heads: Vec<_> = shards(SHARDS).map(|shard| leader.log(shard).unwrap().head().get()).collect();
-    assert!(heads.iter().zip(0..).all(|(head, shard)| acknowledged.0.get(&shard).is_none_or(|lsn| lsn <= head)));
-    leader.shutdown().unwrap();
-    follower.shutdown().unwrap();
-    common::assert_identical(leader_dir, follower_dir, &heads);
-    acknowledged.assert_in(leader_dir);
-    acknowledged.assert_in(follower_dir);
+    roles::play();
 }
 
 #[test]

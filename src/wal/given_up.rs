@@ -16,8 +16,12 @@
 //! a newer one was called synced. The file set aside holds the newest record called synced, or the one before the oldest
 //! of the log. Syncing goes on with the oldest segment that is left, and that one is not removed before it is done, but
 //! set aside in its turn: a device that is slower than the writer syncs a segment now and then, and no waiter waits for
-//! ever. Removals are ordered before the directory sync that makes a later segment count, as file systems with a journal
-//! keep them.
+//! ever.
+//!
+//! Of several removals a power cut may leave any subset, and a log without one of its middle segments is refused. What
+//! nobody needs therefore goes one file at a time, each removal durable before the next. Where the log has outgrown its
+//! bound there is no time for that: removals then rely on the file system keeping them in order, as those with a journal
+//! do.
 //!
 //! At most two files are set aside: the newest that is durable, and the one that is being synced.
 
@@ -30,6 +34,7 @@ use crate::types::{Lsn, WalSegmentId};
 use crate::wal::LogIdentity;
 use crate::wal::log::Log;
 use crate::wal::mapping::Segment;
+use crate::wal::segment::sync_directory;
 use crate::wal::walk::{self, SegmentFile};
 
 /// Stands before the name of a segment that was set aside.
@@ -62,7 +67,7 @@ impl Log {
     /// always stays, and so does every one whose successor is not yet durable by name and header: what is left must
     /// open after a power cut. Files that nobody reads any more become spares. Returns how many segments went.
     ///
-    /// Waits for no sync and never blocks appends.
+    /// Waits for no sync of data, and never blocks appends.
     ///
     /// # Errors
     ///
@@ -114,6 +119,9 @@ impl Log {
                     if let Err(error) = self.remove(oldest, path.clone()) {
                         given_up.unremoved = Some(path);
                         return Err(error);
+                    }
+                    if !unsynced {
+                        sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
                     }
                     log::info!("shard {}: released {id}: {reason}", self.shard());
                 }
@@ -261,6 +269,13 @@ pub(super) fn restore(
 pub(super) fn remove_set_aside(directory: &Path) -> Result<()> {
     let (_, others) = walk::list(directory)?;
     others.iter().filter(|path| is_set_aside(path)).try_for_each(|path| remove_file(path))
+}
+
+/// Removes a segment's file, which may be gone already, and makes sure of that before any other one goes: of several
+/// removals a power cut may leave any subset, and a log without one of its middle segments ends there.
+pub(super) fn remove_durably(path: &Path, directory: &Path) -> Result<()> {
+    remove_file(path)?;
+    sync_directory(directory).map_err(Error::io("sync directory", directory))
 }
 
 /// Removes a file that may be gone already.

@@ -354,9 +354,11 @@ impl Log {
     /// durable by the first sync of the segment.
     ///
     /// Recovery refuses a log that begins past LSN 1 without a readable header: there the header is durable before the
-    /// name is.
+    /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only the
+    /// second one would leave what looks like such a log.
     pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
-        let begins_log = self.segments.read().is_empty() && header.id.first_lsn > Lsn::FIRST;
+        let is_first = self.segments.read().is_empty();
+        let begins_log = is_first && header.id.first_lsn > Lsn::FIRST;
         if begins_log || !prepared.filled {
             let written = write_all_at(&prepared.file, &header.encode(), 0);
             let durable = written.and_then(|()| if begins_log { prepared.file.sync_data() } else { Ok(()) });
@@ -364,6 +366,9 @@ impl Log {
         }
         let path = self.directory.join(header.id.to_string());
         std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
+        if is_first {
+            sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+        }
         let filled = prepared.filled;
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
         if filled {

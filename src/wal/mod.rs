@@ -216,15 +216,15 @@ impl Wal {
         }
         let lock = lock_directory(directory)?;
         let (segments, others) = walk::list(directory)?;
-        // The newest first: what a crash leaves is a beginning of the old log, which is a log.
-        let paths = segments.into_iter().map(|(_, path)| path).rev().chain(others.into_iter().filter(|path| {
-            given_up::is_set_aside(path)
-                || path
-                    .file_name()
-                    .and_then(|name| name.to_str())
-                    .is_some_and(|name| carry_out::is_spare_name(name) || carry_out::is_staged_name(name))
-        }));
-        for path in paths {
+        // The newest first, one after the other: what a crash leaves is a beginning of the old log, which is a log.
+        for (_, path) in segments.into_iter().rev() {
+            given_up::remove_durably(&path, directory)?;
+        }
+        let is_ours = |path: &Path| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            given_up::is_set_aside(path) || carry_out::is_spare_name(name) || carry_out::is_staged_name(name)
+        };
+        for path in others.into_iter().filter(|path| is_ours(path)) {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
         segment::sync_directory(directory).map_err(Error::io("sync directory", directory))?;

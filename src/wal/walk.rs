@@ -75,7 +75,8 @@ impl SegmentFile {
             Error::corrupt(&self.path, at, None, "a batch is too large for this machine's memory".to_owned())
         })?;
         self.buffered_from = at;
-        self.buffer.resize(wanted.max(READ_LEN), 0);
+        let ahead = usize::try_from(self.len.saturating_sub(at)).map_or(READ_LEN, |rest| rest.min(READ_LEN));
+        self.buffer.resize(wanted.max(ahead), 0);
         let mut filled = kept;
         while filled < self.buffer.len() {
             let count = read_at(&self.file, &mut self.buffer[filled..], at + filled as u64)

@@ -7,7 +7,11 @@ pub mod json;
 pub mod net;
 #[cfg(feature = "cli")]
 pub mod process;
+pub mod proxy;
+pub mod random;
 pub mod raw;
+#[cfg(all(unix, feature = "cli"))]
+pub mod roles;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -57,6 +57,7 @@ pub use reader::FixedStoreReader;
 
 use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
 use self::shard::{Shard, read_header};
+use crate::data_dir::create_directory;
 use crate::error::{Error, Result};
 use crate::target::{
     BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology,
@@ -153,11 +154,13 @@ impl FixedStore {
         let directory = directory.as_ref();
         let layout = Layout::new(options.key_len, options.value_len).map_err(Error::invalid)?;
         let router = ShardRouter::new(options.shard_count, options.prefix_bits)?;
-        fs::create_dir_all(directory).map_err(Error::io("make", directory))?;
+        create_directory(directory)?;
         let lock = Arc::new(lock(directory)?);
         if !shard_path(directory, 0).exists() {
             create(directory, options, layout)?;
         }
+        // Also where another process made it and was killed before this.
+        sync_directory(directory).map_err(Error::io("sync", directory))?;
         let mut shards = Vec::new();
         for number in 0..options.shard_count {
             let (path, file, header) = open_shard(directory, number, true)?;
@@ -473,6 +476,9 @@ fn lock(directory: &Path) -> Result<File> {
 
 /// Makes the file of every shard. Shard 0 gets its name last, so where it is there all are.
 fn create(directory: &Path, options: &FixedStoreOptions, layout: Layout) -> Result<()> {
+    // Whoever made the directory may have been killed before its name was durable.
+    let parent = directory.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    sync_directory(parent).map_err(Error::io("sync", parent))?;
     for number in (0..options.shard_count).rev() {
         let path = shard_path(directory, number);
         let made = path.with_extension("new");

@@ -1,0 +1,114 @@
+//! The calls that make things durable or change names, answered in the C library's place.
+//!
+//! The standard library and `memmap2` call `fsync` and its like by name, and the linker takes the functions of this
+//! program before those of a shared library. So the crate under test runs unchanged and every one of its calls passes
+//! here, whichever thread makes it. For files outside of every [`Disk`](super::disk::Disk) they go on to the kernel.
+//! Within one, a sync only tells the model: the page cache is what the images are made from, so a real one would add
+//! nothing but time.
+
+use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::disk::{Disk, disk_of};
+
+/// The path that a descriptor stands for; none for what has no name.
+fn path_of(descriptor: c_int) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{descriptor}")).ok()
+}
+
+fn argument(path: *const c_char) -> PathBuf {
+    // SAFETY: the caller passes what `rename` and `unlink` take: a string that ends with a zero.
+    let bytes = unsafe { CStr::from_ptr(path) }.to_bytes();
+    Path::new(OsStr::from_bytes(bytes)).to_owned()
+}
+
+fn synced(descriptor: c_int) -> Option<()> {
+    let path = path_of(descriptor)?;
+    disk_of(&path)?.synced(&path);
+    Some(())
+}
+
+fn kernel(answer: i64) -> c_int {
+    c_int::try_from(answer).unwrap_or(-1)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn fsync(descriptor: c_int) -> c_int {
+    match synced(descriptor) {
+        Some(()) => 0,
+        // SAFETY: the arguments that the call takes.
+        None => kernel(unsafe { libc::syscall(libc::SYS_fsync, descriptor) }),
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn fdatasync(descriptor: c_int) -> c_int {
+    match synced(descriptor) {
+        Some(()) => 0,
+        // SAFETY: the arguments that the call takes.
+        None => kernel(unsafe { libc::syscall(libc::SYS_fdatasync, descriptor) }),
+    }
+}
+
+/// On Linux this is `fdatasync` for a range of the mapped file, the file's length included.
+#[unsafe(no_mangle)]
+extern "C" fn msync(address: *mut c_void, len: usize, flags: c_int) -> c_int {
+    let mut is_seen = false;
+    if flags & libc::MS_SYNC != 0 {
+        let (start, end) = (address as u64, address as u64 + len as u64);
+        for (mapped, offset, path) in mapped_files(start, end) {
+            if let Some(disk) = disk_of(&path) {
+                let (from, to) = (start.max(mapped.start), end.min(mapped.end));
+                disk.range_synced(&path, from - mapped.start + offset..to - mapped.start + offset);
+                is_seen = true;
+            }
+        }
+    }
+    if is_seen {
+        return 0;
+    }
+    // SAFETY: the arguments that the call takes, as they were passed.
+    kernel(unsafe { libc::syscall(libc::SYS_msync, address, len, flags) })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn rename(from: *const c_char, to: *const c_char) -> c_int {
+    let (from_path, to_path) = (argument(from), argument(to));
+    // SAFETY: the arguments that the call takes, as they were passed.
+    let call = || kernel(unsafe { libc::syscall(libc::SYS_renameat2, libc::AT_FDCWD, from, libc::AT_FDCWD, to, 0) });
+    on_disk(&from_path, |disk| disk.rename(&from_path, &to_path, call), call)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn unlink(path: *const c_char) -> c_int {
+    let gone = argument(path);
+    // SAFETY: the arguments that the call takes, as they were passed.
+    let call = || kernel(unsafe { libc::syscall(libc::SYS_unlinkat, libc::AT_FDCWD, path, 0) });
+    on_disk(&gone, |disk| disk.unlink(&gone, call), call)
+}
+
+fn on_disk(path: &Path, seen: impl FnOnce(&Disk) -> c_int, call: impl FnOnce() -> c_int) -> c_int {
+    match disk_of(path) {
+        Some(disk) => seen(&disk),
+        None => call(),
+    }
+}
+
+/// The files mapped anywhere in a range of addresses: where, from which offset of which file.
+fn mapped_files(start: u64, end: u64) -> Vec<(std::ops::Range<u64>, u64, PathBuf)> {
+    let Ok(maps) = std::fs::read("/proc/self/maps") else { return Vec::new() };
+    maps.split(|&byte| byte == b'\n')
+        .filter_map(|line| {
+            let line = std::str::from_utf8(line).ok()?;
+            let (addresses, rest) = line.split_once(' ')?;
+            let (from, to) = addresses.split_once('-')?;
+            let mapped = u64::from_str_radix(from, 16).ok()?..u64::from_str_radix(to, 16).ok()?;
+            if mapped.end <= start || mapped.start >= end {
+                return None;
+            }
+            let offset = u64::from_str_radix(rest.split(' ').nth(1)?, 16).ok()?;
+            Some((mapped, offset, PathBuf::from(&rest[rest.find('/')?..])))
+        })
+        .collect()
+}
