@@ -71,7 +71,8 @@ pub fn run(seed: u64, count: &Count) {
             };
             let epoch = directory.manifest().epoch;
             assert!((known.epoch[0]..=known.epoch[1]).contains(&epoch.0), "epoch {epoch} of {:?}", known.epoch);
-            assert_eq!(directory.manifest(), Manifest { epoch, ..manifest });
+            let own_epoch = epoch == manifest.epoch;
+            assert_eq!(directory.manifest(), Manifest { epoch, own_epoch, ..manifest });
             let checkpoint = Checkpoint::load(&directory.checkpoint_path()).unwrap();
             let applied = checkpoint.map_or(Lsn::ZERO, |checkpoint| {
                 ReplicationState::from_checkpoint(&checkpoint, &[ShardId(0), ShardId(1)])
