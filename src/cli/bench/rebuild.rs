@@ -34,7 +34,7 @@ const LOADED: &str = "mapped file to socket to file, synced, beside an append";
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[4096]) {
         let block_len = size.max(2 * BLOCK_OVERHEAD).next_multiple_of(8);
-        let blocks = bench.volume(1 << 30, 32 << 20) / block_len;
+        let blocks = bench.volume(1 << 30, 8 << 20) / block_len;
         let bytes = blocks * block_len;
         let scratch = bench.scratch("rebuild")?;
         let stage = Stage::new(bench, &scratch, block_len, blocks)?;
@@ -135,7 +135,8 @@ impl<'a> Stage<'a> {
         let directory = scratch.path().join("leader");
         let store = Arc::new(FixedStore::open(directory.join("store"), &options)?);
         let leader = Node::builder(directory)
-            .segment_size(16 << 20)
+            // More than one, so that there is log to give up.
+            .segment_size((blocks * block_len / 8).next_power_of_two().clamp(1 << 20, 16 << 20))
             .max_wal_bytes(None)
             .target(Arc::clone(&store) as Arc<dyn ReplicationTarget>)
             .lead("127.0.0.1:0")?;
