@@ -40,18 +40,29 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     }
     let mut nodes = Idle::start(bench, NODES)?;
     let mut heartbeats = Idle::start(bench, HEARTBEATS)?;
-    let (first_nodes, first_heartbeats) = (nodes.measure()?, heartbeats.measure()?);
+    // Memory is looked at in the same rounds, and shown below.
+    let (mut of_nodes, mut of_heartbeats) = (Vec::new(), Vec::new());
+    let measure = |process: &mut Idle, kept: &mut Vec<Measured>| -> Result<Sample> {
+        let measured = process.measure()?;
+        let sample = measured.activity();
+        kept.push(measured);
+        Ok(sample)
+    };
     Contest::new("idle", 0, Unit::WakeUpsPerSecond)
-        .bare("heartbeats and nothing else", || Ok(heartbeats.measure()?.activity()))
-        .ours(names(bench), &["heartbeats and nothing else"], || Ok(nodes.measure()?.activity()))
+        .bare("heartbeats and nothing else", || measure(&mut heartbeats, &mut of_heartbeats))
+        .ours(names(bench), &["heartbeats and nothing else"], || measure(&mut nodes, &mut of_nodes))
         .run(bench)?;
     let streams = f64::from(streams_of(bench));
     // All of it counts, the leader's part too: what a shard takes for one follower more is less.
     let kib =
         |measured: &Measured| Sample::new(measured.anonymous_kib / streams).with("threads", Some(measured.threads));
+    let (mut of_nodes, mut of_heartbeats) = (of_nodes.iter().map(kib), of_heartbeats.iter().map(kib));
+    let ended = || "a round more than there were";
     Contest::new("idle", 0, Unit::Kibibytes)
-        .bare("memory of a stream's four threads", || Ok(kib(&first_heartbeats)))
-        .ours("memory, a shard and follower", &["memory of a stream's four threads"], || Ok(kib(&first_nodes)))
+        .bare("memory of a stream's four threads", || Ok(of_heartbeats.next().ok_or_else(ended)?))
+        .ours("memory, a shard and follower", &["memory of a stream's four threads"], || {
+            Ok(of_nodes.next().ok_or_else(ended)?)
+        })
         .run(bench)
 }
 

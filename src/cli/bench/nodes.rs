@@ -141,8 +141,8 @@ impl Nodes {
 
     /// Waits until they have everything that is in the leader's logs.
     pub(super) fn wait_all_applied(&self) -> Result<()> {
-        let shards = (0..self.settings.shards).map(ShardId);
-        shards.map(|shard| self.wait_applied_of(shard, self.leader.log(shard)?.head())).collect()
+        let mut shards = (0..self.settings.shards).map(ShardId);
+        shards.try_for_each(|shard| self.wait_applied_of(shard, self.leader.log(shard)?.head()))
     }
 
     fn wait_applied_of(&self, shard: ShardId, lsn: Lsn) -> Result<()> {

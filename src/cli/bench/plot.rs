@@ -152,16 +152,16 @@ impl Page {
                 self.y += 22.0;
                 self.text(MARGIN, "head", &title(row));
                 self.y += 4.0;
-                for power in (low as i32)..=(high as i32) {
-                    let ratio = f64::from(power).exp2();
+                for power in whole_numbers(low, high) {
+                    let ratio = power.exp2();
                     self.text_at(x(ratio), self.y, "soft", "middle", &format!("{ratio}"));
                 }
                 self.y += 4.0;
             }
             let (top, bottom) = (self.y, self.y + BAR_ROW);
             let middle = (top + bottom) / 2.0;
-            for power in (low as i32)..=(high as i32) {
-                let at = x(f64::from(power).exp2());
+            for power in whole_numbers(low, high) {
+                let at = x(power.exp2());
                 self.line("grid", (at, top), (at, bottom));
             }
             let (median, one) = (x(row.ratio.median), x(1.0));
@@ -233,8 +233,8 @@ impl Page {
             self.line("grid", (x(percent), top), (x(percent), bottom));
             self.text_at(x(percent), bottom + 14.0, "soft", "middle", name);
         }
-        for power in (low as i32)..=(high as i32) {
-            let us = 10_f64.powi(power);
+        for power in whole_numbers(low, high) {
+            let us = 10_f64.powf(power);
             self.line("grid", (left + AXIS, y(us)), (left + CHART_WIDTH, y(us)));
             self.text_at(left + AXIS - 6.0, y(us) + 4.0, "soft", "end", &short(us));
         }
@@ -256,6 +256,11 @@ impl Page {
 /// How far to the right a percentage stands: 90 at 1, 99 at 2, and so on.
 fn nines(percent: f64) -> f64 {
     if percent >= 100.0 { 5.0 } else { -(1.0 - percent / 100.0).log10() }
+}
+
+/// From one whole number to another, both included.
+fn whole_numbers(low: f64, high: f64) -> impl Iterator<Item = f64> {
+    std::iter::successors(Some(low), |number| Some(number + 1.0)).take_while(move |number| *number <= high)
 }
 
 fn title(row: &Row) -> String {

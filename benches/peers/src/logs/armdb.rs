@@ -1,5 +1,7 @@
 //! armdb 0.15: a store of keys and values over an append-only log; each record is the value of a key of its own. One shard,
-//! as one log has. What nobody waits for is in the process's buffers until they are flushed to the file, which counts.
+//! as one log has. What nobody waits for is in the process's buffers until they are flushed to the file, which counts. Its
+//! setting `enable_fsync` does nothing to this kind of store: a write waits for the disk only where its batches are synced
+//! and have one record.
 
 use std::path::Path;
 
@@ -36,7 +38,7 @@ pub(super) const PEER: Peer = Peer {
 };
 
 fn open(directory: &Path, sync_each: bool) -> Result<VarTree<[u8; 8]>> {
-    let config = Config::balanced().shard_count(1).enable_fsync(sync_each).build();
+    let config = Config::balanced().shard_count(1).sync_batch_size(u32::from(sync_each)).build();
     Ok(VarTree::open(directory.join("log"), config)?)
 }
 

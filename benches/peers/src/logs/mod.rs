@@ -16,7 +16,7 @@ mod writeahead;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::contest::{Contest, Sample, Unit};
+use crate::contest::{Contest, OURS, Sample, Unit};
 use crate::load;
 use crate::{Options, Result, record};
 
@@ -108,11 +108,14 @@ pub(crate) fn group(options: &Options, root: &Path) -> Result<()> {
 /// Opening a log, and counting what is in it: one file set for all rounds, cached after the first.
 pub(crate) fn recover(options: &Options, root: &Path) -> Result<()> {
     for size in options.record_sizes() {
-        let (record, count) = (record(size), options.count(1 << 30, 16 << 20, size));
+        let (record, count) = (record(size), options.count(1 << 30, 64 << 20, size));
         let mut contest = Contest::new("recover", size, Unit::MegabytesPerSecond);
         for (peer, (fill, recover)) in peers(options).filter_map(|peer| Some((peer, peer.recover?))) {
             let place = scratch(root)?;
             if let Err(error) = fill(place.path(), &record, count) {
+                if peer.name == OURS {
+                    return Err(error);
+                }
                 eprintln!("recover {size}: {} left out: {error}", peer.name);
                 continue;
             }
