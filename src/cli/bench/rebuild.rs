@@ -146,7 +146,7 @@ impl<'a> Stage<'a> {
 
     /// Puts every block once. Gives the writer that did it.
     fn fill(&self) -> Result<KvWriter<'_>> {
-        let stop = self.bench.stop.clone().unwrap_or_else(ShutdownSignal::new);
+        let stop = self.bench.stop.clone().unwrap_or_default();
         let mut writer = KvWriter::new(&self.leader, Arc::clone(&self.store), &stop)?;
         for block in 0..self.blocks {
             writer.propose(&key(block), Some(&self.value))?;
