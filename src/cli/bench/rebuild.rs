@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, FixedStoreOptions, ReplicationTarget};
-use towline::{Leader, Lsn, Node, NodeId, ShardId, ShutdownSignal, Until, WaitStrategy, Waited, wait_any};
+use towline::{Leader, Lsn, Node, NodeId, ShardId, Until, WaitStrategy, Waited, wait_any};
 
 use super::limits::{self, MappedFile};
 use super::recover::rate;
