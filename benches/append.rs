@@ -35,7 +35,7 @@ impl Appender {
         writer.set_epoch(Epoch::FIRST)?;
         writer.append(record)?;
         // The thread that prepares the next spare has made this segment's pages ready before.
-        wal.wait_for_spares();
+        wal.log().wait_for_spares(None)?;
         let left = SEGMENT_SIZE / (record.len() as u64 + OVERHEAD) - 1000;
         Ok(Appender { writer, _wal: wal, _directory: directory, left })
     }

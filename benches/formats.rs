@@ -1,10 +1,11 @@
-//! What is checked and decoded on the way in: batches by the receiver and by recovery, frame headers by every stream.
+//! What is encoded on the way out, and checked and decoded on the way in: batches by the receiver and by recovery, frames
+//! by every stream.
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use towline::wal::{BatchIter, Expected, batch};
-use towline::wire::{FrameHeader, FrameKind};
+use towline::wire::{Ack, FrameHeader, FrameKind, Message, SessionId};
 use towline::{Chain, Epoch, HybridTimestamp, Lsn};
 
 const AT: Expected = Expected { first_lsn: Lsn(1), chain: Chain(0), epoch: Epoch(1) };
@@ -16,6 +17,10 @@ fn batches(criterion: &mut Criterion) {
         let bytes = batch::build(AT, HybridTimestamp::default(), Lsn::ZERO, &vec![&record[..]; records]);
         let name = format!("{records} of {size}");
         group.throughput(Throughput::Bytes(bytes.len() as u64));
+        let records = vec![&record[..]; records];
+        group.bench_with_input(BenchmarkId::new("encode", &name), &records, |bencher, records| {
+            bencher.iter(|| batch::build(AT, HybridTimestamp::default(), Lsn::ZERO, black_box(records)));
+        });
         group.bench_with_input(BenchmarkId::new("verify", &name), &bytes, |bencher, bytes| {
             bencher.iter(|| batch::verify(black_box(bytes), bytes.len() as u64, AT));
         });
@@ -35,6 +40,26 @@ fn frames(criterion: &mut Criterion) {
     let bytes = header.encode();
     group.bench_function("encode", |bencher| bencher.iter(|| black_box(&header).encode()));
     group.bench_function("decode", |bencher| bencher.iter(|| FrameHeader::decode(black_box(&bytes))));
+    group.finish();
+    // The frame that comes back for every piece of log, header and body.
+    let mut group = criterion.benchmark_group("ack frame");
+    let ack = Message::Ack(Ack {
+        received: Lsn(300),
+        durable: Lsn(200),
+        applied: Lsn(100),
+        chain: Chain(7),
+        epoch: Epoch(1),
+        session: SessionId(1),
+    });
+    let mut body = Vec::new();
+    ack.encode(&mut body);
+    group.bench_function("encode", |bencher| {
+        bencher.iter(|| {
+            body.clear();
+            black_box(&ack).encode(&mut body);
+        });
+    });
+    group.bench_function("decode", |bencher| bencher.iter(|| Message::decode(FrameKind::Ack, black_box(&body))));
     group.finish();
 }
 

@@ -441,6 +441,18 @@ impl Log {
         self.sync_through(lsn, deadline)
     }
 
+    /// Waits until the spare segments are ready that [`WalOptions::spare_segments`] asks for: what is appended next finds
+    /// them, and as long as nobody appends, nothing is prepared beside what else runs. Spares that are made during the
+    /// wait are on stable storage afterwards. No append needs this; measurements do, and whoever expects a burst.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TimedOut`] at the deadline, [`Error::Io`] if a spare cannot be made, for want of room say,
+    /// [`Error::ShutDown`] if the log is closed first.
+    pub fn wait_for_spares(&self, deadline: Option<Instant>) -> Result<()> {
+        self.spares.wait_ready(deadline)
+    }
+
     /// [`wait_synced`](Self::wait_synced) for whoever has the time.
     fn sync_through(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
         while self.synced.load() < lsn {

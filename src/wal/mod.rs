@@ -260,12 +260,6 @@ impl Wal {
         &self.log
     }
 
-    /// Blocks until the spare segments are ready that [`WalOptions::spare_segments`] asks for. Nothing needs this
-    /// but measurements that want to begin with everything prepared.
-    pub fn wait_for_spares(&self) {
-        self.log.spares().wait_ready();
-    }
-
     /// Syncs everything written, then ends the threads.
     ///
     /// # Errors

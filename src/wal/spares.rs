@@ -1,6 +1,6 @@
 //! Segments prepared ahead of need, on a thread of their own.
 //!
-//! A spare is a file of the right size full of real zeros, synced and mapped: taking one into use is a rename. The
+//! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename. The
 //! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
 //! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
 //! which allocates and fills pages in one step, and a full disk is then an error of that write. It parks on a condition variable while there is nothing to do.
@@ -10,6 +10,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -22,7 +23,7 @@ use crate::wal::{LogIdentity, WalOptions};
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
 
-/// A file that can become a segment: allocated, zero, synced, mapped.
+/// A file that can become a segment: allocated, zero, mapped.
 pub(super) struct Prepared {
     pub(super) path: PathBuf,
     pub(super) file: File,
@@ -30,6 +31,8 @@ pub(super) struct Prepared {
     /// Whether it has its blocks. If not, it has its length only, and nothing may be stored to the mapping: it was made
     /// for a writer that goes through the file.
     pub(super) filled: bool,
+    /// Its zeros and blocks are on stable storage.
+    settled: bool,
 }
 
 /// The spares of one log. The log writer takes (and may wait, for want of a spare); retention gives back; the shard's
@@ -64,7 +67,9 @@ struct State {
     preparing: bool,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
     waiting: bool,
-    /// Why the last attempt failed; the next [`Spares::take`] reports it.
+    /// How many wait until as many are ready as are kept.
+    awaited: usize,
+    /// Why the last attempt failed; whoever waits reports it.
     failure: Option<Error>,
     failed: bool,
     populate: Option<(Arc<Segment>, std::ops::Range<u64>)>,
@@ -84,6 +89,7 @@ impl State {
 
 enum Work {
     Prepare(PathBuf),
+    Settle(Prepared),
     Populate(Arc<Segment>, std::ops::Range<u64>),
     Stop,
 }
@@ -149,14 +155,40 @@ impl Spares {
         self.in_bulk.store(in_bulk, Ordering::Relaxed);
     }
 
-    /// Blocks until as many spares are ready as are kept, or one cannot be made.
-    pub(super) fn wait_ready(&self) {
+    /// Blocks until as many spares are ready as are kept, all of them on stable storage.
+    ///
+    /// # Errors
+    ///
+    /// Why one cannot be made, [`Error::ShutDown`], or [`Error::TimedOut`] at the deadline.
+    pub(super) fn wait_ready(&self, deadline: Option<Instant>) -> Result<()> {
         let mut state = self.state.lock();
-        while state.ready.len() < self.keep && !state.stopped && !state.failed {
+        // Only what goes wrong from now on is this caller's news.
+        state.failure = None;
+        state.awaited += 1;
+        let mut expired = false;
+        let result = loop {
+            if state.ready.len() >= self.keep && state.ready.iter().all(|spare| spare.settled) {
+                break Ok(());
+            }
+            if state.stopped {
+                break Err(Error::ShutDown);
+            }
+            if let Some(failure) = state.failure.take() {
+                break Err(failure);
+            }
+            if expired {
+                let what = format!("{} of {} spare segments of shard {}", state.ready.len(), self.keep, self.shard);
+                break Err(Error::TimedOut { what: what.into() });
+            }
             state.refilling = true;
             self.wanted.notify_one();
-            self.made.wait(&mut state);
-        }
+            match deadline {
+                Some(deadline) => expired = self.made.wait_until(&mut state, deadline).timed_out(),
+                None => self.made.wait(&mut state),
+            }
+        };
+        state.awaited -= 1;
+        result
     }
 
     /// Has up to `ahead` bytes behind `end` made ready; returns the end at which to ask again.
@@ -212,30 +244,36 @@ impl Spares {
             match self.next_work() {
                 Work::Stop => return,
                 Work::Populate(segment, range) => segment.populate(range),
-                Work::Prepare(path) => {
-                    let result = self.prepare(&path);
-                    let mut state = self.state.lock();
-                    state.preparing = false;
-                    match result {
-                        Ok(prepared) => {
-                            state.ready.push_back(prepared);
-                            state.failed = false;
-                        }
-                        Err(error) => {
-                            if !state.stopped {
-                                log::warn!("shard {}: cannot prepare a segment: {error}", self.shard);
-                            }
-                            // A half-filled file would only hold on to room.
-                            let _ = std::fs::remove_file(&path);
-                            state.failure = Some(error);
-                            state.failed = true;
-                        }
-                    }
-                    drop(state);
-                    self.made.notify_all();
+                Work::Prepare(path) => self.made(&path, self.prepare(&path)),
+                Work::Settle(mut spare) => {
+                    let path = spare.path.clone();
+                    self.made(&path, self.settle(&mut spare).map(|()| spare));
                 }
             }
         }
+    }
+
+    /// Tells whoever waits what has become of a spare.
+    fn made(&self, path: &Path, result: Result<Prepared>) {
+        let mut state = self.state.lock();
+        state.preparing = false;
+        match result {
+            Ok(prepared) => {
+                state.ready.push_back(prepared);
+                state.failed = false;
+            }
+            Err(error) => {
+                if !state.stopped {
+                    log::warn!("shard {}: cannot prepare a segment: {error}", self.shard);
+                }
+                // A half-filled file would only hold on to room.
+                let _ = std::fs::remove_file(path);
+                state.failure = Some(error);
+                state.failed = true;
+            }
+        }
+        drop(state);
+        self.made.notify_all();
     }
 
     fn next_work(&self) -> Work {
@@ -250,8 +288,16 @@ impl Spares {
             // Filled up from half on, so that a burst is not slowed by its own replenishment.
             let ready = state.ready.len();
             state.refilling = ready < self.keep && (state.refilling || ready <= self.keep / 2);
-            // After a failure nothing is tried until the writer asks again.
-            if state.refilling && (!state.failed || (state.waiting && state.failure.is_none())) {
+            // After a failure nothing is tried until somebody asks again.
+            let asked = state.waiting || state.awaited > 0;
+            if state.awaited > 0
+                && let Some(at) = state.ready.iter().position(|spare| !spare.settled)
+                && let Some(spare) = state.ready.remove(at)
+            {
+                state.preparing = true;
+                return Work::Settle(spare);
+            }
+            if state.refilling && (!state.failed || (asked && state.failure.is_none())) {
                 // Used files must be on the device before they are taken: a writer that is about to run out gets a new one.
                 let in_a_hurry = state.taken > 0 && state.ready.is_empty() && !state.failed;
                 let used = if in_a_hurry { None } else { state.used.pop() };
@@ -281,7 +327,8 @@ impl Spares {
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
         if is_new && self.in_bulk.load(Ordering::Relaxed) {
-            return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false });
+            // There is nothing in it to be settled.
+            return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false, settled: true });
         }
         let mut touch = is_new;
         let mut at = 0;
@@ -302,21 +349,32 @@ impl Spares {
                 return Err(Error::ShutDown);
             }
         }
-        // So that later syncs find every block allocated, and nothing of what a used file held comes back after a power
-        // cut. Where nobody waits for syncs, or the writer is about to run out of spares, a new file is as good without:
-        // its blocks are reserved, so nothing can fail for want of room, and its first syncs allocate them. Its zeros
-        // then need not go to the device before the records do.
+        let mut prepared = Prepared { path: path.to_owned(), file, mapping, filled: true, settled: false };
+        // Where nobody waits for syncs, or the writer is about to run out of spares, a new file is as good without: its
+        // blocks are reserved, so nothing can fail for want of room, and its first syncs allocate them. Its zeros then
+        // need not go to the device before the records do.
         let (taken, none_left) = {
             let state = self.state.lock();
-            (state.taken > 0, state.ready.is_empty())
+            // Whoever waits for spares wants to find nothing left to be done.
+            (state.taken > 0 && state.awaited == 0, state.ready.is_empty())
         };
         let nobody_waits = !self.sync_waited.swap(false, Ordering::Relaxed);
-        if !(is_new && taken && (none_left || nobody_waits)) {
-            mapping.unmap_pages(&(0..self.segment_size));
-            file.sync_all().map_err(Error::io("sync", path))?;
+        if is_new && taken && (none_left || nobody_waits) {
+            prepared.mapping.populate(0..self.populate_ahead.min(self.segment_size));
+        } else {
+            self.settle(&mut prepared)?;
         }
-        mapping.populate(0..self.populate_ahead.min(self.segment_size));
-        Ok(Prepared { path: path.to_owned(), file, mapping, filled: true })
+        Ok(prepared)
+    }
+
+    /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held comes
+    /// back after a power cut.
+    fn settle(&self, spare: &mut Prepared) -> Result<()> {
+        spare.mapping.unmap_pages(&(0..self.segment_size));
+        spare.file.sync_all().map_err(Error::io("sync", &spare.path))?;
+        spare.mapping.populate(0..self.populate_ahead.min(self.segment_size));
+        spare.settled = true;
+        Ok(())
     }
 }
 

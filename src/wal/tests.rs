@@ -479,7 +479,36 @@ fn spares_can_be_waited_for_after_some_were_taken() {
     let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
     writer.set_epoch(Epoch(1)).unwrap();
     append(&mut writer, 1..=200);
-    wal.wait_for_spares();
+    wal.log().wait_for_spares(None).unwrap();
+    let names = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
+    let spares: Vec<_> = names.filter(|path| path.to_string_lossy().ends_with(".wal.tmp")).collect();
+    assert!(spares.len() >= 4 && spares.iter().all(|path| std::fs::metadata(path).unwrap().len() == SEGMENT));
+}
+
+#[test]
+fn whoever_waits_for_spares_learns_why_none_come() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let log = Arc::clone(wal.log());
+    log.wait_for_spares(None).unwrap();
+    std::fs::remove_dir_all(directory.path()).unwrap();
+    // Takes a spare, whose file is gone.
+    assert!(matches!(writer.append(b"lost"), Err(Error::Io { .. })));
+    let error = log.wait_for_spares(None).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    drop((writer, wal));
+    assert!(log.wait_for_spares(None).unwrap_err().is_shutdown());
+}
+
+#[test]
+fn waiting_for_spares_ends_at_its_deadline() {
+    let directory = tempfile::tempdir().unwrap();
+    let large = LogIdentity { segment_size: 64 << 20, ..identity() };
+    let options = WalOptions { spare_segments: 1000, ..WalOptions::default() };
+    let (wal, _writer) = Wal::open(directory.path(), large, options).unwrap();
+    let error = wal.log().wait_for_spares(Some(std::time::Instant::now())).unwrap_err();
+    assert!(error.is_timeout(), "{error}");
+    assert!(error.to_string().contains("1000 spare segments of shard 3"), "{error}");
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl Life<'_> {
             self.step();
             // With all spares ready, a released segment's file is removed; else it becomes one of them.
             if self.is_orderly && self.random.percent(30) {
-                self.wal.wait_for_spares();
+                self.wal.log().wait_for_spares(None).unwrap();
             }
             if let Some(moment) = self.disk.disk.caught() {
                 let synced = self.trapped.take().unwrap_or(0);

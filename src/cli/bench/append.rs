@@ -94,12 +94,12 @@ fn ours(bench: &Bench, record: &[u8], count: u64, log_bytes: u64, ready: Ready) 
     };
     let scratch = bench.scratch("append-ours")?;
     let (wal, mut writer) = open(scratch.path(), segment_size, options)?;
-    wal.wait_for_spares();
+    wal.log().wait_for_spares(None)?;
     if ready.populate {
         let before = machine::resident_bytes();
         writer.append(record)?;
         // The spare that replaces the one taken, so that preparing it does not run beside the clock.
-        wal.wait_for_spares();
+        wal.log().wait_for_spares(None)?;
         wait_until_resident(before, segment_size);
     }
     timed(count, || {

@@ -4,8 +4,8 @@ use towline::wal::{LogWriter, WalOptions};
 use towline::{Commit, Outcome, WaitStrategy};
 
 use super::limits::DurableWriter;
-use super::load::{self, Latencies, Limit};
-use super::machine;
+use super::load::{self, Limit, Pace};
+use super::machine::{self, Usage};
 use super::nodes::{Nodes, Settings};
 use super::report::{Contest, Sample, Unit};
 use super::streams::{PingPong, RelayedPingPong};
@@ -40,11 +40,25 @@ const PARKED: Case = Case {
     open_loop: false,
 };
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 9] = [
     PARKED,
     Case { ours: "durable:1", bare: "ping-pong, fdatasync at the follower", durable: Durable::AtFollower, ..PARKED },
     Case { ours: "synced+durable:1", bare: "ping-pong, fdatasync at both at once", durable: Durable::AtBoth, ..PARKED },
     Case { ours: "received:1, open loop", bare: "ping-pong, open loop", open_loop: true, ..PARKED },
+    Case {
+        ours: "durable:1, open loop",
+        bare: "ping-pong, fdatasync at the follower, open loop",
+        durable: Durable::AtFollower,
+        open_loop: true,
+        ..PARKED
+    },
+    Case {
+        ours: "synced+durable:1, open loop",
+        bare: "ping-pong, fdatasync at both at once, open loop",
+        durable: Durable::AtBoth,
+        open_loop: true,
+        ..PARKED
+    },
     Case {
         ours: "received:1, spin then park",
         bare: "ping-pong, spinning",
@@ -53,6 +67,14 @@ const CASES: [Case; 6] = [
         ..PARKED
     },
     Case { ours: "received:1, spin", bare: "ping-pong, spinning", wait: WaitStrategy::Spin, spin: true, ..PARKED },
+    Case {
+        ours: "received:1, spin, open loop",
+        bare: "ping-pong, spinning, open loop",
+        wait: WaitStrategy::Spin,
+        spin: true,
+        open_loop: true,
+        ..PARKED
+    },
 ];
 
 /// As many threads as a leader has, so that as many wake-ups lie between the client and its answer.
@@ -63,7 +85,9 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(if bench.quick { &[1024] } else { &[128, 1024, 16 * 1024] }) {
         let record = super::record(size);
         let most_bytes = (limit.operations + 2) * (size + 128) + (1 << 20);
-        for case in CASES {
+        // In a hurry, two kinds of commit at a fixed pace are enough.
+        let in_time = |case: &Case| !(bench.quick && case.open_loop && (case.spin || case.durable == Durable::AtBoth));
+        for case in CASES.into_iter().filter(in_time) {
             let contest = Contest::new("commit", size, Unit::Microseconds)
                 .bare(case.bare, || bare(bench, case, &record, most_bytes))
                 .ours(case.ours, &[case.bare, RELAYED], || ours(bench, case, &record, most_bytes));
@@ -130,10 +154,12 @@ fn measure(bench: &Bench, case: Case, mut operation: impl FnMut() -> Result<()>)
     let warm_up = Limit { operations: limit.operations / 10, ..limit };
     load::closed_loop(warm_up, &mut operation)?;
     let limit = Limit { operations: limit.operations - warm_up.operations, ..limit };
-    let sample = |latencies: Latencies| latencies.sample_with_tail();
     if case.open_loop {
-        let sample = sample(load::open_loop(bench.rate, limit, operation)?);
+        let sample = load::run(Pace::Open(bench.rate), limit, operation)?.sample();
         return Ok(sample.with("rate", Some(f64::from(bench.rate))));
     }
-    Ok(sample(load::closed_loop(limit, operation)?))
+    let usage = Usage::now();
+    let latencies = load::run(Pace::Closed, limit, operation)?;
+    let cpu = usage.cpu_us_per_record(latencies.count());
+    Ok(latencies.sample().with("cpu_us_per_record", cpu))
 }

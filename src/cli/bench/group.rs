@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use towline::wal::WalOptions;
 
 use super::limits;
+use super::machine;
 use super::report::{Contest, Sample, Unit};
 use super::{Bench, Result};
 
@@ -22,15 +23,15 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 .bare(bare_name, || {
                     let scratch = bench.scratch("group")?;
                     let log = GroupLog::new(&scratch.path().join("log"), usize::try_from(bytes)?)?;
-                    from_threads(threads, count, || Ok(log.commit(&record)?))
+                    from_threads(scratch.path(), threads, count, || Ok(log.commit(&record)?))
                 })
                 .ours(ours_name, &[bare_name], || {
                     let scratch = bench.scratch("group-ours")?;
                     let (wal, mut writer) = super::append::open(scratch.path(), segment_size, WalOptions::default())?;
                     wal.log().wait_synced(writer.append(&record)?, None)?;
-                    wal.wait_for_spares();
+                    wal.log().wait_for_spares(None)?;
                     let writer = Mutex::new(writer);
-                    from_threads(threads, count, || {
+                    from_threads(scratch.path(), threads, count, || {
                         let lsn = writer.lock().unwrap_or_else(PoisonError::into_inner).append(&record)?;
                         Ok(wal.log().wait_synced(lsn, None)?)
                     })
@@ -49,15 +50,24 @@ fn names(threads: u64) -> (&'static str, &'static str) {
     }
 }
 
-/// `count` operations on each of so many threads.
-fn from_threads(threads: u64, count: u64, operation: impl Fn() -> Result<()> + Sync) -> Result<Sample> {
-    super::append::timed(threads * count, || {
+/// `count` operations on each of so many threads, and what of it reached the device.
+fn from_threads(
+    directory: &Path,
+    threads: u64,
+    count: u64,
+    operation: impl Fn() -> Result<()> + Sync,
+) -> Result<Sample> {
+    let before = machine::device_bytes_written(directory);
+    let sample = super::append::timed(threads * count, || {
         std::thread::scope(|scope| {
             let workers: Vec<_> =
                 (0..threads).map(|_| scope.spawn(|| (0..count).try_for_each(|_| operation()))).collect();
             workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| "a writer panicked")?)
         })
-    })
+    })?;
+    let written = machine::device_bytes_written(directory).zip(before);
+    let per_record = written.map(|(after, before)| (after - before) as f64 / (threads * count) as f64);
+    Ok(sample.with("device_bytes_per_record", per_record))
 }
 
 /// Group commit with as little as it takes: records gather in a buffer, and whoever finds nobody syncing writes and

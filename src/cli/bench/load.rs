@@ -35,14 +35,30 @@ impl Latencies {
         self.0.value_at_quantile(quantile) as f64 / 1e3
     }
 
-    /// The median, with the slow ones beside it.
-    pub(super) fn sample(&self) -> Sample {
-        Sample::new(self.us(0.5)).with("p99", Some(self.us(0.99)))
+    /// The median, the slow ones beside it, and all of them.
+    pub(super) fn sample(self) -> Sample {
+        Sample::new(self.us(0.5))
+            .with("p99", Some(self.us(0.99)))
+            .with("p999", Some(self.us(0.999)))
+            .with("max_us", Some(self.us(1.0)))
+            .with_latencies(self.0)
     }
+}
 
-    /// The same, with the slowest too.
-    pub(super) fn sample_with_tail(&self) -> Sample {
-        self.sample().with("p999", Some(self.us(0.999))).with("max", Some(self.us(1.0)))
+/// How operations follow each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// See [`closed_loop`].
+    Closed,
+    /// See [`open_loop`]: so many a second.
+    Open(u32),
+}
+
+/// Runs operations at a pace.
+pub(super) fn run(pace: Pace, limit: Limit, operation: impl FnMut() -> Result<()>) -> Result<Latencies> {
+    match pace {
+        Pace::Closed => closed_loop(limit, operation),
+        Pace::Open(rate) => open_loop(rate, limit, operation),
     }
 }
 

@@ -40,8 +40,12 @@ fn cpu_seconds() -> Option<f64> {
 
 /// A field of `/proc/self/status` that is a number.
 fn status_field(name: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    field(&std::fs::read_to_string("/proc/self/status").ok()?, name)
+}
+
+/// The number behind a name and a colon, on a line of its own.
+fn field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
@@ -63,6 +67,35 @@ pub(super) fn peak_resident_bytes() -> Option<u64> {
 /// Bytes in memory that belong to this process alone: heap and stacks, no files.
 pub(super) fn anonymous_bytes() -> Option<u64> {
     Some(status_field("RssAnon")? * 1024)
+}
+
+/// What the threads have done so far whose names begin alike.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ThreadCounts {
+    pub(super) threads: u64,
+    /// Times that one of them went to sleep of its own accord: as many as it woke up.
+    pub(super) wakes: u64,
+    /// Calls of `read` and `write` and their like; those made for sockets alone, as `send` and `recv`, do not count.
+    pub(super) io_calls: u64,
+}
+
+impl ThreadCounts {
+    /// `None` where the system does not tell.
+    pub(super) fn now(name: &str) -> Option<ThreadCounts> {
+        let mut counts = ThreadCounts { threads: 0, wakes: 0, io_calls: 0 };
+        for task in std::fs::read_dir("/proc/self/task").ok()?.flatten() {
+            // One that has ended meanwhile has no files.
+            let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            if !read("comm").starts_with(name) {
+                continue;
+            }
+            counts.threads += 1;
+            counts.wakes += field(&read("status"), "voluntary_ctxt_switches").unwrap_or(0);
+            let io = read("io");
+            counts.io_calls += field(&io, "syscr").unwrap_or(0) + field(&io, "syscw").unwrap_or(0);
+        }
+        Some(counts)
+    }
 }
 
 /// Bytes written so far to the device that holds `path`, by anyone. `None` where the file system is on no one device.
@@ -121,6 +154,14 @@ mod tests {
         assert!(threads().unwrap() >= 1);
         assert!(resident_bytes().unwrap() > anonymous_bytes().unwrap());
         assert!(cpu_seconds().unwrap() >= 0.0);
+        let wakes = std::thread::Builder::new().name("sleeper".to_owned()).spawn(|| {
+            let before = ThreadCounts::now("sleeper").unwrap();
+            (0..5).for_each(|_| std::thread::sleep(std::time::Duration::from_millis(1)));
+            let after = ThreadCounts::now("sleeper").unwrap();
+            assert_eq!((before.threads, after.threads), (1, 1));
+            after.wakes - before.wakes
+        });
+        assert!(wakes.unwrap().join().unwrap() >= 5);
         assert!(file_system(Path::new("/proc/self")).is_some_and(|kind| kind == "proc"));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! One file a workload. Each sets up a [contest](report::Contest) between Towline and small programs that do as little
 //! as the work needs ([`limits`] on files, [`streams`] on sockets), and the ratio is what counts: absolute figures
-//! change with the machine and with the day. A new workload is a file with a `run`, and a line in [`Workload`] and in
+//! change with the machine and with the day. What they mean as JSON stands in [`report`]. A new workload is a file with a `run`, and a line in [`Workload`] and in
 //! [`Workload::parts`].
 
 mod append;
@@ -10,18 +10,24 @@ mod catch_up;
 mod commit;
 mod fan_out;
 mod group;
+mod idle;
 mod limits;
 mod load;
 mod machine;
 mod nodes;
+mod plot;
+mod rebuild;
 mod recover;
 mod report;
+mod shards;
 mod ship;
+mod stalled;
 mod streams;
 mod sync;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -29,6 +35,7 @@ use towline::ShutdownSignal;
 
 use super::{DONE, Outcome};
 use load::Limit;
+use report::Row;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -38,6 +45,12 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 /// Each result names ours and the bare program that it is compared with, both as median, smallest and largest of the
 /// rounds, and their ratio: 1 is as good as the bare program, less is worse, for rates and for latencies alike. Only
 /// ratios mean much, and only on a machine that does nothing else.
+///
+/// With --json each comparison is an object on a line of its own: workload, size, ours, against ("bare", or "ours" where
+/// Towline is compared with itself under other circumstances), bare, ratio, ratio_min, ratio_max, rounds. ours and bare
+/// have what, median, min, max, unit, and more where it is known, such as percentiles: microseconds by percent.
+///
+/// Example:  towline bench all --quick --plot result.html
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Bench {
@@ -55,8 +68,11 @@ pub(super) struct Bench {
     /// Rounds [default: 5, or 3 with --quick]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// Records a second that the open-loop load of the commit workload starts
-    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Write a picture of the results: a file that ends in .svg or .html and needs no other
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Records a second that open-loop loads start
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: u32,
     /// Directory for the files, on the disk to measure; what is put there is removed [default: the temporary directory]
     #[arg(long)]
@@ -65,6 +81,9 @@ pub(super) struct Bench {
     stop: Option<ShutdownSignal>,
     #[arg(skip)]
     scratches: AtomicU64,
+    /// What has been measured.
+    #[arg(skip)]
+    rows: Mutex<Vec<Row>>,
 }
 
 /// A workload's name and what runs it.
@@ -84,12 +103,24 @@ enum Workload {
     Commit,
     /// A follower that joins late
     CatchUp,
+    /// A follower that has lost its place, idle and under load
+    Rebuild,
     /// Opening a log
     Recover,
     /// What 0, 1, 2 and 4 followers cost the writer
     FanOut,
+    /// What a stopped and a dead follower cost the writer
+    Stalled,
+    /// One load over 1, 4, 16 and 64 shards
+    Shards,
+    /// What nodes do and take that have nothing to do
+    Idle,
     /// All of them
     All,
+    #[value(hide = true)]
+    IdleNodes,
+    #[value(hide = true)]
+    IdleHeartbeats,
 }
 
 impl Workload {
@@ -102,8 +133,12 @@ impl Workload {
             Workload::Ship => &[("ship", ship::run)],
             Workload::Commit => &[("commit", commit::run)],
             Workload::CatchUp => &[("catch-up", catch_up::run)],
+            Workload::Rebuild => &[("rebuild", rebuild::run)],
             Workload::Recover => &[("recover", recover::run)],
             Workload::FanOut => &[("fan-out", fan_out::run)],
+            Workload::Stalled => &[("stalled", stalled::run)],
+            Workload::Shards => &[("shards", shards::run)],
+            Workload::Idle => &[("idle", idle::run)],
             Workload::All => &[
                 ("append", append::run),
                 ("sync", sync::run),
@@ -111,10 +146,21 @@ impl Workload {
                 ("ship", ship::run),
                 ("commit", commit::run),
                 ("catch-up", catch_up::run),
+                ("rebuild", rebuild::run),
                 ("recover", recover::run),
                 ("fan-out", fan_out::run),
+                ("stalled", stalled::run),
+                ("shards", shards::run),
+                ("idle", idle::run),
             ],
+            Workload::IdleNodes => &[(idle::NODES, idle::run_nodes)],
+            Workload::IdleHeartbeats => &[(idle::HEARTBEATS, idle::run_heartbeats)],
         }
+    }
+
+    /// One half of another workload, in a process of its own.
+    fn is_part(self) -> bool {
+        matches!(self, Workload::IdleNodes | Workload::IdleHeartbeats)
     }
 }
 
@@ -128,8 +174,13 @@ impl Bench {
     }
 
     fn measure(&self) -> Result<()> {
+        // Before anything is measured: a mistyped name should not cost a run.
+        self.plot.as_deref().map(plot::Format::of).transpose()?;
         // All files stand below it, so that nothing is left behind.
         let root = self.scratch("")?;
+        if self.workload.is_part() {
+            return self.workload.parts().iter().try_for_each(|(_, run)| run(self));
+        }
         if machine::is_in_memory(root.path()) {
             log::warn!("{} is in memory: syncs cost nothing there; use --dir", root.path().display());
         }
@@ -141,7 +192,16 @@ impl Bench {
             run(self)?;
             self.show_resources(name, usage, began);
         }
+        if let Some(path) = &self.plot {
+            let about = format!("{}; {} rounds", machine::describe(root.path()), self.rounds());
+            plot::write(path, &about, &self.rows.lock().unwrap_or_else(PoisonError::into_inner))?;
+        }
         Ok(())
+    }
+
+    /// Keeps a result for the picture.
+    fn keep(&self, row: Row) {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
     }
 
     /// What the workload took in all, bare programs and preparations included.

@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How the nodes are set up.
 #[derive(Clone)]
 pub(super) struct Settings {
+    pub(super) shards: u16,
     pub(super) segment_size: u64,
     pub(super) wal: WalOptions,
     pub(super) commit: Commit,
@@ -29,7 +30,7 @@ pub(super) struct Settings {
 impl Settings {
     /// Defaults, but for the segment size.
     pub(super) fn with_segments_of(segment_size: u64) -> Settings {
-        Settings { segment_size, wal: WalOptions::default(), commit: Commit::SYNCED, spin_receive: false }
+        Settings { shards: 1, segment_size, wal: WalOptions::default(), commit: Commit::SYNCED, spin_receive: false }
     }
 }
 
@@ -42,33 +43,54 @@ pub(super) struct Nodes {
 }
 
 impl Nodes {
-    /// A leader and its followers, connected, with one record in every log and every spare segment prepared.
+    /// A leader of one shard and its followers, connected, with one record in every log and every spare segment prepared.
     pub(super) fn start(bench: &Bench, followers: u16, settings: Settings) -> Result<(Nodes, LogWriter)> {
+        let (nodes, mut writers) = Nodes::start_sharded(bench, followers, Settings { shards: 1, ..settings })?;
+        let writer = writers.pop().ok_or("a leader without a shard")?;
+        Ok((nodes, writer))
+    }
+
+    /// The same with as many shards as the settings say; a writer for each.
+    pub(super) fn start_sharded(bench: &Bench, followers: u16, settings: Settings) -> Result<(Nodes, Vec<LogWriter>)> {
         let scratch = bench.scratch("nodes")?;
-        let directory = scratch.path().join("leader");
-        let leader = builder(&directory, &settings)
+        let leader = builder(&scratch.path().join("leader"), &settings)
+            .shards(settings.shards)
             .segment_size(settings.segment_size)
             .commit(settings.commit)
             .lead("127.0.0.1:0")?;
-        let mut writer = leader.writer(SHARD)?;
+        let shards = 0..settings.shards;
+        let mut writers = shards.map(|shard| leader.writer(ShardId(shard))).collect::<towline::Result<Vec<_>>>()?;
         let mut nodes = Nodes { followers: Vec::new(), leader, settings, scratch };
         for _ in 0..followers {
             nodes.add_follower()?;
         }
-        let lsn = writer.append(b"the first record opens the first segment")?;
-        if followers > 0 {
-            let everyone = Commit::followers(AckLevel::Applied, usize::from(followers))?;
-            let outcome = nodes.commits()?.wait(lsn, everyone, Some(Instant::now() + PATIENCE));
+        for writer in &mut writers {
+            writer.append(b"the first record opens the first segment")?;
+        }
+        nodes.wait_connected(followers)?;
+        nodes.wait_for_spares()?;
+        Ok((nodes, writers))
+    }
+
+    /// Waits until so many followers, of this process or others, have applied what is in every shard's log.
+    pub(super) fn wait_connected(&self, followers: u16) -> Result<()> {
+        if followers == 0 {
+            return Ok(());
+        }
+        let everyone = Commit::followers(AckLevel::Applied, usize::from(followers))?;
+        for shard in (0..self.settings.shards).map(ShardId) {
+            let head = self.leader.log(shard)?.head();
+            let outcome = self.leader.wait(shard, head, everyone, Some(Instant::now() + PATIENCE))?;
             if !outcome.is_committed() {
-                return Err(format!("the followers did not connect: {outcome:?}").into());
+                return Err(format!("the followers of shard {shard} did not connect: {outcome:?}").into());
             }
         }
-        let keep = nodes.settings.wal.spare_segments;
-        wait_for_spares(&directory, nodes.settings.segment_size, keep)?;
-        for (_, directory) in &nodes.followers {
-            wait_for_spares(directory, nodes.settings.segment_size, keep)?;
-        }
-        Ok((nodes, writer))
+        Ok(())
+    }
+
+    /// Where followers that are not of this process find the leader, and where they may put their files.
+    pub(super) fn place_for_others(&self) -> (&str, &Path) {
+        (self.leader.local_address(), self.scratch.path())
     }
 
     /// One follower more, in a directory of its own.
@@ -100,12 +122,35 @@ impl Nodes {
         Ok(self.leader.commits(SHARD)?)
     }
 
-    /// Waits until every follower has received and applied `lsn`.
+    /// Waits until every node has as many spare segments as it keeps, so that none is made beside the clock.
+    fn wait_for_spares(&self) -> Result<()> {
+        let deadline = Some(Instant::now() + PATIENCE);
+        for shard in (0..self.settings.shards).map(ShardId) {
+            self.leader.log(shard)?.wait_for_spares(deadline)?;
+            for (follower, _) in &self.followers {
+                follower.log(shard)?.wait_for_spares(deadline)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until every follower of this process has received and applied `lsn`.
     pub(super) fn wait_applied(&self, lsn: Lsn) -> Result<()> {
+        self.wait_applied_of(SHARD, lsn)
+    }
+
+    /// Waits until they have everything that is in the leader's logs.
+    pub(super) fn wait_all_applied(&self) -> Result<()> {
+        let mut shards = (0..self.settings.shards).map(ShardId);
+        shards.try_for_each(|shard| self.wait_applied_of(shard, self.leader.log(shard)?.head()))
+    }
+
+    fn wait_applied_of(&self, shard: ShardId, lsn: Lsn) -> Result<()> {
         for (follower, _) in &self.followers {
-            let reached = [Until { mark: follower.applied(SHARD)?, at_least: lsn }];
+            let reached = [Until { mark: follower.applied(shard)?, at_least: lsn }];
             if towline::wait_any(&reached, WaitStrategy::Park, Some(Instant::now() + PATIENCE)) == Waited::TimedOut {
-                return Err(format!("a follower did not apply LSN {lsn} in time: {:?}", self.leader.status()).into());
+                let status = self.leader.status();
+                return Err(format!("a follower did not apply LSN {lsn} of shard {shard} in time: {status:?}").into());
             }
         }
         Ok(())
@@ -116,27 +161,4 @@ fn builder(directory: &Path, settings: &Settings) -> NodeBuilder {
     let options = TcpOptions { spin_receive: settings.spin_receive, ..TcpOptions::default() };
     let transport: Arc<dyn Transport> = Arc::new(TcpTransport::new(options));
     Node::builder(directory).wal(settings.wal).max_wal_bytes(None).transport(transport)
-}
-
-/// Waits until as many spares as are kept have their full length, and until they are on stable storage.
-fn wait_for_spares(node: &Path, segment_size: u64, keep: usize) -> Result<()> {
-    let shard = node.join("shard-0000");
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let mut full = Vec::new();
-        for entry in std::fs::read_dir(&shard)? {
-            let path = entry?.path();
-            let is_spare = path.to_string_lossy().ends_with(".wal.tmp");
-            if is_spare && std::fs::metadata(&path).is_ok_and(|found| found.len() == segment_size) {
-                full.push(path);
-            }
-        }
-        if full.len() >= keep.max(1) {
-            return Ok(full.iter().try_for_each(|path| std::fs::File::open(path)?.sync_all())?);
-        }
-        if Instant::now() > deadline {
-            return Err(format!("{} has {} spares, not {keep}", shard.display(), full.len()).into());
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }

@@ -17,7 +17,11 @@ const ACK: usize = 32;
 
 /// Two ends of one connection.
 fn connect() -> io::Result<(TcpStream, TcpStream)> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
+    connect_to(&TcpListener::bind("127.0.0.1:0")?)
+}
+
+/// The same through a listener that is there.
+pub(super) fn connect_to(listener: &TcpListener) -> io::Result<(TcpStream, TcpStream)> {
     let near = TcpStream::connect(listener.local_addr()?)?;
     let (far, _) = listener.accept()?;
     near.set_nodelay(true)?;

@@ -1,57 +1,96 @@
-//! One writer that waits for stable storage after each record.
+//! One writer that waits for stable storage after each record: as fast as it can, and at a pace given from outside, where
+//! a slow record shows in those that it delays.
 
 use std::path::Path;
 
 use towline::wal::WalOptions;
 
 use super::limits::DurableWriter;
-use super::load::{self, Limit};
-use super::machine;
+use super::load::{self, Limit, Pace};
+use super::machine::{self, Usage};
 use super::report::{Contest, Sample, Unit};
 use super::{Bench, Result};
 
+/// Ours, `pwrite` and `O_DIRECT` at one pace.
+struct Names {
+    ours: &'static str,
+    written: &'static str,
+    #[cfg(target_os = "linux")]
+    direct: &'static str,
+}
+
+const CLOSED: Names = Names {
+    ours: "append and wait_synced",
+    written: "pwrite and fdatasync",
+    #[cfg(target_os = "linux")]
+    direct: "O_DIRECT and fdatasync",
+};
+const OPEN: Names = Names {
+    ours: "append and wait_synced, open loop",
+    written: "pwrite and fdatasync, open loop",
+    #[cfg(target_os = "linux")]
+    direct: "O_DIRECT and fdatasync, open loop",
+};
+
 pub(super) fn run(bench: &Bench) -> Result<()> {
-    let limit = bench.latency_limit();
     for size in bench.record_sizes(&[128, 1024, 16 * 1024]) {
-        let record = super::record(size);
-        let bytes = (limit.operations + 1) * (size + 128);
-        let file_len = usize::try_from(bytes)?.next_multiple_of(4096);
-        let contest = Contest::new("sync", size, Unit::Microseconds).bare("pwrite and fdatasync", || {
-            let scratch = bench.scratch("sync")?;
-            let mut writer = DurableWriter::new(&scratch.path().join("log"), file_len, record.len())?;
-            measure(scratch.path(), limit, || Ok(writer.append(&record)?))
-        });
-        #[cfg(target_os = "linux")]
-        let contest = contest.bare_if_able("O_DIRECT and fdatasync", || {
-            let scratch = bench.scratch("sync")?;
-            let path = scratch.path().join("log");
-            let mut writer = super::limits::DirectWriter::new(&path, file_len + 8192, record.len())?;
-            measure(scratch.path(), limit, || Ok(writer.append(&record)?))
-        });
-        contest
-            .ours("append and wait_synced", &["pwrite and fdatasync", "O_DIRECT and fdatasync"], || {
-                let scratch = bench.scratch("sync-ours")?;
-                let segment_size = (bytes + (1 << 20)).next_multiple_of(4096);
-                let (wal, mut writer) = super::append::open(scratch.path(), segment_size, WalOptions::default())?;
-                wal.log().wait_synced(writer.append(&record)?, None)?;
-                wal.wait_for_spares();
-                measure(scratch.path(), limit, || {
-                    let lsn = writer.append(&record)?;
-                    Ok(wal.log().wait_synced(lsn, None)?)
-                })
-            })
-            .run(bench)?;
+        contest(bench, size, CLOSED, Pace::Closed)?;
+        if !bench.quick || size == 1024 {
+            contest(bench, size, OPEN, Pace::Open(bench.rate))?;
+        }
     }
     Ok(())
 }
 
-/// Latencies, and what reached the device.
-fn measure(directory: &Path, limit: Limit, operation: impl FnMut() -> Result<()>) -> Result<Sample> {
-    let before = machine::device_bytes_written(directory);
-    let latencies = load::closed_loop(limit, operation)?;
-    let per_record = || {
-        let written = machine::device_bytes_written(directory)? - before?;
-        Some(written as f64 / latencies.count() as f64)
+fn contest(bench: &Bench, size: u64, names: Names, pace: Pace) -> Result<()> {
+    let limit = bench.latency_limit();
+    let record = super::record(size);
+    let bytes = (limit.operations + 1) * (size + 128);
+    let file_len = usize::try_from(bytes)?.next_multiple_of(4096);
+    let contest = Contest::new("sync", size, Unit::Microseconds).bare(names.written, || {
+        let scratch = bench.scratch("sync")?;
+        let mut writer = DurableWriter::new(&scratch.path().join("log"), file_len, record.len())?;
+        measure(scratch.path(), limit, pace, || Ok(writer.append(&record)?))
+    });
+    #[cfg(target_os = "linux")]
+    let (contest, against) = {
+        let contest = contest.bare_if_able(names.direct, || {
+            let scratch = bench.scratch("sync")?;
+            let path = scratch.path().join("log");
+            let mut writer = super::limits::DirectWriter::new(&path, file_len + 8192, record.len())?;
+            measure(scratch.path(), limit, pace, || Ok(writer.append(&record)?))
+        });
+        (contest, [names.written, names.direct])
     };
-    Ok(latencies.sample().with("device_bytes_per_record", per_record()))
+    #[cfg(not(target_os = "linux"))]
+    let against = [names.written];
+    contest
+        .ours(names.ours, &against, || {
+            let scratch = bench.scratch("sync-ours")?;
+            let segment_size = (bytes + (1 << 20)).next_multiple_of(4096);
+            let (wal, mut writer) = super::append::open(scratch.path(), segment_size, WalOptions::default())?;
+            wal.log().wait_synced(writer.append(&record)?, None)?;
+            wal.log().wait_for_spares(None)?;
+            measure(scratch.path(), limit, pace, || {
+                let lsn = writer.append(&record)?;
+                Ok(wal.log().wait_synced(lsn, None)?)
+            })
+        })
+        .run(bench)
+}
+
+/// Latencies, and what reached the device.
+fn measure(directory: &Path, limit: Limit, pace: Pace, operation: impl FnMut() -> Result<()>) -> Result<Sample> {
+    let (before, usage) = (machine::device_bytes_written(directory), Usage::now());
+    let latencies = load::run(pace, limit, operation)?;
+    let count = latencies.count();
+    let cpu = usage.cpu_us_per_record(count);
+    let written = machine::device_bytes_written(directory).zip(before);
+    let sample = latencies.sample();
+    Ok(match pace {
+        Pace::Closed => sample.with("cpu_us_per_record", cpu),
+        // Waiting for the next start takes processor time too.
+        Pace::Open(rate) => sample.with("rate", Some(f64::from(rate))),
+    }
+    .with("device_bytes_per_record", written.map(|(after, before)| (after - before) as f64 / count as f64)))
 }
