@@ -7,6 +7,7 @@ use super::limits::DurableWriter;
 use super::load::{self, Limit, Pace};
 use super::machine::{self, Usage};
 use super::nodes::{Nodes, Settings};
+use super::processors::Place;
 use super::report::{Contest, Sample, Unit};
 use super::streams::{PingPong, RelayedPingPong};
 use super::{Bench, Result, Scratch};
@@ -29,6 +30,7 @@ struct Case {
     spin: bool,
     /// Records start at fixed times instead of one after the other.
     open_loop: bool,
+    place: Place,
 }
 
 const PARKED: Case = Case {
@@ -38,10 +40,13 @@ const PARKED: Case = Case {
     wait: WaitStrategy::Park,
     spin: false,
     open_loop: false,
+    place: Place::Apart,
 };
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 11] = [
     PARKED,
+    Case { ours: "received:1, one processor", bare: "ping-pong on one processor", place: Place::Together, ..PARKED },
+    Case { ours: "received:1, anywhere", bare: "ping-pong anywhere", place: Place::Anywhere, ..PARKED },
     Case { ours: "durable:1", bare: "ping-pong, fdatasync at the follower", durable: Durable::AtFollower, ..PARKED },
     Case { ours: "synced+durable:1", bare: "ping-pong, fdatasync at both at once", durable: Durable::AtBoth, ..PARKED },
     Case { ours: "received:1, open loop", bare: "ping-pong, open loop", open_loop: true, ..PARKED },
@@ -64,14 +69,23 @@ const CASES: [Case; 9] = [
         bare: "ping-pong, spinning",
         wait: WaitStrategy::SpinThenPark { spins: 2000 },
         spin: true,
+        place: Place::Anywhere,
         ..PARKED
     },
-    Case { ours: "received:1, spin", bare: "ping-pong, spinning", wait: WaitStrategy::Spin, spin: true, ..PARKED },
+    Case {
+        ours: "received:1, spin",
+        bare: "ping-pong, spinning",
+        wait: WaitStrategy::Spin,
+        spin: true,
+        place: Place::Anywhere,
+        ..PARKED
+    },
     Case {
         ours: "received:1, spin, open loop",
         bare: "ping-pong, spinning, open loop",
         wait: WaitStrategy::Spin,
         spin: true,
+        place: Place::Anywhere,
         open_loop: true,
         ..PARKED
     },
@@ -89,10 +103,10 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let in_time = |case: &Case| !(bench.quick && case.open_loop && (case.spin || case.durable == Durable::AtBoth));
         for case in CASES.into_iter().filter(in_time) {
             let contest = Contest::new("commit", size, Unit::Microseconds)
-                .bare(case.bare, || bare(bench, case, &record, most_bytes))
-                .ours(case.ours, &[case.bare, RELAYED], || ours(bench, case, &record, most_bytes));
-            if case.ours == PARKED.ours { contest.bare(RELAYED, || relayed(bench, &record)) } else { contest }
-                .run(bench)?;
+                .bare(case.bare, || case.place.here(|| bare(bench, case, &record, most_bytes)))
+                .ours(case.ours, &[case.bare, RELAYED], || case.place.here(|| ours(bench, case, &record, most_bytes)));
+            let relayed = || PARKED.place.here(|| relayed(bench, &record));
+            if case.ours == PARKED.ours { contest.bare(RELAYED, relayed) } else { contest }.run(bench)?;
         }
     }
     Ok(())
@@ -104,7 +118,7 @@ fn bare(bench: &Bench, case: Case, record: &[u8], most_bytes: u64) -> Result<Sam
         DurableWriter::new(&scratch.path().join(name), usize::try_from(most_bytes).unwrap_or(usize::MAX), record.len())
     };
     let there = if case.durable == Durable::Nowhere { None } else { Some(writer(&scratch, "there")?) };
-    let mut ping = PingPong::start(record.len(), there, case.spin)?;
+    let mut ping = case.place.there(|| PingPong::start(record.len(), there, case.spin))?;
     if case.durable == Durable::AtBoth {
         let mut here = writer(&scratch, "here")?;
         return measure(bench, case, || {
@@ -118,7 +132,7 @@ fn bare(bench: &Bench, case: Case, record: &[u8], most_bytes: u64) -> Result<Sam
 }
 
 fn relayed(bench: &Bench, record: &[u8]) -> Result<Sample> {
-    let ping = RelayedPingPong::start(record)?;
+    let ping = RelayedPingPong::start(record, PARKED.place)?;
     measure(bench, PARKED, || Ok(ping.exchange()?))
 }
 
@@ -134,6 +148,7 @@ fn ours(bench: &Bench, case: Case, record: &[u8], most_bytes: u64) -> Result<Sam
         wal,
         commit,
         spin_receive: case.spin,
+        place: case.place,
         ..Settings::with_segments_of(most_bytes.next_multiple_of(4096))
     };
     let (nodes, mut writer) = Nodes::start(bench, 1, settings)?;

@@ -16,6 +16,7 @@ mod load;
 mod machine;
 mod nodes;
 mod plot;
+mod processors;
 mod rebuild;
 mod recover;
 mod report;

@@ -11,6 +11,7 @@ use towline::{
     AckLevel, Commit, Commits, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, ShardId, Until, WaitStrategy, Waited,
 };
 
+use super::processors::Place;
 use super::{Bench, Result, Scratch};
 
 const SHARD: ShardId = ShardId(0);
@@ -25,12 +26,21 @@ pub(super) struct Settings {
     pub(super) wal: WalOptions,
     pub(super) commit: Commit,
     pub(super) spin_receive: bool,
+    /// On which processors the leader and its followers run.
+    pub(super) place: Place,
 }
 
 impl Settings {
     /// Defaults, but for the segment size.
     pub(super) fn with_segments_of(segment_size: u64) -> Settings {
-        Settings { shards: 1, segment_size, wal: WalOptions::default(), commit: Commit::SYNCED, spin_receive: false }
+        Settings {
+            shards: 1,
+            segment_size,
+            wal: WalOptions::default(),
+            commit: Commit::SYNCED,
+            spin_receive: false,
+            place: Place::Anywhere,
+        }
     }
 }
 
@@ -99,8 +109,9 @@ impl Nodes {
         let directory = self.scratch.path().join(format!("follower-{number}"));
         let follower = builder(&directory, &self.settings)
             .node_id(NodeId(number as u64))
-            .reconnect(Duration::from_millis(10), Duration::from_secs(1))
-            .follow(self.leader.local_address(), Arc::new(LogOnly))?;
+            .reconnect(Duration::from_millis(10), Duration::from_secs(1));
+        let start = || follower.follow(self.leader.local_address(), Arc::new(LogOnly));
+        let follower = self.settings.place.there(start)?;
         self.followers.push((follower, directory));
         Ok(())
     }

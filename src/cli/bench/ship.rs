@@ -1,5 +1,7 @@
 //! Leader to follower, live: from the first append to the last record applied at the follower.
 
+use std::cell::RefCell;
+use std::fs::File;
 use std::time::Instant;
 
 use towline::wal::{SyncPolicy, WalOptions};
@@ -11,6 +13,9 @@ use super::recover::rate;
 use super::report::{Contest, Sample, Unit};
 use super::{BATCH_OVERHEAD, Bench, Result, streams};
 
+const FRESH: &str = "append, stream, receive with checksum, fresh pages at both ends";
+const WRITE: &str = "append to fresh pages, stream, receive with checksum and write to a file";
+
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(if bench.quick { &[1024] } else { &[128, 1024, 16 * 1024] }) {
         let count = bench.volume(256 << 20, 32 << 20) / size;
@@ -19,12 +24,14 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let scratch = bench.scratch("ship")?;
         let len = limits::slot_len(record.len()) * usize::try_from(count)?;
         let mapped = |name| MappedFile::zeroed_in_pages(&scratch.path().join(name), len);
-        let (mut log, mut copy) = (mapped("log")?, mapped("copy")?);
+        let (log, copy) = (RefCell::new(mapped("log")?), RefCell::new(mapped("copy")?));
         let (mut from, mut to) = (mapped("from")?, mapped("to")?);
         let segment_size = ((count * (size + BATCH_OVERHEAD)) / 4 + (1 << 20)).next_multiple_of(4096).min(64 << 20);
-        let spare_segments = usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 1;
+        // Twice as many as are used: replenishing begins when half are gone.
+        let spare_segments = 2 * (usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 2);
         Contest::new("ship", size, Unit::MegabytesPerSecond)
             .bare("append, stream, receive with checksum, pages writable", || {
+                let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
                 log.make_writable();
                 copy.make_writable();
                 let (usage, began) = (Usage::now(), Instant::now());
@@ -36,6 +43,22 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 to.make_writable();
                 let began = Instant::now();
                 streams::stream(from.bytes(), to.bytes_mut())?;
+                Ok(rate(bytes, began))
+            })
+            .bare(FRESH, || {
+                let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
+                log.make_fresh()?;
+                copy.make_fresh()?;
+                let began = Instant::now();
+                streams::append_and_stream(log.bytes_mut(), copy.bytes_mut(), &record)?;
+                Ok(rate(bytes, began))
+            })
+            .bare(WRITE, || {
+                let mut log = log.borrow_mut();
+                log.make_fresh()?;
+                let mut file = File::create(scratch.path().join("received"))?;
+                let began = Instant::now();
+                streams::append_and_stream_to_file(log.bytes_mut(), &mut file, &record)?;
                 Ok(rate(bytes, began))
             })
             .ours(
@@ -51,9 +74,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                     ours(bench, Settings { wal, ..Settings::with_segments_of(segment_size) }, &record, count)
                 },
             )
-            .ours("defaults", &["append, stream, receive with checksum, pages writable"], || {
-                ours(bench, Settings::with_segments_of(segment_size), &record, count)
-            })
+            .ours("defaults", &[FRESH, WRITE], || ours(bench, Settings::with_segments_of(segment_size), &record, count))
             .run(bench)?;
     }
     Ok(())

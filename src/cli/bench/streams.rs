@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::limits::{self, DurableWriter};
+use super::processors::Place;
 
 /// Bytes of one write to a socket and of one read from it, where there are as many.
 const PIECE: usize = 256 * 1024;
@@ -73,18 +74,7 @@ pub(super) fn stream_checked(from: &[u8], to: &mut [u8]) -> io::Result<()> {
 
 /// The same into a file that grows with each `write`.
 pub(super) fn stream_to_file(from: &[u8], to: &mut File) -> io::Result<()> {
-    both_ends(send(from), |mut far| {
-        let mut buffer = vec![0; PIECE];
-        let mut left = from.len();
-        while left > 0 {
-            let piece = &mut buffer[..left.min(PIECE)];
-            far.read_exact(piece)?;
-            std::hint::black_box(crc32fast::hash(piece));
-            to.write_all(piece)?;
-            left -= piece.len();
-        }
-        Ok(())
-    })
+    both_ends(send(from), |far| receive_to_file(far, to, from.len()))
 }
 
 /// Three steps: append records to `log`, a piece at a time; send each piece; receive into `to` with a checksum on
@@ -100,6 +90,33 @@ pub(super) fn append_and_stream(log: &mut [u8], to: &mut [u8], record: &[u8]) ->
         })
     };
     both_ends(send, |far| receive(far, &mut to[..whole], true))
+}
+
+/// The same three steps, but the bytes are received into a file that grows with each `write`.
+pub(super) fn append_and_stream_to_file(log: &mut [u8], to: &mut File, record: &[u8]) -> io::Result<()> {
+    let slot = limits::slot_len(record.len());
+    let piece_len = (PIECE / slot).max(1) * slot;
+    let whole = log.len() / slot * slot;
+    let send = |mut near: &TcpStream| {
+        log[..whole].chunks_mut(piece_len).try_for_each(|piece| {
+            limits::append(piece, record, u64::MAX);
+            near.write_all(piece)
+        })
+    };
+    both_ends(send, |far| receive_to_file(far, to, whole))
+}
+
+/// Receives so many bytes, checksums them and writes them to a file.
+fn receive_to_file(mut from: &TcpStream, to: &mut File, mut left: usize) -> io::Result<()> {
+    let mut buffer = vec![0; PIECE];
+    while left > 0 {
+        let piece = &mut buffer[..left.min(PIECE)];
+        from.read_exact(piece)?;
+        std::hint::black_box(crc32fast::hash(piece));
+        to.write_all(piece)?;
+        left -= piece.len();
+    }
+    Ok(())
 }
 
 /// Runs `work` while `from` is streamed into each of `sinks`, again and again, each over its own connection.
@@ -186,10 +203,10 @@ pub(super) struct RelayedPingPong {
 }
 
 impl RelayedPingPong {
-    pub(super) fn start(record: &[u8]) -> io::Result<RelayedPingPong> {
+    pub(super) fn start(record: &[u8], place: Place) -> io::Result<RelayedPingPong> {
         let (near, far) = connect()?;
         let record_len = record.len();
-        let server = std::thread::spawn(move || serve(&far, record_len, None, false));
+        let server = place.there(|| std::thread::spawn(move || serve(&far, record_len, None, false)));
         let (shipper, to_ship) = crossbeam_channel::bounded::<()>(1);
         let (answers, acknowledged) = crossbeam_channel::bounded(1);
         let (record, mut sending, mut receiving) = (record.to_vec(), near.try_clone()?, near);
@@ -293,7 +310,7 @@ mod tests {
             let mut ping = PingPong::start(128, None, spin).unwrap();
             (0..10).for_each(|_| ping.exchange(&[0; 128]).unwrap());
         }
-        let relayed = RelayedPingPong::start(&[0; 128]).unwrap();
+        let relayed = RelayedPingPong::start(&[0; 128], Place::Anywhere).unwrap();
         (0..10).for_each(|_| relayed.exchange().unwrap());
     }
 

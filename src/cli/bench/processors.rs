@@ -1,0 +1,80 @@
+//! Which processors the two sides of an exchange run on. Waking a thread on another, sleeping processor takes ten times
+//! as long as on the same one, and a scheduler does now one and now the other: who wants to compare has to say which.
+
+/// Where the two sides run. Threads that a side starts stay where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Wherever the system puts each thread.
+    Anywhere,
+    /// Each side on a processor of its own, as two machines would be.
+    Apart,
+    /// Both sides on one processor.
+    Together,
+}
+
+impl Place {
+    /// Runs `deed` as this side: what it starts stays here.
+    pub(super) fn here<T>(self, deed: impl FnOnce() -> T) -> T {
+        match self {
+            Place::Anywhere => deed(),
+            Place::Apart | Place::Together => on_processor(0, deed),
+        }
+    }
+
+    /// Runs `deed` as the other side.
+    pub(super) fn there<T>(self, deed: impl FnOnce() -> T) -> T {
+        match self {
+            Place::Anywhere => deed(),
+            Place::Apart => on_processor(1, deed),
+            Place::Together => on_processor(0, deed),
+        }
+    }
+}
+
+/// Runs `deed`, and threads that it starts, on one of the processors that this thread may use. Where the system does not
+/// do that, or has no such processor, anywhere.
+#[cfg(target_os = "linux")]
+fn on_processor<T>(number: usize, deed: impl FnOnce() -> T) -> T {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let Ok(before) = sched_getaffinity(None) else { return deed() };
+    let allowed = (0..CpuSet::MAX_CPU).filter(|&processor| before.is_set(processor));
+    // Counted from the whole machine, and not from what an outer call has left.
+    let all = all_processors(&before);
+    let Some(processor) = all.into_iter().nth(number).or_else(|| allowed.into_iter().next()) else { return deed() };
+    let mut one = CpuSet::new();
+    one.set(processor);
+    let _ = sched_setaffinity(None, &one);
+    let result = deed();
+    let _ = sched_setaffinity(None, &before);
+    result
+}
+
+#[cfg(not(target_os = "linux"))]
+fn on_processor<T>(_number: usize, deed: impl FnOnce() -> T) -> T {
+    deed()
+}
+
+/// The processors that this process may use, as it found them when it was first asked.
+#[cfg(target_os = "linux")]
+fn all_processors(now: &rustix::thread::CpuSet) -> Vec<usize> {
+    use std::sync::OnceLock;
+    static ALL: OnceLock<Vec<usize>> = OnceLock::new();
+    let found = || (0..rustix::thread::CpuSet::MAX_CPU).filter(|&processor| now.is_set(processor)).collect();
+    ALL.get_or_init(found).clone()
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use rustix::thread::sched_getaffinity;
+
+    use super::*;
+
+    #[test]
+    fn what_a_side_starts_stays_on_its_processor_and_the_caller_does_not() {
+        let before = sched_getaffinity(None).unwrap();
+        let there = || std::thread::spawn(|| sched_getaffinity(None).unwrap().count()).join().unwrap();
+        assert_eq!(Place::Apart.here(|| Place::Apart.there(there)), 1);
+        assert_eq!(Place::Anywhere.there(there), before.count());
+        assert!(sched_getaffinity(None).unwrap() == before);
+    }
+}
