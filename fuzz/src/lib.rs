@@ -207,7 +207,12 @@ pub fn manifest(data: &[u8]) {
         seal(&mut bytes);
     }
     match Manifest::decode(&bytes, Path::new("MANIFEST")) {
-        Ok(manifest) => assert_eq!(manifest.encode().as_slice(), bytes),
+        Ok(manifest) => {
+            // One of version 1 is written again as one of version 2.
+            let again = manifest.encode();
+            assert!(bytes.get(8) == Some(&1) || again.as_slice() == bytes);
+            assert_eq!(Manifest::decode(&again, Path::new("MANIFEST")).ok(), Some(manifest));
+        }
         Err(error) => assert!(error.to_string().contains("MANIFEST")),
     }
 }

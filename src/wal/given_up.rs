@@ -167,10 +167,7 @@ impl Log {
     /// Recycles the file of a segment, or removes it if the segment is still read: readers keep the mapping.
     fn remove(&self, segment: Arc<Segment>, path: PathBuf) -> Result<()> {
         match Arc::try_unwrap(segment) {
-            Ok(last) => {
-                drop(last);
-                self.spares().recycle(path)
-            }
+            Ok(last) => self.spares().recycle(path, last),
             Err(_held) => remove_file(&path),
         }
     }

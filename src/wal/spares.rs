@@ -23,6 +23,9 @@ use crate::wal::{LogIdentity, WalOptions};
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
 
+/// Removed files whose mappings may wait while the writer has no spare.
+const MOST_UNMAPPED: usize = 2;
+
 /// A file that can become a segment: allocated, zero, mapped.
 pub(super) struct Prepared {
     pub(super) path: PathBuf,
@@ -63,6 +66,8 @@ struct State {
     refilling: bool,
     /// Files that held segments or spares before.
     used: Vec<PathBuf>,
+    /// Segments whose files are gone, and whose mappings are to go.
+    unmapped: Vec<Segment>,
     /// One more file is being made ready.
     preparing: bool,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
@@ -91,6 +96,7 @@ enum Work {
     Prepare(PathBuf),
     Settle(Prepared),
     Populate(Arc<Segment>, std::ops::Range<u64>),
+    Unmap(Segment),
     Stop,
 }
 
@@ -212,13 +218,17 @@ impl Spares {
         self.state.lock().files() as u64 * self.segment_size
     }
 
-    /// Takes back a file at `path` that held a segment that nobody reads any more; surplus files are removed. Does not
-    /// wait for the device.
-    pub(super) fn recycle(&self, path: PathBuf) -> Result<()> {
+    /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. Does not wait for
+    /// the device: a removed file's pages that are being written are waited for where its mapping goes, which is left to
+    /// the preparing thread.
+    pub(super) fn recycle(&self, path: PathBuf, segment: Segment) -> Result<()> {
         let mut state = self.state.lock();
         if state.files() >= self.keep {
             drop(state);
-            return std::fs::remove_file(&path).map_err(Error::io("remove", &path));
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            self.state.lock().unmapped.push(segment);
+            self.wanted.notify_one();
+            return Ok(());
         }
         state.next_name += 1;
         let aside = spare_path(&self.directory, state.next_name);
@@ -244,6 +254,7 @@ impl Spares {
             match self.next_work() {
                 Work::Stop => return,
                 Work::Populate(segment, range) => segment.populate(range),
+                Work::Unmap(segment) => drop(segment),
                 Work::Prepare(path) => self.made(&path, self.prepare(&path)),
                 Work::Settle(mut spare) => {
                     let path = spare.path.clone();
@@ -284,6 +295,12 @@ impl Spares {
             }
             if let Some((segment, range)) = state.populate.take() {
                 return Work::Populate(segment, range);
+            }
+            // A file without a name takes room until its mapping goes. A writer without a spare comes first, but not for ever.
+            if (!state.ready.is_empty() || !state.refilling || state.unmapped.len() > MOST_UNMAPPED)
+                && let Some(segment) = state.unmapped.pop()
+            {
+                return Work::Unmap(segment);
             }
             // Filled up from half on, so that a burst is not slowed by its own replenishment.
             let ready = state.ready.len();

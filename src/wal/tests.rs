@@ -179,6 +179,9 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
         }
         feed(leader.log(), &mut sink, [256 * 1024, u64::MAX, 100_000, 3000][usize::try_from(round % 4).unwrap()]);
         without_blocks += u64::from(!sink.takes_stores());
+        // Nothing has arrived behind the last batch: there is nothing to discard, nor to take in.
+        sink.discard_partial();
+        sink.ingest_filled(0).unwrap();
         // The beginning of a batch that the stream did not bring to its end.
         let end = sink.end();
         source.append(&[9; 150_000]).unwrap();
@@ -350,9 +353,7 @@ fn after_a_release_syncs_still_reach_everything_written() {
         append(&mut writer, last..=last);
     }
     segments = wal.log().segments().len();
-    let turns = wal.log().turns();
     let released = wal.log().release_through(Lsn(last), "test").unwrap();
-    assert!(wal.log().turns() > turns, "whoever wanted to sync meanwhile waits for a turn");
     assert_eq!(released, segments - 2, "what is left begins with a segment that opens after a power cut");
     assert!(wal.log().tail() > oldest);
     append(&mut writer, last + 1..=last + 200);

@@ -451,7 +451,7 @@ impl LogWriter {
         let is_staged = std::mem::take(&mut self.is_staged);
         if !std::mem::take(&mut self.header_due)
             && !is_staged
-            && let Some(open) = &mut self.open
+            && let Some(open) = self.open.as_mut().filter(|open| open.takes_stores())
         {
             open.unpublished(0..arrived).fill(0);
         }
@@ -506,7 +506,7 @@ impl LogWriter {
 
     /// Checks and publishes every batch that has arrived as a whole.
     fn ingest_batches(&mut self) -> Result<()> {
-        let Some(open) = &mut self.open else { return Ok(()) };
+        let Some(open) = self.open.as_mut().filter(|_| self.arrived > 0) else { return Ok(()) };
         let (room, end) = (open.room(), open.end());
         let arrived: &[u8] = if self.is_staged {
             self.staging.get(..limits::index(self.arrived)).unwrap_or_default()
