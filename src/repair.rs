@@ -37,7 +37,7 @@ pub use crate::wal::mend::MendedRange;
 /// # Node::builder(&copy).follow(leader.local_address(), target)?.shutdown()?;
 /// let report = Repair::new(&copy).run(&TcpTransport::default(), leader.local_address())?;
 /// assert!(report.is_sound() && report.ranges().next().is_none(), "nothing was damaged");
-/// # Ok::<(), towline::Error>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Repair {

@@ -260,7 +260,9 @@ fn requests_that_do_not_fit_are_refused_by_name() {
     let (code, text) = refused(&|request| request.chain = Chain(request.chain.get() ^ 1));
     assert_eq!(code, RefusalCode::Diverged);
     assert_says(&text, &["LSN 20", "shard 0", "nothing is overwritten"]);
-    let (code, _) = refused(&|request| request.purpose = Purpose::Segment);
+    let by_hand =
+        |request: &mut towline::wire::SyncRequest| (request.purpose, request.from) = (Purpose::Segment, Lsn(1));
+    let (code, _) = refused(&by_hand);
     assert_eq!(code, RefusalCode::WrongRole);
     // After all that the right request is welcome.
     assert_eq!(ask(&mut net.connect(), good).unwrap().start, Lsn(21));
