@@ -463,7 +463,7 @@ mod hostile {
     }
 
     fn frame(kind: FrameKind, body: &[u8]) -> Vec<u8> {
-        let mut bytes = FrameHeader::new(kind, 0, body.len() as u64).unwrap().encode().to_vec();
+        let mut bytes = FrameHeader::new(kind, 0, body, &[]).unwrap().encode().to_vec();
         bytes.extend_from_slice(body);
         bytes
     }
@@ -540,7 +540,7 @@ mod hostile {
     #[test]
     fn an_oversized_frame_is_refused_by_its_header() {
         let (mut raw, mut stream) = raw();
-        let mut bytes = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 5_000_000 }.encode();
+        let mut bytes = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 5_000_000, body_crc: 0 }.encode();
         raw.write_all(&bytes).unwrap();
         let error = stream.receiver.receive_header().unwrap_err().to_string();
         assert!(error.contains("frame of 5000000 bytes; WalData may have at most 1048592"), "{error}");
