@@ -260,7 +260,8 @@ fn requests_that_do_not_fit_are_refused_by_name() {
     let (code, text) = refused(&|request| request.chain = Chain(request.chain.get() ^ 1));
     assert_eq!(code, RefusalCode::Diverged);
     assert_says(&text, &["LSN 20", "shard 0", "nothing is overwritten"]);
-    let (code, _) = refused(&|request| request.purpose = Purpose::Segment);
+    // Whole segments, not ranges: those would be asked for from LSN 0.
+    let (code, _) = refused(&|request| (request.purpose, request.from) = (Purpose::Segment, Lsn(1)));
     assert_eq!(code, RefusalCode::WrongRole);
     // After all that the right request is welcome.
     assert_eq!(ask(&mut net.connect(), good).unwrap().start, Lsn(21));
