@@ -15,7 +15,8 @@ use towline::wal::batch::{self, BatchHeader};
 use towline::wal::segment::SegmentHeader;
 use towline::wal::{BatchIter, Expected, LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions};
 use towline::wire::{
-    BaseDataHeader, BodyCheck, ErrorMessage, FrameHeader, FrameKind, Message, SegmentPieceHeader, WalDataHeader, WalSegmentPayload,
+    BaseDataHeader, BodyCheck, ErrorMessage, FrameHeader, FrameKind, Message, SegmentPieceHeader, WalDataHeader,
+    WalSegmentPayload,
 };
 use towline::{
     Chain, Checkpoint, ClusterId, Commit, Epoch, Lsn, NodeId, RegionId, ReplicationState, ShardId, WalSegmentId, seams,

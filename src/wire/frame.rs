@@ -360,8 +360,13 @@ mod tests {
             // As long as it may be, but not as long as log bytes come.
             let body: Vec<u8> = (0..kind.max_len().min(200)).map(|at| (at % 251) as u8).collect();
             let covered = kind.covered_len(kind.max_len()).min(200) as usize;
-            let is_bulk = matches!(kind, FrameKind::WalData | FrameKind::BaseData | FrameKind::Segment);
-            assert_eq!(covered < body.len(), is_bulk, "{kind}");
+            let due = match kind {
+                FrameKind::WalData => WalDataHeader::LEN,
+                FrameKind::BaseData => BaseDataHeader::LEN,
+                FrameKind::Segment => SegmentPieceHeader::LEN,
+                _ => body.len(),
+            };
+            assert_eq!(covered, due, "{kind}");
             let header = FrameHeader::new(kind, 0, &body, &[]).unwrap();
             assert_eq!(header.body_crc, crc32fast::hash(&body[..covered]), "{kind}");
             for cut in 0..=body.len() {
@@ -374,7 +379,8 @@ mod tests {
                 let mut damaged = body.clone();
                 damaged[bit / 8] ^= 1 << (bit % 8);
                 let found = BodyCheck::new(header).take(&damaged);
-                let is_found = matches!(found, Err(WireError::BodyChecksum { stored, .. }) if stored == header.body_crc);
+                let is_found =
+                    matches!(found, Err(WireError::BodyChecksum { stored, .. }) if stored == header.body_crc);
                 assert_eq!(is_found, bit / 8 < covered, "{kind} bit {bit}: {found:?}");
             }
         }
