@@ -730,7 +730,7 @@ fn play_leader(stream: TcpStream, round: u64, info: &towline::wire::ShardInfo, h
         }
         8 => {
             // Longer than it may be, and shorter than its prefix.
-            let len = if round / 10 % 2 == 0 { u32::MAX } else { 5 };
+            let len = if (round / 10).is_multiple_of(2) { u32::MAX } else { 5 };
             let other = FrameHeader { kind: FrameKind::WalData, flags: 0, len, body_crc: 0 }.encode();
             [&info[..], &other, &[0; 5]].concat()
         }

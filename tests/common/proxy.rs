@@ -1,5 +1,6 @@
 //! A TCP proxy between a follower and its leader that does to each connection what a bad network would.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -44,6 +45,8 @@ struct Shared {
     upstream: String,
     random: Mutex<Random>,
     is_calm: AtomicBool,
+    /// What the next connections meet, before the weather begins.
+    planned: Mutex<VecDeque<Fate>>,
     is_over: AtomicBool,
     /// Of connections whose fate was anything but calm, by what it was.
     fates: [AtomicU64; 6],
@@ -59,6 +62,7 @@ impl Proxy {
             upstream: upstream.to_owned(),
             random: Mutex::new(random),
             is_calm: AtomicBool::new(false),
+            planned: Mutex::default(),
             is_over: AtomicBool::new(false),
             fates: Default::default(),
             open: Mutex::default(),
@@ -66,6 +70,16 @@ impl Proxy {
         let accepting = Arc::clone(&shared);
         std::thread::spawn(move || accept(&listener, &accepting));
         Proxy { address, shared }
+    }
+
+    /// What the next connections meet, one each; none of those before them is left.
+    pub fn plan(&self, fates: impl IntoIterator<Item = Fate>) {
+        *self.shared.planned.lock() = fates.into_iter().collect();
+    }
+
+    /// Fates that are planned and have not been met.
+    pub fn planned(&self) -> usize {
+        self.shared.planned.lock().len()
     }
 
     /// Bad weather, or none: connections that are open are cut, those to come live under the new one.
@@ -104,7 +118,9 @@ impl Shared {
             1 => 300 + random.below(10_000),
             _ => 10_000 + random.below(300_000),
         };
+        let planned = self.planned.lock().pop_front();
         let fate = match random.below(10) {
+            _ if planned.is_some() => planned.unwrap_or(Fate::Calm),
             _ if self.is_calm.load(Ordering::SeqCst) => Fate::Calm,
             0 => Fate::Calm,
             1 => Fate::Slow(Duration::from_millis(1 + random.below(5))),
