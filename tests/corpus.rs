@@ -211,7 +211,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     ];
     // Raw bytes behind a prefix, which alone is covered.
     let raw = |kind: FrameKind| {
-        let body: Vec<u8> = (1..=kind.prefix_len() as u8 + 8).collect();
+        let body: Vec<u8> = (1..=u8::MAX).take(kind.prefix_len() as usize + 8).collect();
         behind(&FrameHeader::new(kind, 0, &body, &[]).unwrap().encode(), &body)
     };
     let prefixes = [FrameKind::WalData, FrameKind::BaseData, FrameKind::Segment].map(raw).concat();

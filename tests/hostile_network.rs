@@ -4,8 +4,8 @@
 //! Any bit of a stream is falsified, in either direction: a checksum covers every one, and nobody ends by it.
 //!
 //! Where bodies are received without a look at their checksum, both tests of falsified streams fail within a few
-//! connections: followers are told for good that their history is another one or that the leader has lost data, by a mark
-//! that has grown by one bit, and a leader is deposed by an epoch. Where the checksum leaves out the prefixes of raw bytes,
+//! connections: a mark that has grown by one bit has a follower told, for good, that the leader has lost data, and an epoch
+//! deposes the leader. Where the checksum leaves out the prefixes of raw bytes,
 //! they pass: the log takes bytes only at the place that is due, and a store's blocks name their place. That fault is found
 //! by `every_flipped_bit_that_the_frame_covers_ends_the_stream` of the transports, and by the kept cases of the decoders.
 #![cfg(all(unix, feature = "cli"))]

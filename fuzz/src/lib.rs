@@ -99,7 +99,7 @@ pub fn frames(data: &[u8]) {
 /// Puts both checksums of a header right, as far as its length makes sense.
 fn seal_frame(header: &mut [u8; 16], behind: &[u8]) {
     if let Some(kind) = FrameKind::from_wire(header[2]) {
-        let covered = kind.covered_len(number(header, 4) as u32) as usize;
+        let covered = kind.covered_len(u32::from_le_bytes([header[4], header[5], header[6], header[7]])) as usize;
         let crc = behind.get(..covered).map_or(0, crc32fast::hash);
         header[8..12].copy_from_slice(&crc.to_le_bytes());
     }
