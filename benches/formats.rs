@@ -36,7 +36,7 @@ fn batches(criterion: &mut Criterion) {
 
 fn frames(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("frame header");
-    let header = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 65_536 };
+    let header = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 65_536, body_crc: 7 };
     let bytes = header.encode();
     group.bench_function("encode", |bencher| bencher.iter(|| black_box(&header).encode()));
     group.bench_function("decode", |bencher| bencher.iter(|| FrameHeader::decode(black_box(&bytes))));

@@ -212,7 +212,10 @@ impl Receiver {
         };
         let own = OwnHistory { log: writer.log(), applied: base_applied };
         let timeout = node.options.handshake_timeout;
+        // For the whole exchange: one that comes byte by byte does not hold this side.
+        receiver.set_deadline(Instant::now().checked_add(timeout))?;
         let (info, told) = parting::exchange((sender, receiver), request, timeout, &own)?;
+        receiver.set_deadline(None)?;
         node.check_topology(peer, &info)?;
         // Persisted before anything is done under it.
         node.accept_epoch(info.epoch)?;

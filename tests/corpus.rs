@@ -16,6 +16,7 @@ use decoders::Decoder;
 use towline::data_dir::Manifest;
 use towline::wal::segment::SegmentHeader;
 use towline::wal::{Expected, batch};
+use towline::wire::{FrameHeader, FrameKind};
 use towline::{
     Chain, Checkpoint, CheckpointEntry, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, ShardId, WalSegmentId,
 };
@@ -208,6 +209,14 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("texts", "number", b"18446744073709551615".to_vec()),
         ("texts", "cluster", b"00112233445566778899aabbccddeeff".to_vec()),
     ];
+    // Raw bytes behind a prefix, which alone is covered.
+    let raw = |kind: FrameKind| {
+        let body: Vec<u8> = (1..=u8::MAX).take(kind.prefix_len() as usize + 8).collect();
+        behind(&FrameHeader::new(kind, 0, &body, &[]).unwrap().encode(), &body)
+    };
+    let prefixes = [FrameKind::WalData, FrameKind::BaseData, FrameKind::Segment].map(raw).concat();
+    seeds.push(("frames", "prefixes", behind(&[0], &prefixes)));
+    seeds.push(("frames", "prefixes_sealed", behind(&[1], &prefixes)));
     let mut rest = frames.as_slice();
     for name in ["sync_request", "caught_up", "ack", "sync", "sync_ack", "heartbeat", "error", "status_request"] {
         let (header, body) = rest.split_at(16);

@@ -260,9 +260,8 @@ fn requests_that_do_not_fit_are_refused_by_name() {
     let (code, text) = refused(&|request| request.chain = Chain(request.chain.get() ^ 1));
     assert_eq!(code, RefusalCode::Diverged);
     assert_says(&text, &["LSN 20", "shard 0", "nothing is overwritten"]);
-    let by_hand =
-        |request: &mut towline::wire::SyncRequest| (request.purpose, request.from) = (Purpose::Segment, Lsn(1));
-    let (code, _) = refused(&by_hand);
+    // Whole segments, not ranges: those would be asked for from LSN 0.
+    let (code, _) = refused(&|request| (request.purpose, request.from) = (Purpose::Segment, Lsn(1)));
     assert_eq!(code, RefusalCode::WrongRole);
     // After all that the right request is welcome.
     assert_eq!(ask(&mut net.connect(), good).unwrap().start, Lsn(21));
@@ -406,30 +405,29 @@ fn garbage_on_the_port_disturbs_nobody_and_is_named() {
     until("the HTTP request is named", || logged(&[&peer, "HTTP"]));
     checked(&mut writers);
 
-    let mut oversized = FrameHeader::new(FrameKind::WalData, 0, 100).unwrap().encode();
-    oversized[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
-    let crc = crc32fast::hash(&oversized[..12]);
-    oversized[12..].copy_from_slice(&crc.to_le_bytes());
+    let oversized = FrameHeader { kind: FrameKind::WalData, flags: 0, len: u32::MAX, body_crc: 0 }.encode();
     let peer = talk(&net.address, &oversized);
     until("the oversized frame is named", || logged(&[&peer, "WalData", &u32::MAX.to_string()]));
     checked(&mut writers);
 
-    let unasked = FrameHeader::new(FrameKind::CaughtUp, 0, 8).unwrap().encode();
-    let peer = talk(&net.address, &[&unasked[..], &[0; 8]].concat());
+    let peer = talk(&net.address, &frame(FrameKind::CaughtUp, &[0; 8]));
     until("a frame out of place is named", || logged(&[&peer, "begins with SyncRequest", "CaughtUp"]));
     checked(&mut writers);
 
     // Bytes from a generator with a fixed seed, some behind a valid beginning; and streams that end early.
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     for round in 0..60 {
-        let valid =
-            FrameHeader::new(FrameKind::SyncRequest, 0, towline::wire::SyncRequest::LEN as u64).unwrap().encode();
-        let mut bytes = if round % 2 == 0 { valid.to_vec() } else { Vec::new() };
+        let mut bytes = Vec::new();
         for _ in 0..round * 7 {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
             bytes.push(state.to_le_bytes()[0]);
+        }
+        if round % 2 == 0 {
+            let len = towline::wire::SyncRequest::LEN;
+            let whole = bytes.get(..len).map_or(vec![0; len], <[u8]>::to_vec);
+            bytes.splice(0..0, FrameHeader::new(FrameKind::SyncRequest, 0, &whole, &[]).unwrap().encode());
         }
         if round % 3 == 0 {
             drop(TcpStream::connect(&net.address).unwrap().write_all(&bytes));
@@ -550,9 +548,12 @@ impl Busy {
 
 /// The bytes of a frame.
 fn frame_of(message: &towline::wire::Message) -> Vec<u8> {
-    let body = message.to_vec();
-    let header = FrameHeader::new(message.kind(), 0, body.len() as u64).unwrap();
-    [&header.encode()[..], &body].concat()
+    frame(message.kind(), &message.to_vec())
+}
+
+/// The bytes of a frame with any body, and checksums that fit.
+fn frame(kind: FrameKind, body: &[u8]) -> Vec<u8> {
+    [&FrameHeader::new(kind, 0, body, &[]).unwrap().encode()[..], body].concat()
 }
 
 /// Bytes from a generator with a fixed seed.
@@ -671,15 +672,9 @@ fn garbage_behind_a_valid_handshake_ends_that_stream_only() {
         bytes.extend(match round % 5 {
             0 => noise(round, 4096),
             // The kinds of a leader, with nothing in them that is right.
-            1 => {
-                [FrameHeader::new(FrameKind::WalData, 0, 4096).unwrap().encode().to_vec(), noise(round, 4096)].concat()
-            }
+            1 => frame(FrameKind::WalData, &noise(round, 4096)),
             2 => frame_of(&info(round).into()),
-            3 => {
-                let body = noise(round, towline::wire::SessionAck::LEN);
-                [FrameHeader::new(FrameKind::SessionAck, 0, body.len() as u64).unwrap().encode().to_vec(), body]
-                    .concat()
-            }
+            3 => frame(FrameKind::SessionAck, &noise(round, towline::wire::SessionAck::LEN)),
             // A second request on the same stream.
             _ => frame_of(&follow_request(&manifest, 60, S0).into()),
         });
@@ -710,7 +705,7 @@ fn play_leader(stream: TcpStream, round: u64, info: &towline::wire::ShardInfo, h
     let info = frame_of(&(*info).into());
     let wal = |segment, offset: u64, bytes: Vec<u8>| {
         let prefix = towline::wire::WalDataHeader { segment, offset }.to_bytes();
-        let header = FrameHeader::new(FrameKind::WalData, 3, (prefix.len() + bytes.len()) as u64).unwrap();
+        let header = FrameHeader::new(FrameKind::WalData, 3, &prefix, &bytes).unwrap();
         [&header.encode()[..], &prefix, &bytes].concat()
     };
     let say = match round % 10 {
@@ -718,13 +713,13 @@ fn play_leader(stream: TcpStream, round: u64, info: &towline::wire::ShardInfo, h
         1 => [info, noise(round, 2000)].concat(),
         2 => [info, wal(Lsn(u64::MAX), u64::MAX, noise(round, 300))].concat(),
         3 => [info, wal(Lsn(1), 0, noise(round, 5000))].concat(),
-        4 => {
-            [info, FrameHeader::new(FrameKind::BaseData, 0, 100).unwrap().encode().to_vec(), noise(round, 100)].concat()
-        }
-        5 => [info, FrameHeader::new(FrameKind::SessionControl, 0, 54).unwrap().encode().to_vec(), noise(round, 54)]
-            .concat(),
+        4 => [info, frame(FrameKind::BaseData, &noise(round, 100))].concat(),
+        5 => [info, frame(FrameKind::SessionControl, &noise(round, 54))].concat(),
         // A frame that never ends, and an answer that comes byte by byte, for as long as the other side lets it.
-        6 => [info, FrameHeader::new(FrameKind::WalData, 0, 1 << 20).unwrap().encode().to_vec()].concat(),
+        6 => {
+            let endless = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 1 << 20, body_crc: 0 };
+            [&info[..], &endless.encode()].concat()
+        }
         7 => {
             let trickled = info.iter().all(|byte| {
                 std::thread::sleep(Duration::from_millis(20));
@@ -734,11 +729,10 @@ fn play_leader(stream: TcpStream, round: u64, info: &towline::wire::ShardInfo, h
             return;
         }
         8 => {
-            let mut other = FrameHeader::new(FrameKind::WalData, 0, 0).unwrap().encode();
-            other[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
-            let crc = crc32fast::hash(&other[..12]);
-            other[12..].copy_from_slice(&crc.to_le_bytes());
-            [info, other.to_vec()].concat()
+            // Longer than it may be, and shorter than its prefix.
+            let len = if (round / 10).is_multiple_of(2) { u32::MAX } else { 5 };
+            let other = FrameHeader { kind: FrameKind::WalData, flags: 0, len, body_crc: 0 }.encode();
+            [&info[..], &other, &[0; 5]].concat()
         }
         _ => {
             let wants = towline::wire::Sync { lsn: Lsn(u64::MAX) };

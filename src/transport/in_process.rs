@@ -22,7 +22,7 @@ use crate::transport::{
     misused, outgoing_header, receive_timed_out, refuse_zero_timeout,
 };
 use crate::wal::LogRange;
-use crate::wire::{FrameHeader, FrameKind};
+use crate::wire::{BodyCheck, FrameHeader, FrameKind};
 
 /// Connects listeners and connections within one process, by any names. Clones share the names; two transports made
 /// separately know nothing of each other.
@@ -175,7 +175,8 @@ fn is_over(signal: &Receiver<Infallible>) -> bool {
 
 /// One frame on its way.
 struct Frame {
-    header: FrameHeader,
+    /// Its header, and how far the body has been checked: memory is trusted no more than a wire.
+    check: BodyCheck,
     prefix: Prefix,
     body: FrameBody,
 }
@@ -296,7 +297,7 @@ impl InProcessSender {
             Body::Bytes(bytes) => FrameBody::Owned(bytes.into()),
             Body::Log(range) => FrameBody::Log(range.clone()),
         };
-        Ok(Frame { header, prefix: Prefix::new(prefix), body })
+        Ok(Frame { check: BodyCheck::new(header), prefix: Prefix::new(prefix), body })
     }
 }
 
@@ -378,7 +379,7 @@ impl InProcessReceiver {
     }
 
     fn left(&self) -> usize {
-        self.frame.as_ref().map_or(0, |frame| frame.header.len as usize - self.at)
+        self.frame.as_ref().map_or(0, |frame| frame.check.header().len as usize - self.at)
     }
 
     fn misused(&self, asked: &str) -> Error {
@@ -394,7 +395,7 @@ impl FrameReceiver for InProcessReceiver {
         // The frame before goes now, and with it its hold on the log.
         self.frame = None;
         let frame = self.next_frame()?;
-        let header = frame.header;
+        let header = frame.check.header();
         self.frame = Some(frame);
         self.at = 0;
         Ok(header)
@@ -411,7 +412,7 @@ impl FrameReceiver for InProcessReceiver {
         if self.side.own_end.has_come() {
             return Err(closed_here("receive from", &self.side.peer));
         }
-        let Some(frame) = &self.frame else { return Ok(()) };
+        let Some(frame) = &mut self.frame else { return Ok(()) };
         let mut filled = 0;
         while filled < asked {
             let run = frame.run(self.at);
@@ -420,10 +421,11 @@ impl FrameReceiver for InProcessReceiver {
             filled += len;
             self.at += len;
         }
+        let checked = frame.check.take(into);
         if self.left() == 0 {
             self.frame = None;
         }
-        Ok(())
+        checked.map_err(|error| error.from_peer(&self.side.peer))
     }
 
     fn receive_body(&mut self) -> Result<&[u8]> {
@@ -443,7 +445,7 @@ impl FrameReceiver for InProcessReceiver {
     }
 
     fn current(&self) -> Option<FrameHeader> {
-        self.frame.as_ref().map(|frame| frame.header).filter(|_| self.left() > 0)
+        self.frame.as_ref().map(|frame| frame.check.header()).filter(|_| self.left() > 0)
     }
 
     fn has_buffered(&self) -> bool {

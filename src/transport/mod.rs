@@ -9,6 +9,9 @@
 //!
 //! - A frame is received in two steps: its header, then its body, into memory that the caller chooses. So log bytes go
 //!   from the socket to the mapped segment, and nothing is allocated by a number that a peer chose.
+//! - A receiver checks what the frame's checksum [covers](crate::wire::frame): a call that gives the last byte of it has
+//!   found it sound, and no message or prefix is believed before. So a transport of one's own must, with a
+//!   [`BodyCheck`](crate::wire::BodyCheck).
 //! - A time-out in the middle of a frame loses nothing: the call that timed out is made again, with the same memory,
 //!   and goes on where it stopped. Every other error of a receiver is final.
 //! - A sender that fails is finished: part of a frame may be on its way. It does not send again.
@@ -274,7 +277,8 @@ pub trait FrameReceiver: Send {
     /// # Errors
     ///
     /// [`Error::Invalid`] if the body has fewer bytes left, or if a call that timed out is not made again with as many
-    /// bytes; [`Error::Network`] as with [`receive_header`](Self::receive_header).
+    /// bytes; [`Error::Protocol`] if what the frame's checksum covers came damaged; [`Error::Network`] as with
+    /// [`receive_header`](Self::receive_header).
     fn receive_exact(&mut self, into: &mut [u8]) -> Result<()>;
 
     /// The rest of the current body in the receiver's own memory, for bodies as small as messages.
@@ -282,7 +286,7 @@ pub trait FrameReceiver: Send {
     /// # Errors
     ///
     /// [`Error::Invalid`] if more than [`MAX_CONTROL_LEN`](crate::limits::MAX_CONTROL_LEN) bytes are left;
-    /// [`Error::Network`] as with [`receive_header`](Self::receive_header).
+    /// [`Error::Protocol`] if they came damaged; [`Error::Network`] as with [`receive_header`](Self::receive_header).
     fn receive_body(&mut self) -> Result<&[u8]>;
 
     /// Bytes of the current body that have not been received yet.
@@ -339,6 +343,7 @@ pub trait FrameReceiver: Send {
     /// As with [`receive_message`](Self::receive_message).
     fn receive_message_body(&mut self, header: FrameHeader) -> Result<Message> {
         let decoded = if header.kind.is_message() {
+            // Checked by whoever receives it.
             Message::decode(header.kind, self.receive_body()?)
         } else {
             Err(WireError::NotAMessage { kind: header.kind })
@@ -355,8 +360,7 @@ pub fn is_closed_by_peer(error: &Error) -> bool {
 
 /// The header for a frame that is about to be sent.
 fn outgoing_header(kind: FrameKind, flags: u8, prefix: &[u8], body: &[u8]) -> Result<FrameHeader> {
-    let len = prefix.len() as u64 + body.len() as u64;
-    FrameHeader::new(kind, flags, len).map_err(|error| Error::invalid(format!("cannot send: {error}")))
+    FrameHeader::new(kind, flags, prefix, body).map_err(|error| Error::invalid(format!("cannot send: {error}")))
 }
 
 /// The stream ended between two frames.

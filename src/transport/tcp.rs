@@ -22,7 +22,7 @@ use crate::transport::{
     Body, Closer, Connection, FrameReceiver, FrameSender, Listener, SentAtOnce, Transport, closed_by_peer, closed_here,
     misused, outgoing_header, receive_error, receive_timed_out, refuse_zero_timeout,
 };
-use crate::wire::{FrameHeader, FrameKind};
+use crate::wire::{BodyCheck, FrameHeader, FrameKind};
 
 /// How sockets are set up. [`Default`] is right for replication within and between data centres.
 #[derive(Clone, Debug)]
@@ -477,7 +477,7 @@ struct TcpReceiver {
     start: usize,
     end: usize,
     /// The current frame, and how many bytes of its body have not been received.
-    frame: Option<FrameHeader>,
+    frame: Option<BodyCheck>,
     left: u32,
     /// A `receive_exact` that timed out: the length asked for, and how much of it is filled.
     unfinished: Option<(usize, usize)>,
@@ -580,7 +580,7 @@ impl TcpReceiver {
             return closed_here("receive from", peer);
         }
         let buffered = self.end - self.start + filled;
-        let text = match self.frame {
+        let text = match self.frame.as_ref().map(BodyCheck::header) {
             Some(frame) if self.left > 0 => {
                 format!(
                     "closed by peer in the middle of a {} frame, with {} of {} bytes still to come",
@@ -616,7 +616,7 @@ impl TcpReceiver {
     }
 
     fn misused(&self, asked: &str) -> Error {
-        misused(self.frame.map(|frame| frame.kind), self.left, asked)
+        misused(self.frame.as_ref().map(|frame| frame.header().kind), self.left, asked)
     }
 }
 
@@ -647,6 +647,11 @@ fn peek(stream: &TcpStream) -> io::Result<usize> {
     }
 }
 
+/// Checks the next bytes of a body, as far as the frame's checksum covers them.
+fn check(frame: Option<&mut BodyCheck>, bytes: &[u8], peer: &str) -> Result<()> {
+    frame.map_or(Ok(()), |frame| frame.take(bytes)).map_err(|error| error.from_peer(peer))
+}
+
 impl FrameReceiver for TcpReceiver {
     fn receive_header(&mut self) -> Result<FrameHeader> {
         if self.left > 0 {
@@ -656,7 +661,7 @@ impl FrameReceiver for TcpReceiver {
         let Some(bytes) = self.buffered().first_chunk() else { return Err(self.misused("receive a header")) };
         let header = FrameHeader::decode(bytes).map_err(|error| error.from_peer(&self.socket.peer))?;
         self.start += FRAME_HEADER_LEN;
-        self.frame = Some(header);
+        self.frame = Some(BodyCheck::new(header));
         self.left = header.len;
         Ok(header)
     }
@@ -670,13 +675,13 @@ impl FrameReceiver for TcpReceiver {
             return Err(self.misused(&format!("receive {} bytes while {asked} are half received", into.len())));
         }
         let result = self.fill(into, &mut filled);
-        if result.is_ok() {
-            self.unfinished = None;
-            self.left = left;
-        } else {
+        if result.is_err() {
             self.unfinished = Some((asked, filled));
+            return result;
         }
-        result
+        self.unfinished = None;
+        self.left = left;
+        check(self.frame.as_mut(), into, &self.socket.peer)
     }
 
     fn receive_body(&mut self) -> Result<&[u8]> {
@@ -691,7 +696,9 @@ impl FrameReceiver for TcpReceiver {
         let start = self.start;
         self.start += len;
         self.left = 0;
-        Ok(&self.buffer[start..start + len])
+        let body = &self.buffer[start..start + len];
+        check(self.frame.as_mut(), body, &self.socket.peer)?;
+        Ok(body)
     }
 
     fn remaining(&self) -> u32 {
@@ -699,7 +706,7 @@ impl FrameReceiver for TcpReceiver {
     }
 
     fn current(&self) -> Option<FrameHeader> {
-        self.frame.filter(|_| self.left > 0)
+        self.frame.as_ref().map(BodyCheck::header).filter(|_| self.left > 0)
     }
 
     fn has_buffered(&self) -> bool {

@@ -81,11 +81,11 @@ fn what_the_stream_does_not_take_at_once_is_not_lost(transport: &dyn Transport) 
     let mut taken = 0;
     loop {
         let body = noise(60_000, taken);
-        match here.sender.send_at_once(FrameKind::BaseData, 0, &[0; 20], Body::Bytes(&body)).unwrap() {
+        match here.sender.send_at_once(FrameKind::BaseData, 0, &[0; 32], Body::Bytes(&body)).unwrap() {
             SentAtOnce::Whole => taken += 1,
             SentAtOnce::Part => {
                 taken += 1;
-                let more = here.sender.send_at_once(FrameKind::BaseData, 0, &[0; 20], Body::Bytes(&body)).unwrap();
+                let more = here.sender.send_at_once(FrameKind::BaseData, 0, &[0; 32], Body::Bytes(&body)).unwrap();
                 assert_eq!(more, SentAtOnce::Nothing, "a rest is to be sent first");
                 break;
             }
@@ -96,17 +96,17 @@ fn what_the_stream_does_not_take_at_once_is_not_lost(transport: &dyn Transport) 
     thread::scope(|scope| {
         scope.spawn(move || {
             here.sender.flush().unwrap();
-            here.sender.send(FrameKind::BaseData, 0, &[1; 20], Body::Bytes(&noise(10, taken))).unwrap();
+            here.sender.send(FrameKind::BaseData, 0, &[1; 32], Body::Bytes(&noise(10, taken))).unwrap();
             here.sender.finish().unwrap();
             // Both halves stay until the peer has everything.
             let _ = here.receiver.receive_header();
         });
         for number in 0..taken {
             let (header, body) = receive_whole(there.receiver.as_mut()).unwrap();
-            assert_eq!((header.kind, &body[20..]), (FrameKind::BaseData, noise(60_000, number).as_slice()));
+            assert_eq!((header.kind, &body[32..]), (FrameKind::BaseData, noise(60_000, number).as_slice()));
         }
         let (_, last) = receive_whole(there.receiver.as_mut()).unwrap();
-        assert_eq!(last[20..], noise(10, taken));
+        assert_eq!(last[32..], noise(10, taken));
         assert!(is_closed_by_peer(&there.receiver.receive_header().unwrap_err()));
         drop(there);
     });
@@ -463,7 +463,7 @@ mod hostile {
     }
 
     fn frame(kind: FrameKind, body: &[u8]) -> Vec<u8> {
-        let mut bytes = FrameHeader::new(kind, 0, body.len() as u64).unwrap().encode().to_vec();
+        let mut bytes = FrameHeader::new(kind, 0, body, &[]).unwrap().encode().to_vec();
         bytes.extend_from_slice(body);
         bytes
     }
@@ -537,10 +537,46 @@ mod hostile {
         }
     }
 
+    /// What the caller is given of each frame that is covered has been checked: a prefix as well as a message.
+    #[test]
+    fn every_flipped_bit_that_the_frame_covers_ends_the_stream() {
+        let mut frames: Vec<_> = golden_messages()
+            .iter()
+            .map(|(message, _)| (frame(message.kind(), &message.to_vec()), message.to_vec().len()))
+            .collect();
+        for kind in [FrameKind::WalData, FrameKind::BaseData, FrameKind::Segment] {
+            frames.push((frame(kind, &noise(kind.prefix_len() as usize + 9, 1)), kind.prefix_len() as usize));
+        }
+        frames.push((frame(FrameKind::Status, &noise(300, 2)), 300));
+        for (bytes, covered) in frames {
+            for bit in 0..(FRAME_HEADER_LEN + covered) * 8 {
+                let mut damaged = bytes.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                let (mut raw, mut stream) = raw();
+                raw.write_all(&damaged).unwrap();
+                let receiver = &mut *stream.receiver;
+                let mut into = vec![0; covered];
+                let found = receiver.receive_header().and_then(|header| match header.kind.is_message() {
+                    true => receiver.receive_message_body(header).map(|_| ()),
+                    false => receiver.receive_exact(&mut into),
+                });
+                assert!(matches!(found, Err(Error::Protocol { .. })), "bit {bit} of {bytes:?}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_frame_without_room_for_its_prefix_is_the_peers_fault() {
+        let (mut raw, mut stream) = raw();
+        raw.write_all(&FrameHeader { kind: FrameKind::WalData, flags: 0, len: 5, body_crc: 0 }.encode()).unwrap();
+        let error = stream.receiver.receive_header().unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }) && error.to_string().contains("WalData of 5 bytes"), "{error}");
+    }
+
     #[test]
     fn an_oversized_frame_is_refused_by_its_header() {
         let (mut raw, mut stream) = raw();
-        let mut bytes = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 5_000_000 }.encode();
+        let mut bytes = FrameHeader { kind: FrameKind::WalData, flags: 0, len: 5_000_000, body_crc: 0 }.encode();
         raw.write_all(&bytes).unwrap();
         let error = stream.receiver.receive_header().unwrap_err().to_string();
         assert!(error.contains("frame of 5000000 bytes; WalData may have at most 1048592"), "{error}");

@@ -2,7 +2,8 @@
 //!
 //! A stream is a sequence of [frames](frame): a fixed header and a body. Most bodies are [messages](message); log,
 //! base and segment bodies are a fixed prefix and raw bytes. All numbers are little-endian, nothing is padded, and the
-//! module that encodes a format holds its only specification.
+//! module that encodes a format holds its only specification. A checksum covers every byte, from the first exchange on: the
+//! frame's covers its header, its message or its prefix, and raw bytes carry their own.
 //!
 //! ```text
 //! follower                                         leader
@@ -42,7 +43,7 @@ use std::fmt;
 
 use crate::error::Error;
 
-pub use frame::{FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind};
+pub use frame::{BodyCheck, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind};
 pub use history::{CommonPoint, EpochEnd, EpochHistory};
 pub use message::{
     Ack, CaughtUp, ErrorMessage, Heartbeat, Message, Purpose, SegmentRange, ShardInfo, Sync, SyncAck, SyncRequest,
@@ -178,10 +179,14 @@ pub enum WireError {
         /// All its flags.
         flags: u8,
     },
-    /// Reserved bytes of a frame header are in use.
-    Reserved {
-        /// What they hold.
-        value: u32,
+    /// The body of a frame is damaged, in the part that the header's checksum covers.
+    BodyChecksum {
+        /// The frame's kind.
+        kind: FrameKind,
+        /// The checksum in the header.
+        stored: u32,
+        /// The checksum that the bytes give.
+        computed: u32,
     },
     /// A frame is longer than its kind may be.
     Oversized {
@@ -257,7 +262,9 @@ impl fmt::Display for WireError {
             }
             WireError::UnknownKind { kind } => write!(f, "frame kind {kind} is unknown"),
             WireError::UnknownFlags { kind, flags } => write!(f, "{kind} has no flags {flags:#04x}"),
-            WireError::Reserved { value } => write!(f, "reserved bytes of a frame header hold {value:#x}"),
+            WireError::BodyChecksum { kind, stored, computed } => {
+                write!(f, "{kind} whose body's checksum is {stored:08x}, but its bytes give {computed:08x}")
+            }
             WireError::Oversized { kind, len, max } => {
                 write!(f, "frame of {len} bytes; {kind} may have at most {max}")
             }

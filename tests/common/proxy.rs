@@ -1,5 +1,6 @@
 //! A TCP proxy between a follower and its leader that does to each connection what a bad network would.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -7,7 +8,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use towline::wire::WalDataHeader;
 
 use super::random::Random;
 
@@ -22,11 +22,17 @@ pub enum Fate {
     Cut(u64),
     /// After so many bytes of one direction nothing passes for so long, either way; then it goes on.
     Stall(u64, Duration),
-    /// One bit is wrong in what comes from the leader, this one or the next that a checksum covers: a frame's header, or
-    /// log bytes. Messages have none but TCP's own.
-    Flip(u64),
+    /// This bit is wrong in one direction: in what comes from the leader, or in what goes to it. The rest goes through.
+    Flip(u64, Direction),
     /// Everything that the follower says is said to the leader a second time, on a connection of its own.
     Double,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    FromLeader,
+    ToLeader,
 }
 
 /// Listens until it is dropped.
@@ -39,6 +45,8 @@ struct Shared {
     upstream: String,
     random: Mutex<Random>,
     is_calm: AtomicBool,
+    /// What the next connections meet, before the weather begins.
+    planned: Mutex<VecDeque<Fate>>,
     is_over: AtomicBool,
     /// Of connections whose fate was anything but calm, by what it was.
     fates: [AtomicU64; 6],
@@ -54,6 +62,7 @@ impl Proxy {
             upstream: upstream.to_owned(),
             random: Mutex::new(random),
             is_calm: AtomicBool::new(false),
+            planned: Mutex::default(),
             is_over: AtomicBool::new(false),
             fates: Default::default(),
             open: Mutex::default(),
@@ -61,6 +70,16 @@ impl Proxy {
         let accepting = Arc::clone(&shared);
         std::thread::spawn(move || accept(&listener, &accepting));
         Proxy { address, shared }
+    }
+
+    /// What the next connections meet, one each; none of those before them is left.
+    pub fn plan(&self, fates: impl IntoIterator<Item = Fate>) {
+        *self.shared.planned.lock() = fates.into_iter().collect();
+    }
+
+    /// Fates that are planned and have not been met.
+    pub fn planned(&self) -> usize {
+        self.shared.planned.lock().len()
     }
 
     /// Bad weather, or none: connections that are open are cut, those to come live under the new one.
@@ -99,13 +118,18 @@ impl Shared {
             1 => 300 + random.below(10_000),
             _ => 10_000 + random.below(300_000),
         };
+        let planned = self.planned.lock().pop_front();
         let fate = match random.below(10) {
+            _ if planned.is_some() => planned.unwrap_or(Fate::Calm),
             _ if self.is_calm.load(Ordering::SeqCst) => Fate::Calm,
             0 => Fate::Calm,
             1 => Fate::Slow(Duration::from_millis(1 + random.below(5))),
             2..5 => Fate::Cut(bytes),
             5 | 6 => Fate::Stall(bytes, Duration::from_millis(500 + random.below(1500))),
-            7 | 8 => Fate::Flip(bytes * 8 + random.below(8)),
+            7 | 8 => {
+                let direction = [Direction::FromLeader, Direction::ToLeader][random.index(2)];
+                Fate::Flip((bytes - 1) * 8 + random.below(8), direction)
+            }
             _ => Fate::Double,
         };
         let kind = match fate {
@@ -113,7 +137,7 @@ impl Shared {
             Fate::Slow(_) => 1,
             Fate::Cut(_) => 2,
             Fate::Stall(..) => 3,
-            Fate::Flip(_) => 4,
+            Fate::Flip(..) => 4,
             Fate::Double => 5,
         };
         self.fates[kind].fetch_add(1, Ordering::Relaxed);
@@ -151,8 +175,8 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         drop(open);
         let held = Arc::new(Mutex::new(()));
         let other = Arc::clone(&held);
-        std::thread::spawn(move || pump(from_follower, leader, double, fate, false, &held));
-        std::thread::spawn(move || pump(from_leader, follower, None, fate, true, &other));
+        std::thread::spawn(move || pump(from_follower, leader, double, fate, Direction::ToLeader, &held));
+        std::thread::spawn(move || pump(from_leader, follower, None, fate, Direction::FromLeader, &other));
     }
 }
 
@@ -161,52 +185,18 @@ fn drain(mut stream: TcpStream) {
     while matches!(stream.read(&mut bytes), Ok(1..)) {}
 }
 
-/// Where in its frames a stream is. See `frame.rs` for the bytes.
-#[derive(Default)]
-struct Frames {
-    header: Vec<u8>,
-    /// Of the body.
-    passed: u32,
-}
-
-impl Frames {
-    const HEADER_LEN: usize = 16;
-    const WAL_DATA: u8 = 3;
-
-    /// Takes the next byte, and says whether a checksum covers it.
-    fn is_covered(&mut self, byte: u8) -> bool {
-        if self.header.len() < Frames::HEADER_LEN {
-            self.header.push(byte);
-            self.end_frame();
-            return true;
-        }
-        self.passed += 1;
-        let is_log = self.header[2] == Frames::WAL_DATA && self.passed as usize > WalDataHeader::LEN;
-        self.end_frame();
-        is_log
-    }
-
-    fn end_frame(&mut self) {
-        let len = self.header.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
-        if self.header.len() == Frames::HEADER_LEN && len == Some(self.passed) {
-            *self = Frames::default();
-        }
-    }
-}
-
 /// Carries one direction. `held` is what both directions of a connection wait for while it stalls.
 fn pump(
     mut from: TcpStream,
     mut to: TcpStream,
     mut double: Option<TcpStream>,
     fate: Fate,
-    is_from_leader: bool,
+    direction: Direction,
     held: &Mutex<()>,
 ) {
     let mut buffer = [0; 8192];
     let mut passed = 0;
-    let (mut stalled, mut flipped) = (false, false);
-    let mut frames = Frames::default();
+    let mut stalled = false;
     while let Ok(len @ 1..) = from.read(&mut buffer) {
         let bytes = &mut buffer[..len];
         let end = passed + len as u64;
@@ -215,18 +205,13 @@ fn pump(
         match fate {
             Fate::Slow(pause) => std::thread::sleep(pause),
             Fate::Cut(after) if end > after => kept = usize::try_from(after.saturating_sub(passed)).unwrap(),
-            Fate::Stall(after, pause) if end > after && is_from_leader && !stalled => {
+            Fate::Stall(after, pause) if end > after && direction == Direction::FromLeader && !stalled => {
                 stalled = true;
                 let _nothing_passes = held.lock();
                 std::thread::sleep(pause);
             }
-            Fate::Flip(bit) if is_from_leader => {
-                for (at, byte) in (passed..).zip(bytes.iter_mut()) {
-                    if frames.is_covered(*byte) && at >= bit / 8 && !flipped {
-                        *byte ^= 1 << (bit % 8);
-                        flipped = true;
-                    }
-                }
+            Fate::Flip(bit, flipped) if flipped == direction && (passed..end).contains(&(bit / 8)) => {
+                bytes[usize::try_from(bit / 8 - passed).unwrap()] ^= 1 << (bit % 8);
             }
             _ => {}
         }
