@@ -473,7 +473,7 @@ impl FrameSender for TcpSender {
 struct TcpReceiver {
     socket: Arc<Shared>,
     /// Bytes `start..end` have been read and not been received.
-    buffer: Box<[u8; RECEIVE_BUFFER_LEN]>,
+    buffer: Box<[u8]>,
     start: usize,
     end: usize,
     /// The current frame, and how many bytes of its body have not been received.
@@ -490,7 +490,8 @@ impl TcpReceiver {
     fn new(socket: Arc<Shared>, spin: bool) -> TcpReceiver {
         TcpReceiver {
             socket,
-            buffer: Box::new([0; RECEIVE_BUFFER_LEN]),
+            // Not by way of the stack, whose pages a receiver that waits would then keep.
+            buffer: vec![0; RECEIVE_BUFFER_LEN].into_boxed_slice(),
             start: 0,
             end: 0,
             frame: None,
