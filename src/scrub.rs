@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::server::Server;
 use crate::shutdown::ShutdownSignal;
+use crate::types::Lsn;
 use crate::wal::scan::{Continue, scrub_segment};
 use crate::wal::{Log, Segment};
 
@@ -84,11 +85,13 @@ impl Pace<'_> {
 fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
     let synced = log.synced().load();
     let (mut before, mut bytes): (Option<Arc<Segment>>, u64) = (None, 0);
-    for segment in log.segments() {
-        if segment.sealed_last_lsn().is_none_or(|last| last > synced) {
-            break;
-        }
-        // Held while it is read, so that its file is removed rather than used again if retention gives it up.
+    let mut last = Lsn::ZERO;
+    // One at a time: a segment that is held here while retention gives it up keeps its room on the disk.
+    while let Some(segment) = log.sealed_segments_since(last).into_iter().next() {
+        let Some(end) = segment.sealed_last_lsn().filter(|&end| end <= synced) else { break };
+        last = end;
+        // Between the two some may have been given up.
+        before = before.filter(|before| before.sealed_last_lsn().map(Lsn::next) == Some(segment.id().first_lsn));
         let findings = match scrub_segment(&segment, before.as_deref(), &mut |bytes| pace.read(bytes)) {
             Ok(Some(findings)) => findings,
             Ok(None) => return Ok(()),

@@ -214,7 +214,6 @@ impl Server {
                 return Err(error);
             }
         };
-        receiver.set_deadline(None)?;
         if !place.keep() {
             return Ok(());
         }

@@ -181,7 +181,9 @@ impl Shipper {
         let Some(follower) = self.follower.as_ref().filter(|follower| follower.counts()) else { return false };
         let Some(mut lane) = self.lane.try_lock() else { return false };
         let idle = lane.caught_up && follower.at(AckLevel::Received) >= lane.shipped;
-        if !idle || self.stream_over.is_shutdown() || self.is_refused() {
+        // Who leaves says so with the stream's last frame.
+        let leaves = self.draining.is_shutdown() || self.superseded.is_shutdown() || self.stream_over.is_shutdown();
+        if !idle || leaves || self.is_refused() {
             return false;
         }
         if let Err(error) = self.ship_published(&mut lane, AT_ONCE, Pace::AtOnce) {
@@ -281,6 +283,10 @@ impl Shipper {
             let written = self.log.written().load();
             let most = (u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64).min(budget - sent);
             let next = lane.reader.next(most);
+            if pace == Pace::AtOnce && next.is_err() {
+                // The shipper's thread meets it too, and has the time to tell the follower.
+                return Ok(());
+            }
             let Some(range) = next.inspect_err(|error| refuse_damaged(lane.sender.as_mut(), error))? else {
                 lane.shipped = lane.shipped.max(written);
                 // Asked for everything shipped, now that the last frame of it said so.
@@ -300,9 +306,16 @@ impl Shipper {
             let (prefix, body) = (header.to_bytes(), Body::Log(&range));
             if pace == Pace::Blocking {
                 lane.sender.send(FrameKind::WalData, lane.flags, &prefix, body)?;
-            } else if lane.sender.send_at_once(FrameKind::WalData, lane.flags, &prefix, body)? == SentAtOnce::Nothing {
-                lane.reader.put_back(&range);
-                return Ok(());
+            } else {
+                match lane.sender.send_at_once(FrameKind::WalData, lane.flags, &prefix, body)? {
+                    SentAtOnce::Whole => {}
+                    // Not shipped yet: the shipper's thread is left to wake, and sends the rest.
+                    SentAtOnce::Part => return Ok(()),
+                    SentAtOnce::Nothing => {
+                        lane.reader.put_back(&range);
+                        return Ok(());
+                    }
+                }
             }
             lane.last_sent = Instant::now();
             sent += range.len();

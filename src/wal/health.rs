@@ -52,6 +52,8 @@ pub(crate) struct Health {
     /// Whether there is any finding: all that a reader of a sound log looks at.
     damaged: AtomicBool,
     status: Mutex<ScrubStatus>,
+    /// What did not fit among the findings: of each segment, one range with all of it.
+    beyond: Mutex<Vec<Finding>>,
 }
 
 impl Health {
@@ -63,13 +65,33 @@ impl Health {
     pub(crate) fn found(&self, finding: Finding) -> bool {
         let mut status = self.status.lock();
         let place = |finding: &Finding| (finding.segment, finding.offset);
-        if status.findings.len() >= MAX_FINDINGS || status.findings.iter().any(|known| place(known) == place(&finding))
-        {
+        if status.findings.iter().any(|known| place(known) == place(&finding)) {
             return false;
         }
-        status.findings.push(finding);
+        let is_new = if status.findings.len() < MAX_FINDINGS {
+            status.findings.push(finding);
+            true
+        } else {
+            self.widen(finding)
+        };
         self.damaged.store(true, Ordering::Release);
-        true
+        is_new
+    }
+
+    /// Writes down damage beyond the findings that are told. Returns whether its segment had none.
+    fn widen(&self, finding: Finding) -> bool {
+        let mut beyond = self.beyond.lock();
+        match beyond.iter_mut().find(|known| known.segment == finding.segment) {
+            Some(known) => {
+                known.offset = known.offset.min(finding.offset);
+                known.end = known.end.max(finding.end);
+                false
+            }
+            None => {
+                beyond.push(finding);
+                true
+            }
+        }
     }
 
     /// Writes down that every sealed segment was read.
@@ -92,7 +114,9 @@ impl Health {
     #[cold]
     fn readable_of_damaged(&self, segment: &Segment, range: Range<u64>) -> Result<u64> {
         let status = self.status.lock();
-        let of_segment = status.findings.iter().filter(|finding| finding.segment == segment.id().first_lsn);
+        let beyond = self.beyond.lock();
+        let of_segment =
+            status.findings.iter().chain(beyond.iter()).filter(|finding| finding.segment == segment.id().first_lsn);
         let damage = of_segment.filter(|finding| finding.offset < range.end && finding.end > range.start);
         let Some(first) = damage.min_by_key(|finding| finding.offset) else { return Ok(range.end) };
         if first.offset > range.start {
