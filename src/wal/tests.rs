@@ -469,7 +469,9 @@ fn sink_chain(seal: &[u8]) -> Chain {
 #[test]
 fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
     let directory = tempfile::tempdir().unwrap();
-    let (wal, mut writer) = Wal::open(directory.path(), identity(), WalOptions::default()).unwrap();
+    // So that nobody else takes the sync lock.
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
     let empty = SegmentHeader {
         id: crate::types::WalSegmentId { region: RegionId(0), shard: ShardId(3), first_lsn: Lsn(1) },
         cluster: ClusterId(9),
@@ -481,8 +483,10 @@ fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
     writer.ingest_filled(4096).unwrap();
     let mut reader = wal.log().reader_from(Lsn(1)).unwrap();
     assert_eq!(reader.next(u64::MAX).unwrap().unwrap().len(), 4096);
+    let turns = wal.log().turns();
     writer.set_epoch(Epoch(2)).unwrap();
     append(&mut writer, 1..=3);
+    assert_eq!(wal.log().turns(), turns.next(), "whoever wanted to sync meanwhile waits for a turn");
     let range = reader.next(u64::MAX).unwrap().unwrap();
     assert_eq!((range.start(), range.segment().header().epoch), (0, Epoch(2)));
     wal.log().wait_synced(Lsn(3), None).unwrap();
