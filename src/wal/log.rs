@@ -15,9 +15,9 @@
 //!
 //! # Who syncs
 //!
-//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far; the others wait for
-//! that one. A commit by one thread therefore crosses no other thread. The shard's sync thread does what nobody
-//! waits for: see [`SyncPolicy`].
+//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
+//! for; the others wait for that one. A commit by one thread therefore crosses no other thread. The shard's sync thread
+//! does what nobody waits for: see [`SyncPolicy`].
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
