@@ -163,9 +163,14 @@ impl ShardState {
         *self.rebuild.lock() = progress;
     }
 
-    /// The newest rebuild since the node started; idle if there was none.
+    /// The newest rebuild since the node started; idle if there was none. Blocks are told as they come; what is applied
+    /// also moves while none do.
     pub(crate) fn rebuild(&self) -> RebuildProgress {
-        *self.rebuild.lock()
+        let mut progress = *self.rebuild.lock();
+        if progress.phase.is_active() {
+            progress.applied = progress.applied.max(self.applied());
+        }
+        progress
     }
 
     pub(crate) fn set_leader_head(&self, head: Lsn) {

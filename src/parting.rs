@@ -80,8 +80,9 @@ fn is_beginning_of(log: &Log, SyncRequest { received, durable, applied, chain, .
     if *received.max(durable).max(applied) > log.head() {
         return false;
     }
-    let comparable = *received > Lsn::ZERO && received.next() >= log.tail();
-    !comparable || log.position_after(*received, *chain).ok().flatten().is_some()
+    // Looked up before the tail is: what is released meanwhile can no longer be compared.
+    let is_place = log.position_after(*received, *chain).ok().flatten().is_some();
+    is_place || *received == Lsn::ZERO || *received < log.tail()
 }
 
 // The follower's side ------------------------------------------------------------------------------------------------

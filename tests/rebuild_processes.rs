@@ -29,6 +29,12 @@ const SHARDS: u16 = 2;
 /// Keys that are never deleted: a store that lacks one of them is half built.
 const KEYS: u64 = 25_000;
 
+/// How long the feeder rests after a hundred lines, in rounds of three kinds. Without a rest, the log outgrows its bound in
+/// a fraction of a second, so that the follower loses its place before, in and after a rebuild.
+const RESTS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(4), A_LONG_REST];
+/// So long that the log's bound lasts for seconds: a rebuild can complete, on a slow machine too.
+const A_LONG_REST: Duration = Duration::from_millis(20);
+
 /// Looks again and again, each time with a process: so this does not spin. Longer than others are waited for, since both
 /// sides wait a while before they connect again.
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
@@ -57,6 +63,8 @@ struct Fed {
     leader: Mutex<Option<ChildStdin>>,
     changed: Condvar,
     paused: AtomicBool,
+    /// How long to rest after a hundred lines, in microseconds.
+    rest_us: AtomicU64,
     over: AtomicBool,
     written: AtomicU64,
 }
@@ -81,6 +89,11 @@ impl Feeder {
         let mut leader = self.shared.leader.lock();
         let leader = leader.as_mut().expect("the leader is up");
         writeln!(leader, "{last}\tend").and_then(|()| leader.flush()).expect("the leader takes it");
+    }
+
+    /// From now on it rests for so long after a hundred lines.
+    fn rest(&self, rest: Duration) {
+        self.shared.rest_us.store(u64::try_from(rest.as_micros()).unwrap(), Ordering::SeqCst);
     }
 
     fn resume(&self) {
@@ -127,6 +140,8 @@ impl Fed {
                 // It has been killed; what it had not taken is lost, and comes again only if it was among the first.
                 _ => *leader = None,
             }
+            drop(leader);
+            std::thread::sleep(Duration::from_micros(self.rest_us.load(Ordering::SeqCst)));
         }
     }
 }
@@ -154,6 +169,7 @@ fn lead(directory: &Path, address: &str, feeder: &Feeder) -> Beside {
     let options = ["leader", "--dir", arg(directory), "--listen", address, "--kv", "16:64", "--stdin", "--shards", "2"];
     let mut command = towline(&options);
     command.args(["--segment-size", "65536", "--max-wal-bytes", "524288"]).stdin(Stdio::piped());
+    command.env("RUST_LOG", "info");
     let mut leader = Beside::start(&mut command);
     leader.error_line("leading ");
     feeder.give(leader.stdin());
@@ -162,6 +178,7 @@ fn lead(directory: &Path, address: &str, feeder: &Feeder) -> Beside {
 
 fn follow(directory: &Path, address: &str) -> Beside {
     let mut command = towline(&["follower", "--dir", arg(directory), "--leader", address, "--node-id", "7"]);
+    command.args(["--reconnect", "20"]);
     let follower = Beside::start(command.env("RUST_LOG", "info"));
     follower.error_line("following ");
     follower
@@ -207,6 +224,7 @@ fn a_rebuild_that_is_killed_at_any_moment_ends_right_and_is_not_served_before() 
     });
     let (mut kills, mut in_rebuild, mut went_on) = (0, 0, 0);
     for round in 0..rounds() {
+        feeder.rest(RESTS[usize::try_from(random.below(3)).unwrap()]);
         let mut follower = follow(&follower_dir, &address);
         for _ in 0..1 + random.below(3) {
             for _ in 0..random.below(4) {
@@ -224,6 +242,7 @@ fn a_rebuild_that_is_killed_at_any_moment_ends_right_and_is_not_served_before() 
                 follower = follow(&follower_dir, &address);
             }
         }
+        feeder.rest(A_LONG_REST);
         let last = format!("end-{round}");
         until("the follower serves", || {
             assert!(!follower.has_ended(), "the follower has ended: {:?}", follower.rest_of_errors());

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use towline::data_dir::DataDir;
@@ -40,6 +41,10 @@ pub(super) struct Follower {
     /// Bytes a second of old log that are read again to find damage; 0 for none [default: 8388608]
     #[arg(long, value_name = "BYTES")]
     scrub: Option<u64>,
+    /// Milliseconds to wait before the first new attempt to reach the leader; each further one waits twice as long, up to
+    /// thirty times this
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    reconnect: u64,
     /// Address at which to answer `status` and `tail`, and who repairs a log [default: none]
     #[arg(long)]
     listen: Option<String>,
@@ -51,7 +56,11 @@ pub(super) struct Follower {
 impl Follower {
     pub(super) fn run(self) -> Outcome {
         let stop = super::stop_at_interrupt()?;
-        let mut builder = Node::builder(&self.dir).allow_plaintext(self.allow_plaintext).stop_signal(stop.clone());
+        let wait = self.reconnect();
+        let mut builder = Node::builder(&self.dir)
+            .allow_plaintext(self.allow_plaintext)
+            .reconnect(wait, wait * super::LONGEST_WAIT)
+            .stop_signal(stop.clone());
         if let Some(node) = self.node_id {
             builder = builder.node_id(NodeId(node));
         }
@@ -89,6 +98,10 @@ impl Follower {
         Ok(DONE)
     }
 
+    fn reconnect(&self) -> Duration {
+        Duration::from_millis(self.reconnect)
+    }
+
     /// The node's store: the one that is there, or, in a directory that is yet to be made, one like the leader's. The
     /// choice is made once: a directory that was made without a store keeps the log only.
     fn store(&self, stop: &ShutdownSignal) -> towline::Result<Option<Arc<FixedStore>>> {
@@ -103,7 +116,7 @@ impl Follower {
             Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let info = super::ask_topology(&self.leader, stop)?;
+        let info = super::ask_topology(&self.leader, self.reconnect(), stop)?;
         let options = FixedStoreOptions {
             key_len: info.key_len,
             value_len: info.value_len,

@@ -121,20 +121,25 @@ fn tcp() -> Arc<TcpTransport> {
     Arc::new(TcpTransport::new(TcpOptions::default()))
 }
 
+/// How long to wait before a node is asked again, unless it is said otherwise.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// Waits double, up to the first times this.
+const LONGEST_WAIT: u32 = 30;
+
 /// Asks what a node's log is made of, until the node answers.
-fn ask_topology(address: &str, stop: &ShutdownSignal) -> towline::Result<ShardInfo> {
-    let mut wait = Duration::from_secs(1);
+fn ask_topology(address: &str, first_wait: Duration, stop: &ShutdownSignal) -> towline::Result<ShardInfo> {
+    let mut wait = first_wait;
     loop {
         match towline::tail::ask_topology_until(tcp().as_ref(), address, Duration::from_secs(10), stop) {
             Ok(info) => return Ok(info),
             Err(_) if stop.is_shutdown() => return Err(towline::Error::ShutDown),
             Err(error) if error.is_permanent() || error.is_unresolved() => return Err(error),
-            Err(error) => eprintln!("towline: {error}; trying again in {} s", wait.as_secs()),
+            Err(error) => eprintln!("towline: {error}; trying again in {:.1} s", wait.as_secs_f32()),
         }
         if stop.wait_timeout(wait) {
             return Err(towline::Error::ShutDown);
         }
-        wait = (wait * 2).min(Duration::from_secs(30));
+        wait = (wait * 2).min(first_wait * LONGEST_WAIT);
     }
 }
 

@@ -39,7 +39,9 @@ impl Tail {
         let stop = super::stop_at_interrupt()?;
         let shards = match self.shard {
             Some(shard) => vec![ShardId(shard)],
-            None => (0..super::ask_topology(&self.leader, &stop)?.shard_count).map(ShardId).collect(),
+            None => {
+                (0..super::ask_topology(&self.leader, super::FIRST_WAIT, &stop)?.shard_count).map(ShardId).collect()
+            }
         };
         if !self.follow || shards.len() == 1 {
             for shard in shards {

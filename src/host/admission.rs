@@ -82,8 +82,9 @@ impl Host {
         let node = request.node;
         self.end_stream_before(state, node, before);
         let known = self.make_member(state, node, endpoint)?;
-        let (tail, head) = (state.log.tail(), state.log.head());
+        // Looked up before the tail is: where log is released meanwhile, a place that is not found is before the tail.
         let place = state.log.position_after(request.received, request.chain).ok().flatten();
+        let (tail, head) = (state.log.tail(), state.log.head());
         let common = parting.and_then(|parting| parting.common);
         let durable = request.durable.min(request.received);
         // What is behind the common point is no position in this log.

@@ -359,9 +359,15 @@ impl Host {
         self.settle();
     }
 
-    /// A stream is over, whoever ended it.
+    /// A stream is over, whoever ended it. One that found the log gone which its session had pinned can end before
+    /// retention, which is still removing files, says so.
     pub(crate) fn stream_ended(&self, stream: StreamKey) {
-        self.decline(stream, FailureReason::TransportLost);
+        let is_pin_lost = {
+            let mut state = self.state.lock();
+            let pin = state.member(stream.node).and_then(|member| member.pins.last());
+            pin.is_some_and(|(_, pin)| pin.is_lost())
+        };
+        self.decline(stream, if is_pin_lost { FailureReason::PinLost } else { FailureReason::TransportLost });
     }
 
     /// Retention has given up log that a follower needs.

@@ -12,12 +12,14 @@
 //! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
 //! | 6 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
 //! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
-//! | 8 | `received` + 1 < tail: its log ends before the leader's begins | rebuild |
+//! | 8 | `received` + 1 < tail, or `received` + 1 = tail and the chains differ there: its log ends before the leader's begins | rebuild |
 //! | 9 | position = head | keep-up |
 //! | 10 | position + 1 >= tail | catch-up from position |
 //! | 11 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies.
+//! Histories are compared where the leader's log still has the record at `received`; where it does not, row 8 applies. At
+//! the place before the tail only one chain is known, that behind the batch which sealed the segment before. Another one
+//! there is no proof of another history: a log that ends before that batch has it too, and lacks what is gone.
 //! A fresh follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
 //!
 //! Diverged, with *common* = the newest LSN proven to be the same in both logs:
@@ -102,7 +104,7 @@ pub fn decide(ack: &SyncAck) -> Decision {
     if not_a_prefix {
         return decide_diverged(ack);
     }
-    if follower.received.next() < leader.tail {
+    if ends_before_tail(ack) {
         Decision::Rebuild
     } else if position == leader.head {
         Decision::KeepUp
@@ -116,8 +118,15 @@ pub fn decide(ack: &SyncAck) -> Decision {
 /// Whether the follower's log is known to be no prefix of the leader's.
 fn histories_differ(ack: &SyncAck) -> bool {
     let received = ack.follower.received;
-    let comparable = received > Lsn::ZERO && received.next() >= ack.leader.tail;
+    let comparable = received > Lsn::ZERO && received >= ack.leader.tail;
     comparable && ack.leader.chain_at_received != Some(ack.follower.chain)
+}
+
+/// Whether something that the follower's log lacks is no longer in the leader's.
+fn ends_before_tail(ack: &SyncAck) -> bool {
+    let (received, tail) = (ack.follower.received, ack.leader.tail);
+    let lacks_seal = received > Lsn::ZERO && ack.leader.chain_at_received != Some(ack.follower.chain);
+    received.next() < tail || received.next() == tail && lacks_seal
 }
 
 fn decide_diverged(ack: &SyncAck) -> Decision {
@@ -247,6 +256,16 @@ mod tests {
         let mut facts = ack(9, 1, 10);
         facts.leader.chain_at_received = Some(Chain(8));
         assert_eq!(decide(&facts), BEHIND);
+    }
+
+    #[test]
+    fn a_log_that_lacks_only_a_seal_that_is_gone_is_rebuilt() {
+        let mut facts = ack(8, 9, 10);
+        facts.leader.chain_at_received = None;
+        assert_eq!(decide(&facts), Decision::Rebuild, "the same epoch");
+        assert_eq!(decide(&older(ack(8, 9, 10), None, false)), Decision::Rebuild, "an older epoch");
+        facts.leader.tail = Lsn(8);
+        assert_eq!(decide(&facts), BEHIND, "the record is there, and is another one");
     }
 
     #[test]

@@ -384,8 +384,9 @@ impl Intake {
         }
         let achieved = {
             // The applier waits here, so nothing is applied that the log does not have on stable storage.
+            // What has come since can be much, and takes its own time.
             let mut session = self.session.lock();
-            log.sync_all()?;
+            log.sync_up_to(session.progress().applied)?;
             let achieved = session.try_complete()?;
             own.state.set_rebuild(session.progress());
             achieved

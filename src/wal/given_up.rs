@@ -347,8 +347,10 @@ mod tests {
         assert_eq!(log.drop_through(middle.previous(), "test").unwrap(), 6);
         assert_eq!((log.tail(), log.synced().load()), (middle, Lsn::ZERO));
         assert_eq!(log.given_up.lock().aside.len(), 1);
-        // Who waits for what was given up waits for what is left up to there.
+        // What was set aside is still there to be synced. Who waits for what is gone waits for what is left.
         log.wait_synced(Lsn(1), None).unwrap();
+        assert!(log.synced().load() < middle);
+        log.wait_synced(middle.previous(), None).unwrap();
         assert!(log.synced().load() >= middle);
         append_segments(&mut writer, 1);
         let head = log.head();

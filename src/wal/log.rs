@@ -15,9 +15,9 @@
 //!
 //! # Who syncs
 //!
-//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far; the others wait for
-//! that one. A commit by one thread therefore crosses no other thread. The shard's sync thread does what nobody
-//! waits for: see [`SyncPolicy`].
+//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
+//! for; the others wait for that one. A commit by one thread therefore crosses no other thread. The shard's sync thread
+//! does what nobody waits for: see [`SyncPolicy`].
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -460,7 +460,7 @@ impl Log {
             // Read before trying the lock: whoever holds it then counts a turn after letting go.
             let turn = self.sync_turns.load();
             if let Some(position) = self.sync.try_lock() {
-                self.sync_locked(position)?;
+                self.sync_locked(position, lsn)?;
                 continue;
             }
             let conditions = [
@@ -477,22 +477,24 @@ impl Log {
         Ok(())
     }
 
+    /// Puts everything up to `lsn` on stable storage, or up to the head if that is less.
+    pub(crate) fn sync_up_to(&self, lsn: Lsn) -> Result<()> {
+        self.sync_through(lsn.min(self.written.load()), None)
+    }
+
     /// Puts everything written on stable storage.
     pub(crate) fn sync_all(&self) -> Result<()> {
         self.sync_through(self.written.load(), None)
     }
 
-    /// One sync of everything written so far, then a turn for those it did not cover.
-    fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) -> Result<()> {
+    /// One sync up to `lsn` and of what else its segment holds, then a turn for those it did not cover. Segments after
+    /// that would each take another sync: whoever wants them does those, and `lsn` does not wait for what came after it.
+    fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>, lsn: Lsn) -> Result<()> {
         // Once a sync has failed, another one may succeed although the pages are lost: it must not be tried.
         self.check_writable()?;
-        let written = self.written.load();
-        let result = self.sync_segments(&mut position, written);
-        match &result {
-            Ok(()) => {
-                self.synced.advance(written);
-            }
-            Err(error) => self.set_poison(error),
+        let result = self.sync_segments(&mut position, lsn);
+        if let Err(error) = &result {
+            self.set_poison(error);
         }
         self.give_turn(position);
         result
@@ -513,11 +515,14 @@ impl Log {
         (position.segment, position.offset)
     }
 
-    /// Syncs up to `written`, and whatever more the segments up to there hold.
-    fn sync_segments(&self, position: &mut SyncPosition, written: Lsn) -> Result<()> {
+    /// Syncs up to `lsn`, and whatever more the segments up to there hold, and says so.
+    fn sync_segments(&self, position: &mut SyncPosition, lsn: Lsn) -> Result<()> {
+        // Of the newest segment at least that much is published when it is looked at.
+        let written = self.written.load();
         loop {
             let Some(segment) = self.segment_to_sync(position.segment)? else {
                 if position.segment > written {
+                    self.synced.advance(written);
                     return Ok(());
                 }
                 let path = self.directory.join(format!("(the segment of LSN {})", position.segment));
@@ -539,11 +544,14 @@ impl Log {
                 }
                 position.offset = published;
             }
-            let Some(last_lsn) = sealed else { return Ok(()) };
+            let Some(last_lsn) = sealed else {
+                self.synced.advance(written);
+                return Ok(());
+            };
             (position.segment, position.offset) = (last_lsn.next(), 0);
             // At once, and no further than asked: a writer that keeps ahead must not keep what is done from counting.
             self.synced.advance(last_lsn);
-            if last_lsn >= written {
+            if last_lsn >= lsn {
                 return Ok(());
             }
         }

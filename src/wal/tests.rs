@@ -339,6 +339,25 @@ fn an_older_epoch_is_refused_and_a_newer_one_starts_a_segment() {
     assert_holds(wal.log(), 1..=6);
 }
 
+/// Who applies a log record by record, each durable before, is not kept waiting by however much has come behind it.
+#[test]
+fn a_sync_that_is_waited_for_goes_no_further_than_its_segment() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    while wal.log().segments().len() < 4 {
+        writer.append(&[7; 4000]).unwrap();
+    }
+    let log = wal.log();
+    for segment in &log.segments()[..3] {
+        log.wait_synced(segment.id().first_lsn, None).unwrap();
+        assert_eq!(Some(log.synced().load()), segment.sealed_last_lsn());
+    }
+    log.sync_up_to(Lsn::MAX).unwrap();
+    assert_eq!(log.synced().load(), log.head());
+}
+
 #[test]
 fn after_a_release_syncs_still_reach_everything_written() {
     let directory = tempfile::tempdir().unwrap();
@@ -453,7 +472,9 @@ fn sink_chain(seal: &[u8]) -> Chain {
 #[test]
 fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
     let directory = tempfile::tempdir().unwrap();
-    let (wal, mut writer) = Wal::open(directory.path(), identity(), WalOptions::default()).unwrap();
+    // So that nobody else takes the sync lock.
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
     let empty = SegmentHeader {
         id: crate::types::WalSegmentId { region: RegionId(0), shard: ShardId(3), first_lsn: Lsn(1) },
         cluster: ClusterId(9),
@@ -465,8 +486,10 @@ fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
     writer.ingest_filled(4096).unwrap();
     let mut reader = wal.log().reader_from(Lsn(1)).unwrap();
     assert_eq!(reader.next(u64::MAX).unwrap().unwrap().len(), 4096);
+    let turns = wal.log().turns();
     writer.set_epoch(Epoch(2)).unwrap();
     append(&mut writer, 1..=3);
+    assert_eq!(wal.log().turns(), turns.next(), "whoever wanted to sync meanwhile waits for a turn");
     let range = reader.next(u64::MAX).unwrap().unwrap();
     assert_eq!((range.start(), range.segment().header().epoch), (0, Epoch(2)));
     wal.log().wait_synced(Lsn(3), None).unwrap();

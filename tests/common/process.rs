@@ -32,7 +32,11 @@ pub fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A process that runs beside the test. It is killed when the test forgets it.
+/// Lines of a process's standard error that a failing test shows, at most.
+const LAST_WORDS: usize = 40;
+
+/// A process that runs beside the test. It is killed when the test forgets it. If that is because the test fails, the
+/// test shows what the process said last.
 pub struct Beside {
     child: Child,
     out: Receiver<String>,
@@ -131,6 +135,11 @@ impl Drop for Beside {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            let said: Vec<_> = self.err.try_iter().collect();
+            let last = said.len().saturating_sub(LAST_WORDS);
+            said.iter().skip(last).for_each(|line| eprintln!("process {}: {line}", self.child.id()));
+        }
     }
 }
 

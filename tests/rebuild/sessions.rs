@@ -13,7 +13,7 @@ use towline::{AckLevel, Epoch, Lsn, Outcome};
 
 use crate::common::raw::follow_request;
 use crate::gates::{Gate, Gated, Point};
-use crate::scene::{OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
+use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
 
 #[test]
 fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
@@ -155,14 +155,15 @@ fn a_rebuild_that_loses_its_pin_fails_and_the_facts_begin_another() {
         };
         fill(3);
         scene.trim();
+        let tail = scene.leader.log(SHARD).unwrap().tail();
         // It takes the session on, and then nothing of the log.
         let gate = Gate::at(Point::Record, 5);
         let inner = scene.open_store("follower");
         let target = Gated { inner: inner.clone(), gate: Arc::clone(&gate), tells: true };
+        let load = Load::on(&scene);
         let follower = scene.follow("follower", Arc::new(target));
-        scene.put(1, b"one more, so that there is a record to wait with");
-        fill(1);
         reach(&gate.reached, Lsn(1));
+        drop(load);
         fill(20);
         let lost = loop {
             let (reason, kind, session) = published.recv_timeout(PATIENCE).unwrap();
@@ -177,7 +178,7 @@ fn a_rebuild_that_loses_its_pin_fails_and_the_facts_begin_another() {
         assert!(!inner.is_rebuilding(SHARD).unwrap());
         assert_eq!(follower.rebuild_progress(SHARD).unwrap().phase, RebuildPhase::Completed);
         assert!(follower.rebuild_progress(SHARD).unwrap().session.0 > lost.0, "it was another session");
-        scene.stop_and_compare(vec![("follower", follower, inner)]);
+        scene.stop_and_compare_from(tail, vec![("follower", follower, inner)]);
     });
 }
 
