@@ -67,6 +67,8 @@ mod receiver;
 mod registry;
 pub mod replication;
 mod retention;
+#[doc(hidden)]
+pub mod seams;
 mod server;
 mod shipper;
 pub mod shutdown;

@@ -54,6 +54,55 @@ impl RetentionOptions {
     fn limit(&self, segment_size: u64) -> Option<u64> {
         self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(2 * segment_size)).max(segment_size))
     }
+
+    /// How many sealed segments go because the log is too large.
+    pub(crate) fn forced(&self, segment_size: u64, retained_bytes: u64, sealed: usize) -> usize {
+        let Some(limit) = self.limit(segment_size) else { return 0 };
+        let over = retained_bytes.saturating_sub(limit).div_ceil(segment_size);
+        usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
+    }
+
+    /// What goes now. Pure: whoever asks has read the facts, and does what the plan says.
+    pub(crate) fn plan(&self, facts: &RetentionFacts<'_>) -> Plan {
+        let &RetentionFacts { sealed, forced, unneeded, synced, applied, retained_bytes, segment_size } = facts;
+        let spare = retained_bytes.saturating_sub(self.min_wal_bytes) / segment_size;
+        let spare = usize::try_from(spare).unwrap_or(usize::MAX);
+        let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
+        let unneeded = upto(unneeded).min(spare);
+        let synced = upto(synced);
+        let applied = applied.map_or(sealed.len(), upto);
+        let wanted = forced.max(unneeded);
+        let count = wanted.min(synced).min(applied);
+        let next = sealed.get(count).copied().filter(|_| count < wanted);
+        Plan {
+            through: count.checked_sub(1).and_then(|index| sealed.get(index)).copied(),
+            reason: if count > unneeded {
+                "the log is larger than it may be"
+            } else {
+                "no follower, pin or target needs it"
+            },
+            waits_for_sync: next.filter(|_| synced == count),
+            waits_for_target: next.filter(|_| applied == count),
+            hurry: forced > applied,
+        }
+    }
+}
+
+/// What decides about a shard's log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RetentionFacts<'a> {
+    /// The last LSN of each sealed segment, oldest first.
+    pub(crate) sealed: &'a [Lsn],
+    /// How many of them go whoever needs them.
+    pub(crate) forced: usize,
+    /// Up to here nobody needs anything.
+    pub(crate) unneeded: Lsn,
+    /// Up to here the log is on stable storage.
+    pub(crate) synced: Lsn,
+    /// Up to here this node's own target has applied it durably; none without a target.
+    pub(crate) applied: Option<Lsn>,
+    pub(crate) retained_bytes: u64,
+    pub(crate) segment_size: u64,
 }
 
 /// A hold on a shard's log: nothing from its LSN on is given up while it lives, unless the log grows past its bound.
@@ -279,7 +328,7 @@ impl ShardRetention {
         // Whoever moves from here on looks at this first, and wakes the thread.
         let sealed: Vec<Lsn> = log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
         self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
-        let forced = self.forced(log, sealed.len());
+        let forced = self.options.forced(log.identity().segment_size, log.retained_bytes(), sealed.len());
         if let Some(last) = forced.checked_sub(1).and_then(|index| sealed.get(index)) {
             log.want_synced(*last);
         }
@@ -311,14 +360,6 @@ impl ShardRetention {
         released
     }
 
-    /// How many sealed segments go because the log is too large.
-    fn forced(&self, log: &Log, sealed: usize) -> usize {
-        let size = log.identity().segment_size;
-        let Some(limit) = self.options.limit(size) else { return 0 };
-        let over = log.retained_bytes().saturating_sub(limit).div_ceil(size);
-        usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
-    }
-
     fn plan(&self, Kept { log, applied }: &Kept, sealed: &[Lsn], forced: usize, pins: &[Arc<Held>]) -> Plan {
         let shard = log.shard();
         let followers = self.registry.followers();
@@ -327,27 +368,16 @@ impl ShardRetention {
         let held = held.map(|held| Lsn(held.lsn.load(Ordering::Acquire)).previous());
         // Up to here nobody needs anything. Where no follower is known, the first one may need everything.
         let unneeded = if followers.is_empty() { Lsn::ZERO } else { places.chain(held).min().unwrap_or(Lsn::MAX) };
-        let size = log.identity().segment_size;
-        let spare = log.retained_bytes().saturating_sub(self.options.min_wal_bytes) / size;
-        let spare = usize::try_from(spare).unwrap_or(usize::MAX);
-        let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
-        let unneeded = upto(unneeded).min(spare);
-        let synced = upto(log.synced().load());
-        let applied = applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
-        let wanted = forced.max(unneeded);
-        let count = wanted.min(synced).min(applied);
-        let next = sealed.get(count).copied().filter(|_| count < wanted);
-        Plan {
-            through: count.checked_sub(1).and_then(|index| sealed.get(index)).copied(),
-            reason: if count > unneeded {
-                "the log is larger than it may be"
-            } else {
-                "no follower, pin or target needs it"
-            },
-            waits_for_sync: next.filter(|_| synced == count),
-            waits_for_target: next.filter(|_| applied == count),
-            hurry: forced > applied,
-        }
+        let facts = RetentionFacts {
+            sealed,
+            forced,
+            unneeded,
+            synced: log.synced().load(),
+            applied: applied.as_ref().map(|applied| applied.load()),
+            retained_bytes: log.retained_bytes(),
+            segment_size: log.identity().segment_size,
+        };
+        self.options.plan(&facts)
     }
 
     /// Those who needed something up to `through` lose their place.
@@ -369,8 +399,8 @@ impl ShardRetention {
 
 /// What goes now.
 #[derive(Debug, PartialEq, Eq)]
-struct Plan {
-    through: Option<Lsn>,
+pub(crate) struct Plan {
+    pub(crate) through: Option<Lsn>,
     reason: &'static str,
     /// One more would go if it were synced up to here.
     waits_for_sync: Option<Lsn>,

@@ -32,13 +32,13 @@ mod log;
 mod log_fixture;
 mod mapping;
 mod reader;
-mod recovery;
+pub(crate) mod recovery;
 pub mod scan;
 pub mod segment;
 mod spares;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(crate) mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};

@@ -39,6 +39,7 @@
 //! does one that a crash left empty, except that a log that begins past LSN 1 keeps its first one: that is where its
 //! position stands.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -162,15 +163,40 @@ pub(crate) struct Recovered {
 /// [`Error::Io`]. Nothing has been changed then, unless carrying out the decision failed.
 pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known_synced: Lsn) -> Result<Recovered> {
     let (listed, others) = walk::list(directory)?;
+    let segments = listed.into_iter().map(|(id, path)| Ok((id, SegmentFile::open(&path)?)));
+    survey(directory, identity, known_synced, segments)?.carry_out(directory, &others, identity)
+}
+
+/// Recovery without the deeds: looks at the segments, oldest first, and decides.
+///
+/// # Errors
+///
+/// As [`recover`].
+pub(crate) fn survey(
+    directory: &Path,
+    identity: &LogIdentity,
+    known_synced: Lsn,
+    segments: impl ExactSizeIterator<Item = Result<(WalSegmentId, SegmentFile)>>,
+) -> Result<Verdict> {
     let mut survey = Survey::new(identity, known_synced);
-    let count = listed.len();
-    for (index, (id, path)) in listed.into_iter().enumerate() {
-        survey.add(id, SegmentFile::open(&path)?, index + 1 == count)?;
+    let count = segments.len();
+    for (index, segment) in segments.enumerate() {
+        let (id, file) = segment?;
+        survey.add(id, file, index + 1 == count)?;
     }
-    match survey.decide() {
-        Decision::Refuse => Err(survey.refusal(directory)),
-        Decision::Open | Decision::Cut => survey.carry_out(directory, &others),
-    }
+    survey.verdict(directory)
+}
+
+/// The decision to open a log: what is kept of it, and what is to be done to its files first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// What is kept; its leftovers come of the deeds.
+    pub(crate) recovered: Recovered,
+    /// Files that hold nothing of the log any more, in the order in which they go, and whether they have the right size
+    /// to become spares. The directory is synced behind them.
+    pub(crate) dropped: Vec<(PathBuf, bool)>,
+    /// Ranges that become zeros, after that; each file is synced.
+    pub(crate) zeroed: Vec<(PathBuf, Range<u64>)>,
 }
 
 /// What stands behind the last valid batch.
@@ -404,46 +430,29 @@ impl<'a> Survey<'a> {
         Error::corrupt(path, offset, Some(due), format!("{reason}; {known}; {advice}"))
     }
 
-    /// Makes the directory what the survey says it is.
-    fn carry_out(mut self, directory: &Path, others: &[PathBuf]) -> Result<Recovered> {
-        let (mut leftovers, mut spares) = self.tidy(others)?;
+    /// What is to be done, or why nothing may be.
+    fn verdict(mut self, directory: &Path) -> Result<Verdict> {
+        if self.decide() == Decision::Refuse {
+            return Err(self.refusal(directory));
+        }
         let stop = self.stop.take();
         let extent = stop.as_ref().and_then(|stop| stop.extent);
         let torn = stop.map(|stop| self.torn_tail(stop));
-        if let Some(torn) = &torn {
-            log::warn!(
-                "{}: cutting {} bytes behind LSN {} at offset {}, not known to be synced: {}",
-                torn.path.display(),
-                torn.bytes,
-                torn.after,
-                torn.offset,
-                torn.reason
-            );
-        }
         self.drop_empty_segment();
-        for (path, has_right_size) in std::mem::take(&mut self.dropped).into_iter().rev() {
-            if has_right_size {
-                spares += 1;
-                let spare = directory.join(format!("{SPARE_PREFIX}{spares}{SPARE_SUFFIX}"));
-                log::info!("{} holds nothing of the log any more; keeping the file as a spare", path.display());
-                std::fs::rename(&path, &spare).map_err(Error::io("rename", &path))?;
-                leftovers.push(spare);
-            } else {
-                log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
-                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            }
-        }
-        sync_directory(directory).map_err(Error::io("sync", directory))?;
-        self.zero(extent)?;
-        Ok(Recovered {
-            head: self.next.first_lsn.previous(),
-            chain: self.next.chain,
-            epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
-            timestamp: self.timestamp,
-            synced: self.synced,
-            torn: torn.filter(|torn| torn.bytes > 0),
-            segments: self.segments,
-            leftovers,
+        let zeroed = self.zeroed(extent);
+        Ok(Verdict {
+            recovered: Recovered {
+                head: self.next.first_lsn.previous(),
+                chain: self.next.chain,
+                epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
+                timestamp: self.timestamp,
+                synced: self.synced,
+                torn,
+                segments: self.segments,
+                leftovers: Vec::new(),
+            },
+            dropped: self.dropped.into_iter().rev().collect(),
+            zeroed,
         })
     }
 
@@ -459,29 +468,6 @@ impl<'a> Survey<'a> {
         }
     }
 
-    /// Sorts the names that are not segments: existing spare files, with the highest number among them.
-    fn tidy(&self, others: &[PathBuf]) -> Result<(Vec<PathBuf>, u64)> {
-        let (mut spares, mut highest) = (Vec::new(), 0);
-        for path in others {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name == crate::wal::LOCK_FILE {
-                continue;
-            }
-            let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {
-                log::warn!("{} is no part of a log; leaving it alone", path.display());
-                continue;
-            };
-            highest = highest.max(number.parse::<u32>().map_or(0, u64::from));
-            if path.metadata().map_err(Error::io("look at", path))?.len() == self.identity.segment_size {
-                spares.push(path.clone());
-            } else {
-                log::info!("removing {}, a spare file that was not finished", path.display());
-                std::fs::remove_file(path).map_err(Error::io("remove", path))?;
-            }
-        }
-        Ok((spares, highest))
-    }
-
     /// Moves the last segment to the dropped ones if it has no record and is not where the log's position stands.
     fn drop_empty_segment(&mut self) {
         let holds_position = self.segments.len() == 1 && self.next.first_lsn > Lsn::FIRST;
@@ -493,24 +479,81 @@ impl<'a> Survey<'a> {
         }
     }
 
-    /// Zeroes the last segment from the end of its last batch to `extent`, and fills up files that were cut short.
-    fn zero(&self, extent: Option<u64>) -> Result<()> {
-        let mut ranges: Vec<(&Path, u64, u64)> = Vec::new();
+    /// The last segment from the end of its last batch to `extent`, and what is missing of files that were cut short.
+    fn zeroed(&self, extent: Option<u64>) -> Vec<(PathBuf, Range<u64>)> {
+        let mut ranges = Vec::new();
         if let (Some(extent), Some(last)) = (extent, self.segments.last()) {
             // A segment that was dropped takes its extent along.
             if last.published < extent && !last.sealed {
-                ranges.push((&last.path, last.published, extent));
+                ranges.push((last.path.clone(), last.published..extent));
             }
         }
-        ranges.extend(self.short.iter().map(|(path, len)| (path.as_path(), *len, self.identity.segment_size)));
-        for (path, start, end) in ranges {
-            log::info!("zeroing {} from offset {start} to {end}", path.display());
-            let file = std::fs::File::options().write(true).open(path).map_err(Error::io("open", path))?;
-            zero_in_pages(&file, start..end).map_err(Error::io("zero", path))?;
-            file.sync_all().map_err(Error::io("sync", path))?;
-        }
-        Ok(())
+        ranges.extend(self.short.iter().map(|(path, len)| (path.clone(), *len..self.identity.segment_size)));
+        ranges
     }
+}
+
+impl Verdict {
+    /// Makes the directory what the survey says it is.
+    fn carry_out(self, directory: &Path, others: &[PathBuf], identity: &LogIdentity) -> Result<Recovered> {
+        let (mut leftovers, mut spares) = tidy(others, identity.segment_size)?;
+        let Verdict { mut recovered, dropped, zeroed } = self;
+        if let Some(torn) = &recovered.torn {
+            log::warn!(
+                "{}: cutting {} bytes behind LSN {} at offset {}, not known to be synced: {}",
+                torn.path.display(),
+                torn.bytes,
+                torn.after,
+                torn.offset,
+                torn.reason
+            );
+        }
+        for (path, has_right_size) in dropped {
+            if has_right_size {
+                spares += 1;
+                let spare = directory.join(format!("{SPARE_PREFIX}{spares}{SPARE_SUFFIX}"));
+                log::info!("{} holds nothing of the log any more; keeping the file as a spare", path.display());
+                std::fs::rename(&path, &spare).map_err(Error::io("rename", &path))?;
+                leftovers.push(spare);
+            } else {
+                log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
+                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        sync_directory(directory).map_err(Error::io("sync", directory))?;
+        for (path, range) in zeroed {
+            log::info!("zeroing {} from offset {} to {}", path.display(), range.start, range.end);
+            let file = std::fs::File::options().write(true).open(&path).map_err(Error::io("open", &path))?;
+            zero_in_pages(&file, range).map_err(Error::io("zero", &path))?;
+            file.sync_all().map_err(Error::io("sync", &path))?;
+        }
+        recovered.torn = recovered.torn.filter(|torn| torn.bytes > 0);
+        recovered.leftovers = leftovers;
+        Ok(recovered)
+    }
+}
+
+/// Sorts the names that are not segments: existing spare files, with the highest number among them.
+fn tidy(others: &[PathBuf], segment_size: u64) -> Result<(Vec<PathBuf>, u64)> {
+    let (mut spares, mut highest) = (Vec::new(), 0);
+    for path in others {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name == crate::wal::LOCK_FILE {
+            continue;
+        }
+        let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {
+            log::warn!("{} is no part of a log; leaving it alone", path.display());
+            continue;
+        };
+        highest = highest.max(number.parse::<u32>().map_or(0, u64::from));
+        if path.metadata().map_err(Error::io("look at", path))?.len() == segment_size {
+            spares.push(path.clone());
+        } else {
+            log::info!("removing {}, a spare file that was not finished", path.display());
+            std::fs::remove_file(path).map_err(Error::io("remove", path))?;
+        }
+    }
+    Ok((spares, highest))
 }
 
 #[cfg(test)]
