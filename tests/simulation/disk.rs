@@ -19,9 +19,9 @@ use super::clock::Chance;
 /// Bytes that are written as a whole or not at all.
 const SECTOR: usize = 512;
 pub const SEGMENT_SIZE: u64 = MIN_SEGMENT_SIZE;
-const LEN: usize = MIN_SEGMENT_SIZE as usize;
-// One bit a sector.
-const _: () = assert!(LEN == SECTOR * 128);
+/// One bit of a word a sector.
+const LEN: usize = SECTOR * 128;
+const _: () = assert!(LEN as u64 == SEGMENT_SIZE);
 
 pub type FileId = u64;
 
@@ -219,7 +219,8 @@ impl Disk {
 
     fn forget_unnamed(&mut self) {
         let Disk { files, names, durable_names, changes, .. } = self;
-        let pending = |id: &FileId| changes.iter().any(|change| matches!(change, NameChange::Made(_, file) if file == id));
+        let pending =
+            |id: &FileId| changes.iter().any(|change| matches!(change, NameChange::Made(_, file) if file == id));
         let named = |id: &FileId| names.values().chain(durable_names.values()).any(|file| file == id);
         files.retain(|id, _| named(id) || pending(id));
     }

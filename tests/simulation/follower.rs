@@ -83,7 +83,12 @@ impl World {
         let node = self.node(id);
         let leader = node.leader.filter(|leader| *leader != id);
         match (&node.following.stream, leader) {
-            (None, Some(leader)) if node.following.retry_at <= now && node.leading.is_none() => self.ask(id, leader),
+            (None, Some(leader)) if node.following.retry_at <= now && node.leading.is_none() => {
+                // Addresses are learnt late: now and then it asks one who leads no more, or not yet.
+                let other = 1 + self.chance.below(self.nodes.len() as u64);
+                let asks_other = other != id && self.chance.per_mille(150);
+                self.ask(id, if asks_other { other } else { leader });
+            }
             (Some(stream), _) if stream.heard_at + PEER_TIMEOUT < now => {
                 self.line(id, format_args!("its leader is silent"));
                 self.end_following(id, 500);
@@ -105,9 +110,11 @@ impl World {
     fn ask(&mut self, id: u64, leader: u64) {
         let now = self.queue.now;
         let connection = self.network.connect(id, leader);
+        let forgets_touched = self.plant == Some(Plant::CutBehindApplied);
         let node = self.node(id);
         let incomplete = node.blocks.is_incomplete();
-        let (received, chain) = if node.log.is_empty() { (Lsn::ZERO, genesis()) } else { (node.log.head(), node.log.chain) };
+        let (received, chain) =
+            if node.log.is_empty() { (Lsn::ZERO, genesis()) } else { (node.log.head(), node.log.chain) };
         let request = SyncRequest {
             versions: PROTOCOL_VERSIONS,
             purpose: Purpose::Follow,
@@ -127,7 +134,9 @@ impl World {
         };
         let ends = node.log.marks.iter().map(|mark| (mark.lsn(), mark.chain()));
         let ends = std::iter::once(node.log.origin()).chain(ends).collect();
-        let told = Told { tail_epoch: node.log.record_epoch().unwrap_or_default(), ends };
+        let tail_epoch = node.log.record_epoch().unwrap_or_default();
+        let touched = if forgets_touched { request.applied } else { node.touched.max(request.applied) };
+        let told = Told { tail_epoch, touched, ends };
         node.following.stream =
             Some(Stream { connection, info: None, rebuild: None, sent: None, sent_at: now, heard_at: now });
         self.told.insert(connection, told);
@@ -136,7 +145,13 @@ impl World {
     }
 
     /// A frame at the end that called.
-    pub fn answered_with(&mut self, id: u64, connection: ConnectionId, kind: FrameKind, body: &[u8]) -> Result<(), String> {
+    pub fn answered_with(
+        &mut self,
+        id: u64,
+        connection: ConnectionId,
+        kind: FrameKind,
+        body: &[u8],
+    ) -> Result<(), String> {
         let now = self.queue.now;
         let node = self.node(id);
         let Some(stream) = node.following.stream.as_mut().filter(|stream| stream.connection == connection) else {
@@ -195,6 +210,7 @@ impl World {
             if node.blocks.applied() > shared {
                 return Err(format!("it would cut behind {shared}, and {} is applied", node.blocks.applied()));
             }
+            node.touched = node.blocks.applied();
             node.log.cut(&mut node.disk, offered.0, offered.1)?;
             let (head, applied) = (node.log.head(), node.blocks.applied());
             self.oracle.cuts += 1;
@@ -252,11 +268,13 @@ impl World {
             node.refused_since = node.refused_since.or(Some(now));
             return Err(text);
         }
-        let base = BaseInfo { base_lsn: control.base_lsn, block_len: control.block_len, block_count: control.block_count };
+        let base =
+            BaseInfo { base_lsn: control.base_lsn, block_len: control.block_len, block_count: control.block_count };
         let contract = RebuildContract { session: control.session, epoch: control.epoch, target: control.target, base };
         let mut session = RebuildSession::new(SHARD, Arc::new(node.blocks.clone()));
         session.start(contract).map_err(|error| error.to_string())?;
         node.disk.manifest.recovering = true;
+        node.touched = Lsn::ZERO;
         node.log = Log::begin_at(&mut node.disk, control.log_start, control.epoch).planted_as(&node.log);
         let rebuild = Rebuild { session, epoch: control.epoch, checksum: crc32fast::Hasher::new() };
         let accepted = word(&rebuild, SessionPhase::Accepted, Lsn::ZERO);
@@ -264,7 +282,10 @@ impl World {
         let connection = stream.connection;
         stream.rebuild = Some(rebuild);
         self.oracle.begins(id, control.base_lsn);
-        self.line(id, format_args!("is rebuilt from a base at {} and the log from {}", control.base_lsn, control.log_start));
+        self.line(
+            id,
+            format_args!("is rebuilt from a base at {} and the log from {}", control.base_lsn, control.log_start),
+        );
         self.send(connection, End::Caller, accepted);
         Ok(())
     }

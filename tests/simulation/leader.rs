@@ -1,11 +1,14 @@
 //! A node that leads: it hosts the engine as the crate's own host does, and ships log and base to its followers.
 //!
-//! Two things have no message yet and are handed over beside the wire, as [`Told`]: the epoch of a follower's newest
-//! record, and its batch ends, among which the last common one is looked for where the histories differ.
+//! Three things have no message yet and are handed over beside the wire, as [`Told`]: the epoch of a follower's newest
+//! record; its batch ends, among which the last common one is looked for where the histories differ; and up to where its
+//! target may have been changed, which after a crash is more than it knows to be applied.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use towline::protocol::{Command, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Session, SessionKind, SyncAck};
+use towline::protocol::{
+    Command, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Session, SessionKind, SyncAck,
+};
 use towline::target::{BaseInfo, BaseSource, ReplicationTarget};
 use towline::wire::{
     Ack, BaseComplete, BaseDataHeader, CaughtUp, ErrorMessage, FrameHeader, FrameKind, Heartbeat, Message,
@@ -27,6 +30,8 @@ use super::world::{HEARTBEAT, PEER_TIMEOUT, Plant, World};
 pub struct Told {
     /// Of its newest record; 0 if there is none.
     pub tail_epoch: Epoch,
+    /// Nothing behind this has changed its target.
+    pub touched: Lsn,
     /// The ends of its batches and what came before, oldest first.
     pub ends: Vec<(Lsn, Chain)>,
 }
@@ -150,18 +155,13 @@ impl World {
     /// What the engine counts as durable: the records of this epoch among it are acknowledged to those who wrote them. An
     /// older epoch's are as safe as the first of this one behind them, and no safer.
     fn take_committed(&mut self, id: u64, durable: Lsn) {
-        let counts_older = self.plant == Some(Plant::CountOlderEpochs);
         let World { nodes, oracle, .. } = self;
         let node = &mut nodes[usize::try_from(id - 1).unwrap()];
-        let Some(leading) = &mut node.leading else { return };
-        if durable <= leading.acknowledged && !(counts_older && durable > Lsn::ZERO) {
-            return;
-        }
-        let after = if counts_older { Lsn::ZERO } else { leading.acknowledged };
-        let within = |mark: &&Mark| mark.lsn() > after && mark.lsn() <= durable;
+        let Some(leading) = node.leading.as_mut().filter(|leading| leading.acknowledged < durable) else { return };
+        let within = |mark: &&Mark| mark.lsn() > leading.acknowledged && mark.lsn() <= durable;
         let marks: Vec<Mark> = node.log.marks.iter().filter(within).copied().collect();
         oracle.acknowledge(id, leading.epoch, &marks);
-        leading.acknowledged = leading.acknowledged.max(durable);
+        leading.acknowledged = durable;
     }
 
     /// A client writes.
@@ -213,7 +213,8 @@ impl World {
     /// The connection of a stream is gone.
     pub fn stream_gone(&mut self, id: u64, connection: ConnectionId) {
         let Some(leading) = self.leading(id) else { return };
-        let found = leading.streams.iter().find(|(_, stream)| stream.connection == connection).map(|(follower, _)| *follower);
+        let found =
+            leading.streams.iter().find(|(_, stream)| stream.connection == connection).map(|(follower, _)| *follower);
         if let Some(follower) = found {
             leading.streams.remove(&follower);
             self.fail_session(id, follower, FailureReason::TransportLost);
@@ -244,19 +245,27 @@ impl World {
         let _ = self.node(id).engine.tick(Millis(now), &mut commands);
         self.carry_out(id, commands);
         let Some(leading) = self.leading(id) else { return };
-        let silent: Vec<ConnectionId> =
-            leading.streams.values().filter(|stream| stream.heard_at + PEER_TIMEOUT < now).map(|stream| stream.connection).collect();
+        let silent: Vec<ConnectionId> = leading
+            .streams
+            .values()
+            .filter(|stream| stream.heard_at + PEER_TIMEOUT < now)
+            .map(|stream| stream.connection)
+            .collect();
         for connection in silent {
             self.line(id, format_args!("connection {connection} is silent"));
             self.close(connection, End::Called);
             self.stream_gone(id, connection);
         }
         self.pump_all(id);
-        let followers: Vec<u64> = self.leading(id).map(|leading| leading.streams.keys().copied().collect()).unwrap_or_default();
+        let followers: Vec<u64> =
+            self.leading(id).map(|leading| leading.streams.keys().copied().collect()).unwrap_or_default();
         for follower in followers {
             let node = self.node(id);
-            let (head, chain, committed, epoch) = (node.log.head(), node.log.chain, node.engine.durable(), node.accepted);
-            let Some(stream) = node.leading.as_mut().and_then(|leading| leading.streams.get_mut(&follower)) else { continue };
+            let (head, chain, committed, epoch) =
+                (node.log.head(), node.log.chain, node.engine.durable(), node.accepted);
+            let Some(stream) = node.leading.as_mut().and_then(|leading| leading.streams.get_mut(&follower)) else {
+                continue;
+            };
             if stream.sent_at + HEARTBEAT <= now {
                 stream.sent_at = now;
                 let connection = stream.connection;
@@ -267,7 +276,8 @@ impl World {
     }
 
     pub fn pump_all(&mut self, id: u64) {
-        let followers: Vec<u64> = self.leading(id).map(|leading| leading.streams.keys().copied().collect()).unwrap_or_default();
+        let followers: Vec<u64> =
+            self.leading(id).map(|leading| leading.streams.keys().copied().collect()).unwrap_or_default();
         for follower in followers {
             self.pump(id, follower);
         }
@@ -280,7 +290,9 @@ impl World {
             let most = self.chance.between(1, 20_000);
             let World { nodes, network, .. } = &mut *self;
             let node = &mut nodes[usize::try_from(id - 1).unwrap()];
-            let Some(stream) = node.leading.as_mut().and_then(|leading| leading.streams.get_mut(&follower)) else { return };
+            let Some(stream) = node.leading.as_mut().and_then(|leading| leading.streams.get_mut(&follower)) else {
+                return;
+            };
             if network.under_way(stream.connection, End::Caller) >= WINDOW {
                 return;
             }
@@ -316,7 +328,13 @@ impl World {
                     base.is_sent = true;
                     let checksum = base.checksum.clone().finalize();
                     let base_lsn = base.info.base_lsn;
-                    frame(&Message::BaseComplete(BaseComplete { session, epoch, base_lsn, blocks: base.blocks, checksum }))
+                    frame(&Message::BaseComplete(BaseComplete {
+                        session,
+                        epoch,
+                        base_lsn,
+                        blocks: base.blocks,
+                        checksum,
+                    }))
                 }
             };
             self.send(connection, End::Called, bytes);
@@ -326,7 +344,13 @@ impl World {
     // What followers say ----------------------------------------------------------------------------------------------
 
     /// A frame at the end that was called.
-    pub fn called_with(&mut self, id: u64, connection: ConnectionId, kind: FrameKind, body: &[u8]) -> Result<(), String> {
+    pub fn called_with(
+        &mut self,
+        id: u64,
+        connection: ConnectionId,
+        kind: FrameKind,
+        body: &[u8],
+    ) -> Result<(), String> {
         let now = self.queue.now;
         let message = Message::decode(kind, body).map_err(|error| error.to_string())?;
         if let Message::SyncRequest(request) = message {
@@ -371,13 +395,15 @@ impl World {
         let (tail, head) = (node.log.tail(), node.log.head());
         let place = if forgets_chain {
             let mark = node.log.marks.iter().rev().find(|mark| mark.lsn() == request.received);
-            mark.and_then(|mark| node.log.place_after(mark.lsn(), mark.chain())).or(node.log.place_after(request.received, request.chain))
+            mark.and_then(|mark| node.log.place_after(mark.lsn(), mark.chain()))
+                .or(node.log.place_after(request.received, request.chain))
         } else {
             node.log.place_after(request.received, request.chain)
         };
         let (mut common, mut cut_place) = (None, None);
         if place.is_none() {
-            let shared = told.ends.iter().rev().find_map(|&(lsn, chain)| Some((lsn, node.log.place_after(lsn, chain)?)));
+            let shared =
+                told.ends.iter().rev().find_map(|&(lsn, chain)| Some((lsn, node.log.place_after(lsn, chain)?)));
             (common, cut_place) = shared.map_or((None, None), |(lsn, place)| (Some(lsn), Some(place)));
         }
         let durable = request.durable.min(request.received);
@@ -395,7 +421,11 @@ impl World {
                 applied: request.applied,
                 committed: Lsn::ZERO,
                 chain: request.chain,
-                tail_epoch: if takes_accepted && told.tail_epoch > Epoch::ZERO { request.epoch } else { told.tail_epoch },
+                tail_epoch: if takes_accepted && told.tail_epoch > Epoch::ZERO {
+                    request.epoch
+                } else {
+                    told.tail_epoch
+                },
                 base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,
             },
             leader: LeaderFacts {
@@ -403,13 +433,14 @@ impl World {
                 head,
                 chain_at_received: place.map(|_| request.chain),
                 common,
-                cut_possible: common.is_some_and(|common| request.applied <= common),
+                cut_possible: common.is_some_and(|common| told.touched <= common),
             },
         };
         self.apply(id, Event::SyncAckReceived(facts));
         let replica = self.node(id).engine.replica(request.node);
         let refusal = replica.and_then(|replica| replica.refusal);
-        let session = self.node(id).engine.session(request.node).filter(|session| refusal.is_none() && session.phase.is_live());
+        let session =
+            self.node(id).engine.session(request.node).filter(|session| refusal.is_none() && session.phase.is_live());
         let Some(session) = session else {
             let code = match refusal {
                 Some(towline::protocol::Refusal::NewerEpoch) => RefusalCode::StaleEpoch,
@@ -424,7 +455,8 @@ impl World {
             SessionKind::CatchUp => (WireKind::CatchUp, session.cut.unwrap_or(request.received).next()),
         };
         let place = if session.cut.is_some() { cut_place } else { place };
-        let (start_segment, start_offset) = if kind == WireKind::Rebuild { (Lsn::ZERO, 0) } else { place.unwrap_or_default() };
+        let (start_segment, start_offset) =
+            if kind == WireKind::Rebuild { (Lsn::ZERO, 0) } else { place.unwrap_or_default() };
         if kind != WireKind::Rebuild && place.is_none() {
             self.fail_session(id, follower, FailureReason::LocalWalCorrupt);
             return self.decline(connection, RefusalCode::Diverged, "it began with another chain");
@@ -484,7 +516,8 @@ impl World {
         let info = source.info();
         let first = node.log.segment_start_for(info.base_lsn.next());
         let Some(leading) = &mut node.leading else { return Ok(()) };
-        let (Some(stream), Some(known)) = (leading.streams.get_mut(&follower), leading.followers.get_mut(&follower)) else {
+        let (Some(stream), Some(known)) = (leading.streams.get_mut(&follower), leading.followers.get_mut(&follower))
+        else {
             return Ok(());
         };
         oracle.rebuilds += 1;
@@ -580,7 +613,9 @@ impl World {
         let node = self.node(id);
         let head = node.log.head();
         let current = node.engine.session(replica).filter(|session| {
-            session.phase.is_live() && session.kind == SessionKind::Rebuild && (session.id.0, session.epoch) == (ack.session.0, ack.epoch)
+            session.phase.is_live()
+                && session.kind == SessionKind::Rebuild
+                && (session.id.0, session.epoch) == (ack.session.0, ack.epoch)
         });
         let Some(Session { id: session, epoch, progress, target, .. }) = current else { return Ok(()) };
         let base = node.leading.as_mut().and_then(|leading| leading.streams.get_mut(&follower)?.base.as_mut());
@@ -604,7 +639,9 @@ impl World {
                 }
                 let (achieved, info) = (ack.achieved, base.info);
                 self.apply(id, Event::SessionCompleted { epoch, replica, session, achieved, durable: achieved, head });
-                let Some(stream) = self.leading(id).and_then(|leading| leading.streams.get(&follower)) else { return Ok(()) };
+                let Some(stream) = self.leading(id).and_then(|leading| leading.streams.get(&follower)) else {
+                    return Ok(());
+                };
                 let control = SessionControl {
                     session: ack.session,
                     epoch,

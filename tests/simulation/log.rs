@@ -185,7 +185,8 @@ impl Log {
 
     /// Where the log stood before its oldest batch.
     pub fn origin(&self) -> (Lsn, Chain) {
-        let first = self.segments.first().map(|segment| (segment.header.id.first_lsn.previous(), segment.header.chain_before));
+        let first =
+            self.segments.first().map(|segment| (segment.header.id.first_lsn.previous(), segment.header.chain_before));
         first.unwrap_or((self.head(), self.chain))
     }
 
@@ -200,6 +201,11 @@ impl Log {
         self.marks.get(at).copied()
     }
 
+    /// It is no leader's log any more: the epoch is that of its segments again.
+    pub fn step_down(&mut self) {
+        self.epoch = self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch);
+    }
+
     // Writing ---------------------------------------------------------------------------------------------------------
 
     pub fn append(&mut self, disk: &mut Disk, now: u64, records: &[&[u8]]) -> Result<Mark, Full> {
@@ -207,7 +213,8 @@ impl Log {
         self.timestamp = self.timestamp.tick(1_000_000 + now);
         let mut bytes = batch::build(at(self), self.timestamp, self.synced, records);
         let fits = |segment: &Segment| segment.end + bytes.len() as u64 + BATCH_HEADER_LEN <= SEGMENT_SIZE;
-        let is_open = self.segments.last().is_some_and(|last| !last.sealed && last.header.epoch == self.epoch && fits(last));
+        let is_open =
+            self.segments.last().is_some_and(|last| !last.sealed && last.header.epoch == self.epoch && fits(last));
         if !is_open {
             self.roll(disk)?;
             bytes = batch::build(at(self), self.timestamp, self.synced, records);
@@ -284,7 +291,14 @@ impl Log {
     }
 
     /// Takes in bytes of the leader's log; `taken` is called with each batch that is whole.
-    pub fn ingest(&mut self, disk: &mut Disk, segment: Lsn, offset: u64, bytes: &[u8], taken: &mut Vec<Mark>) -> Result<(), String> {
+    pub fn ingest(
+        &mut self,
+        disk: &mut Disk,
+        segment: Lsn,
+        offset: u64,
+        bytes: &[u8],
+        taken: &mut Vec<Mark>,
+    ) -> Result<(), String> {
         let (due, end) = self.ingest_position();
         let arrived = self.arrived.len() as u64;
         self.header_due |= end == 0 || (offset == 0 && arrived == 0 && (due, end) == (segment, SEGMENT_HEADER_LEN));
@@ -292,10 +306,8 @@ impl Log {
         if (segment, offset) != expected {
             return Err(format!("bytes from {offset} of segment {segment} arrived, due were {expected:?}"));
         }
-        if !self.header_due {
-            if end + arrived + bytes.len() as u64 > SEGMENT_SIZE {
-                return Err("the segment has no room for more".to_owned());
-            }
+        if !self.header_due && end + arrived + bytes.len() as u64 > SEGMENT_SIZE {
+            return Err("the segment has no room for more".to_owned());
         }
         self.arrived.extend_from_slice(bytes);
         let result = self.ingest_arrived(disk, taken);
@@ -384,11 +396,16 @@ impl Log {
         if !at_end && (offset > SEGMENT_HEADER_LEN || next != segment) {
             return Err(format!("offset {offset} of segment {segment} is not the end of a batch here"));
         }
-        while let Some(last) = self.segments.pop_if(|last| last.header.id.first_lsn > segment || (last.header.id.first_lsn == segment && offset == 0)) {
+        while let Some(last) = self
+            .segments
+            .pop_if(|last| last.header.id.first_lsn > segment || (last.header.id.first_lsn == segment && offset == 0))
+        {
             disk.remove(last.header.id);
         }
         self.marks.retain(keeps);
-        if let Some(open) = self.segments.last_mut().filter(|last| last.header.id.first_lsn == segment && last.end > offset) {
+        if let Some(open) =
+            self.segments.last_mut().filter(|last| last.header.id.first_lsn == segment && last.end > offset)
+        {
             disk.zero(open.file, offset..open.end);
             (open.end, open.sealed, open.last) = (offset, false, next.previous());
         }
@@ -423,7 +440,9 @@ impl Log {
     /// The first LSN of the segment that holds `lsn`, or will.
     pub fn segment_start_for(&self, lsn: Lsn) -> Lsn {
         let holding = self.segments.iter().rev().find(|segment| segment.header.id.first_lsn <= lsn);
-        holding.filter(|segment| !segment.sealed || lsn <= segment.last).map_or(self.next, |segment| segment.header.id.first_lsn)
+        holding
+            .filter(|segment| !segment.sealed || lsn <= segment.last)
+            .map_or(self.next, |segment| segment.header.id.first_lsn)
     }
 
     /// The bytes to be sent from a place on, at most `most`, and where that place is; none if there are no more.
@@ -440,7 +459,8 @@ impl Log {
 
     /// Gives up what is to go, and says up to where.
     pub fn release(&mut self, disk: &mut Disk, unneeded: Lsn, applied: Lsn) -> Option<Lsn> {
-        let sealed: Vec<Lsn> = self.segments.iter().filter(|segment| segment.sealed).map(|segment| segment.last).collect();
+        let sealed: Vec<Lsn> =
+            self.segments.iter().filter(|segment| segment.sealed).map(|segment| segment.last).collect();
         let facts = KeptLog {
             sealed: &sealed,
             unneeded,
@@ -452,7 +472,10 @@ impl Log {
             min_wal_bytes: MIN_WAL_BYTES,
         };
         let through = give_up_through(&facts)?;
-        while self.segments.len() > 1 && self.segments[0].sealed && self.segments[0].last <= through {
+        // As the crate's log: never before its successor's header is durable, or a power cut takes where the log stands.
+        let next_is_durable =
+            |log: &Log| log.segments.get(1).is_some_and(|next| next.header.id.first_lsn <= log.synced);
+        while next_is_durable(self) && self.segments[0].sealed && self.segments[0].last <= through {
             disk.remove(self.segments.remove(0).header.id);
         }
         let tail = self.tail();
@@ -462,8 +485,14 @@ impl Log {
 
     /// A bit of a batch that a later batch on the disk says was synced, for rot.
     pub fn bit_to_rot(&self, chance: &mut super::clock::Chance) -> Option<(WalSegmentId, u64)> {
-        let stated = self.marks.iter().filter(|mark| mark.lsn() <= self.synced).map(|mark| mark.header.synced_lsn).max()?;
-        let marks: Vec<&Mark> = self.marks.iter().filter(|mark| mark.header.record_count > 0 && mark.lsn() <= stated).collect();
+        let stated = self
+            .marks
+            .iter()
+            .filter(|mark| mark.header.record_count > 0 && mark.lsn() <= self.synced)
+            .map(|mark| mark.header.synced_lsn)
+            .max()?;
+        let marks: Vec<&Mark> =
+            self.marks.iter().filter(|mark| mark.header.record_count > 0 && mark.lsn() <= stated).collect();
         let mark = marks.get(chance.index(marks.len().max(1)))?;
         let segment = self.segments.iter().find(|segment| segment.header.id.first_lsn == mark.segment)?;
         let byte = chance.between(mark.start, mark.start + BATCH_HEADER_LEN + u64::from(mark.header.body_len) - 1);

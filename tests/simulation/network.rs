@@ -121,14 +121,22 @@ impl Network {
     }
 
     /// Sends to the other end, in one piece or two.
-    pub fn send(&mut self, now: Time, chance: &mut Chance, id: ConnectionId, from: End, mut bytes: Vec<u8>) -> Vec<Due> {
+    pub fn send(
+        &mut self,
+        now: Time,
+        chance: &mut Chance,
+        id: ConnectionId,
+        from: End,
+        mut bytes: Vec<u8>,
+    ) -> Vec<Due> {
         let delay = self.delay;
         let to = from.other();
         let Some(pipe) = self.connections.get_mut(&id).map(|connection| connection.to(to)) else { return Vec::new() };
         if pipe.swallows || pipe.closed {
             return Vec::new();
         }
-        let rest = (bytes.len() > 1 && chance.per_mille(300)).then(|| bytes.split_off(1 + chance.index(bytes.len() - 1)));
+        let rest =
+            (bytes.len() > 1 && chance.per_mille(300)).then(|| bytes.split_off(1 + chance.index(bytes.len() - 1)));
         let mut due = Vec::new();
         for piece in std::iter::once(bytes).chain(rest) {
             let at = pipe.last.max(now + chance.between(1, delay));
@@ -199,7 +207,11 @@ impl Network {
             if let Some((_, Arrival::Bytes(bytes))) = pipe.under_way.back_mut() {
                 bytes.truncate(1 + chance.index(bytes.len()));
             }
-            pipe.bytes = pipe.under_way.iter().map(|(_, arrival)| if let Arrival::Bytes(bytes) = arrival { bytes.len() } else { 0 }).sum();
+            pipe.bytes = pipe
+                .under_way
+                .iter()
+                .map(|(_, arrival)| if let Arrival::Bytes(bytes) = arrival { bytes.len() } else { 0 })
+                .sum();
             pipe.closed = true;
             let at = pipe.last.max(now + 1);
             pipe.under_way.push_back((at, Arrival::Closed));

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use towline::protocol::{Assignment, Engine, Event, Millis, ReadinessObserved, ReplicaInfo, Role, SessionId, SessionLimits, Settings};
+use towline::protocol::{
+    Assignment, Engine, Event, Millis, ReadinessObserved, ReplicaInfo, Role, SessionId, SessionLimits, Settings,
+};
 use towline::target::ReplicationTarget;
 use towline::wal::BatchIter;
 use towline::{Epoch, Lsn, NodeId, ShardId};
@@ -42,6 +44,9 @@ pub struct Node {
     pub leader: Option<u64>,
     /// Bytes that are no whole frame yet.
     pub arrived: BTreeMap<(ConnectionId, End), Vec<u8>>,
+    /// Up to where records may have changed its target before it last went down: what of that had reached the disk is not
+    /// known.
+    pub touched: Lsn,
     /// Up to where the sync that runs will have saved.
     syncing: Lsn,
     /// The next sync fails.
@@ -74,6 +79,7 @@ impl Node {
             following: Following::default(),
             leader: None,
             arrived: BTreeMap::new(),
+            touched: Lsn::ZERO,
             syncing: Lsn::ZERO,
             sync_fails: false,
             is_rotten: false,
@@ -126,6 +132,7 @@ impl World {
         node.leading = None;
         node.refused_since = None;
         let leads = leader == Some(id);
+        node.log.step_down();
         if leads {
             // Its own log is safe before it is the log of an epoch.
             node.disk.sync_now();
@@ -133,7 +140,8 @@ impl World {
             node.log.epoch = epoch;
             node.leading = Some(Leading::new(epoch, node.log.head(), &others));
         }
-        let replicas = others.iter().map(|other| ReplicaInfo { node: NodeId(*other), endpoint: String::new() }).collect();
+        let replicas =
+            others.iter().map(|other| ReplicaInfo { node: NodeId(*other), endpoint: String::new() }).collect();
         let assignment = Assignment {
             epoch,
             role: if leads { Role::Leader } else { Role::Follower },
@@ -225,7 +233,8 @@ impl World {
 
     pub fn start_sync(&mut self, id: u64) {
         let slow = self.slow_disk;
-        let takes = if self.chance.per_mille(20) { self.chance.between(100, 100 + slow) } else { self.chance.between(1, 20) };
+        let takes =
+            if self.chance.per_mille(20) { self.chance.between(100, 100 + slow) } else { self.chance.between(1, 20) };
         let node = self.node(id);
         if node.disk.is_syncing() || node.log.synced >= node.log.head() {
             return;
@@ -301,7 +310,10 @@ impl World {
             }
             Ok(Some((log, cut))) => {
                 if log.head() < synced && !incomplete {
-                    oracle.violated(format!("node {id} had LSN {synced} on stable storage, and its log ends at {}", log.head()));
+                    oracle.violated(format!(
+                        "node {id} had LSN {synced} on stable storage, and its log ends at {}",
+                        log.head()
+                    ));
                 }
                 node.log = log.planted_as(&node.log);
                 oracle.has(id, &node.log, &node.disk, 0);
@@ -317,6 +329,14 @@ impl World {
         };
         node.is_rotten = false;
         node.up = true;
+        // Only what was on stable storage in the log was given to the target.
+        node.touched = node.log.head();
+        if node.disk.manifest.epoch < node.accepted {
+            oracle.violated(format!(
+                "node {id} accepted epoch {}, and comes back with {}",
+                node.accepted, node.disk.manifest.epoch
+            ));
+        }
         node.accepted = node.disk.manifest.epoch;
         node.engine = engine(id, lives);
         node.refused_since = None;

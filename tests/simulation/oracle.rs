@@ -90,7 +90,8 @@ impl Oracle {
                 return self.violated(format!("node {node} has a batch at {place:?} that nobody wrote"));
             };
             if written.before != before || written.hash != hash(log.batch_bytes(disk, &mark)) {
-                return self.violated(format!("node {node} has another log at {place:?} than its writer, behind {before:?}"));
+                return self
+                    .violated(format!("node {node} has another log at {place:?} than its writer, behind {before:?}"));
             }
         }
     }
@@ -118,7 +119,8 @@ impl Oracle {
     /// Nothing acknowledged is missing in a log that is to be the log.
     pub fn holds_acknowledged(&mut self, node: u64, log: &Log) {
         let (origin, _) = log.origin();
-        let missing = self.acknowledged.range(origin.next()..).find(|(lsn, chain)| log.place_after(**lsn, **chain).is_none());
+        let missing =
+            self.acknowledged.range(origin.next()..).find(|(lsn, chain)| log.place_after(**lsn, **chain).is_none());
         if let Some((lsn, chain)) = missing {
             self.violated(format!(
                 "LSN {lsn} (chain {:08x}) was acknowledged and is not in the log of node {node}, which ends at {}",

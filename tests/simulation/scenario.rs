@@ -90,12 +90,24 @@ impl World {
             slow_disk: [100, 1000, 5000][chance.index(3)],
             fault_every: [500, 2000, 6000, 15_000][chance.index(4)],
             write_every: [100, 300, 1000][chance.index(3)],
+            is_restless: chance.per_mille(200),
             faults_end: seconds * 1000,
             written: 0,
             lives: 0,
             told: Default::default(),
             chance,
         };
+        match plant {
+            Some(Plant::ElectLongest) if count >= 4 => {
+                // It takes several leaders in the wrong order to do harm.
+                (world.k, world.is_restless) = (u16::try_from(count - 2).unwrap(), true);
+                (world.fault_every, world.write_every) = (700, 1500);
+            }
+            Some(Plant::TakeAcceptedEpoch | Plant::CutBehindApplied) => {
+                (world.is_restless, world.fault_every) = (true, 2000)
+            }
+            _ => {}
+        }
         let (k, delay) = (world.k, world.network.delay);
         world.line(0, format_args!("seed {seed}: {count} nodes, durable on {k}, delay {delay} ms, plant {plant:?}"));
         for id in 1..=count {
@@ -145,7 +157,8 @@ impl World {
         }
         let projection = leader.engine.projection();
         let keeps_up = projection.replicas.iter().all(|replica| {
-            (replica.kind, replica.phase) == (Some(SessionKind::KeepUp), Phase::Running) && replica.facts.durable == head
+            (replica.kind, replica.phase) == (Some(SessionKind::KeepUp), Phase::Running)
+                && replica.facts.durable == head
         });
         (!keeps_up || leader.engine.durable() != head).then(|| format!("the leader sees {projection}"))
     }
@@ -166,7 +179,8 @@ impl World {
         self.queue.after(1000, Happening::Authority);
         let now = self.queue.now;
         let Authority { epoch, leader, life, .. } = self.authority;
-        let reached: Vec<u64> = self.nodes.iter().filter(|node| node.up && !node.is_cut_off).map(|node| node.id).collect();
+        let reached: Vec<u64> =
+            self.nodes.iter().filter(|node| node.up && !node.is_cut_off).map(|node| node.id).collect();
         let stands = leader.is_some_and(|leader| reached.contains(&leader) && self.node(leader).life == life);
         let missed_since = if stands { None } else { self.authority.missed_since.or(Some(now)) };
         self.authority.missed_since = missed_since;
@@ -176,7 +190,10 @@ impl World {
         }
         for id in reached {
             let node = self.node(id);
-            if Some(id) != leader && leader.is_some() && (node.leader != leader || node.accepted < epoch || node.leading.is_some()) {
+            if Some(id) != leader
+                && leader.is_some()
+                && (node.leader != leader || node.accepted < epoch || node.leading.is_some())
+            {
                 self.accept_epoch(id, epoch);
                 self.assign(id, epoch, leader);
             }
@@ -251,7 +268,9 @@ impl World {
         let count = self.nodes.len();
         let id = 1 + self.chance.below(count as u64);
         let lasts = self.chance.between(500, 15_000);
-        match self.chance.below(16) {
+        let kind =
+            if self.is_restless { [0, 0, 0, 8, 9, 9, 10, 10, 12][self.chance.index(9)] } else { self.chance.below(16) };
+        match kind {
             0..4 if self.node(id).up => {
                 let survives = [0, 300, 500, 900, 1000][self.chance.index(5)];
                 let rots = self.may_rot(id) && self.chance.per_mille(300);

@@ -141,8 +141,11 @@ impl ReplicationTarget for Blocks {
         if self.is_incomplete() {
             return Err(invalid("the target is being rebuilt itself"));
         }
-        let info =
-            BaseInfo { base_lsn: self.applied(), block_len: BLOCK_LEN as u32, block_count: BLOCKS as u64 };
+        let info = BaseInfo {
+            base_lsn: self.applied(),
+            block_len: u32::try_from(BLOCK_LEN).unwrap(),
+            block_count: BLOCKS as u64,
+        };
         Ok(Box::new(Source { blocks: self.clone(), info, next: 0 }))
     }
 

@@ -57,8 +57,6 @@ pub enum Plant {
     ForgetMark,
     /// The longest log leads, whatever the epochs in it.
     ElectLongest,
-    /// Records of older epochs count as acknowledged as soon as they are durable on enough followers.
-    CountOlderEpochs,
     /// A second leader under the same epoch.
     ReuseEpoch,
     /// A follower that lost its leader asks no more.
@@ -67,6 +65,8 @@ pub enum Plant {
     BelieveSynced,
     /// The leader takes the epoch that a follower has accepted for that of its newest record.
     TakeAcceptedEpoch,
+    /// A follower's log is cut behind what it knows to be applied, though more had been when it went down.
+    CutBehindApplied,
 }
 
 impl Plant {
@@ -79,11 +79,11 @@ impl Plant {
         Plant::ForgetEpoch,
         Plant::ForgetMark,
         Plant::ElectLongest,
-        Plant::CountOlderEpochs,
         Plant::ReuseEpoch,
         Plant::GiveUp,
         Plant::BelieveSynced,
         Plant::TakeAcceptedEpoch,
+        Plant::CutBehindApplied,
     ];
 }
 
@@ -105,6 +105,8 @@ pub struct World {
     /// The mean time between faults, and between writes.
     pub fault_every: Time,
     pub write_every: Time,
+    /// Leaders change all the time.
+    pub is_restless: bool,
     /// When the last fault comes.
     pub faults_end: Time,
     /// Records written so far.
@@ -191,7 +193,10 @@ impl World {
             }
             Ok(Some(Arrival::Closed)) if self.node(id).up => {
                 let rest = self.node(id).arrived.remove(&(connection, end)).unwrap_or_default();
-                self.line(id, format_args!("connection {connection} was closed, {} bytes of a frame are left", rest.len()));
+                self.line(
+                    id,
+                    format_args!("connection {connection} was closed, {} bytes of a frame are left", rest.len()),
+                );
                 match end {
                     End::Caller => self.following_gone(id, connection, &rest),
                     End::Called => self.stream_gone(id, connection),
