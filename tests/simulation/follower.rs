@@ -300,6 +300,8 @@ impl World {
         if node.log.is_empty() || node.log.synced < needed {
             return;
         }
+        // Also the name of a segment in which nothing is written yet: without it nothing says where the log stands.
+        node.disk.sync_now();
         let achieved = match rebuild.session.try_complete() {
             Ok(None) => return,
             Ok(Some(achieved)) => achieved,

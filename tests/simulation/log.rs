@@ -364,7 +364,7 @@ impl Log {
         }
         let is_due = match self.trusted {
             Some(newest) => header.epoch <= newest,
-            None => header.epoch >= self.epoch && (header.chain_before == self.chain || self.trusts_chain),
+            None => header.epoch >= self.written_epoch() && (header.chain_before == self.chain || self.trusts_chain),
         };
         if header.id.first_lsn != self.next || !is_due {
             return Err(format!("a segment arrived that does not continue the log: {header:?}"));
@@ -376,6 +376,12 @@ impl Log {
         self.activate(disk, header).map_err(|Full| "no room for the next segment".to_owned())?;
         (self.epoch, self.chain, self.trusted) = (header.epoch, header.chain_before, None);
         Ok(())
+    }
+
+    /// The epoch of the newest segment with batches.
+    fn written_epoch(&self) -> Epoch {
+        let written = self.segments.iter().rev().find(|segment| segment.end > SEGMENT_HEADER_LEN);
+        written.map_or(Epoch::ZERO, |segment| segment.header.epoch)
     }
 
     /// Forgets the beginning of a batch that will not come to its end, and leaves zeros.

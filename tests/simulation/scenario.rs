@@ -103,9 +103,7 @@ impl World {
                 (world.k, world.is_restless) = (u16::try_from(count - 2).unwrap(), true);
                 (world.fault_every, world.write_every) = (700, 1500);
             }
-            Some(Plant::TakeAcceptedEpoch | Plant::CutBehindApplied) => {
-                (world.is_restless, world.fault_every) = (true, 2000)
-            }
+            Some(Plant::TakeAcceptedEpoch) => world.is_restless = true,
             _ => {}
         }
         let (k, delay) = (world.k, world.network.delay);
@@ -323,9 +321,12 @@ impl World {
         }
     }
 
+    /// What rots must not be the last copy: others have what the node has, and it is not the one from whom they are about to
+    /// be rebuilt.
     fn may_rot(&mut self, id: u64) -> bool {
-        let others_are_whole = self.nodes.iter().all(|node| node.is_whole() && !node.is_rotten);
-        self.k >= 2 && others_are_whole && self.node(id).up
+        let all_are_whole = self.nodes.iter().all(|node| node.is_whole() && !node.is_rotten);
+        let leads = self.node(id).leading.is_some() || self.authority.leader == Some(id);
+        self.k >= 2 && all_are_whole && !leads
     }
 
     fn break_connection(&mut self) {
