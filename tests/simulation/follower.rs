@@ -300,7 +300,7 @@ impl World {
         if node.log.is_empty() || node.log.synced < needed {
             return;
         }
-        // Also the name of a segment in which nothing is written yet: without it nothing says where the log stands.
+        // As the crate does, also for the name of a segment in which nothing is written yet.
         node.disk.sync_now();
         let achieved = match rebuild.session.try_complete() {
             Ok(None) => return,

@@ -443,12 +443,10 @@ impl Log {
         self.marks.get(from).filter(|mark| mark.lsn() == lsn).map(Mark::chain)
     }
 
-    /// The first LSN of the segment that holds `lsn`, or will.
+    /// The first LSN of the segment that holds `lsn`; where that comes after the head, of the newest, even if it is sealed.
     pub fn segment_start_for(&self, lsn: Lsn) -> Lsn {
         let holding = self.segments.iter().rev().find(|segment| segment.header.id.first_lsn <= lsn);
-        holding
-            .filter(|segment| !segment.sealed || lsn <= segment.last)
-            .map_or(self.next, |segment| segment.header.id.first_lsn)
+        holding.map_or(self.next, |segment| segment.header.id.first_lsn)
     }
 
     /// The bytes to be sent from a place on, at most `most`, and where that place is; none if there are no more.
