@@ -12,12 +12,14 @@
 //! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
 //! | 6 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
 //! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
-//! | 8 | `received` + 1 < tail: its log ends before the leader's begins | rebuild |
+//! | 8 | `received` + 1 < tail, or = tail > 1 with another chain than the leader's: its log ends before the leader's begins | rebuild |
 //! | 9 | position = head | keep-up |
 //! | 10 | position + 1 >= tail | catch-up from position |
 //! | 11 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies.
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies. One
+//! before the tail it knows a single chain, the one behind the batch that sealed the segment it has given up. A log that
+//! ends before that batch has another chain there and the same history: that it differs proves nothing.
 //! A fresh follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
 //!
 //! Diverged, with *common* = the newest LSN proven to be the same in both logs:
@@ -102,7 +104,7 @@ pub fn decide(ack: &SyncAck) -> Decision {
     if not_a_prefix {
         return decide_diverged(ack);
     }
-    if follower.received.next() < leader.tail {
+    if ends_before_tail(ack) {
         Decision::Rebuild
     } else if position == leader.head {
         Decision::KeepUp
@@ -116,8 +118,15 @@ pub fn decide(ack: &SyncAck) -> Decision {
 /// Whether the follower's log is known to be no prefix of the leader's.
 fn histories_differ(ack: &SyncAck) -> bool {
     let received = ack.follower.received;
-    let comparable = received > Lsn::ZERO && received.next() >= ack.leader.tail;
+    let comparable = received > Lsn::ZERO && received >= ack.leader.tail;
     comparable && ack.leader.chain_at_received != Some(ack.follower.chain)
+}
+
+/// Whether the follower's log ends where the leader's cannot go on with it, because what was there is given up.
+fn ends_before_tail(ack: &SyncAck) -> bool {
+    let (received, tail) = (ack.follower.received, ack.leader.tail);
+    let differs = ack.leader.chain_at_received != Some(ack.follower.chain);
+    received.next() < tail || (received > Lsn::ZERO && received.next() == tail && differs)
 }
 
 fn decide_diverged(ack: &SyncAck) -> Decision {
@@ -247,6 +256,21 @@ mod tests {
         let mut facts = ack(9, 1, 10);
         facts.leader.chain_at_received = Some(Chain(8));
         assert_eq!(decide(&facts), BEHIND);
+    }
+
+    #[test]
+    fn one_before_the_tail_another_chain_proves_nothing() {
+        let mut facts = ack(8, 9, 10);
+        assert_eq!(decide(&facts), catch_up(8));
+        facts.leader.chain_at_received = None;
+        assert_eq!(decide(&facts), Decision::Rebuild, "its log may end before the batch that sealed the segment");
+        facts.leader.head = Lsn(8);
+        assert_eq!(decide(&facts), Decision::Rebuild);
+        facts.follower.durable = Lsn(9);
+        assert_eq!(decide(&facts), BEHIND, "it has more than the leader");
+        let mut facts = ack(9, 9, 10);
+        facts.leader.chain_at_received = None;
+        assert_eq!(decide(&facts), BEHIND, "what the leader has it can compare");
     }
 
     #[test]

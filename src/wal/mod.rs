@@ -38,13 +38,13 @@ mod log_fixture;
 mod mapping;
 pub(crate) mod mend;
 mod reader;
-mod recovery;
+pub(crate) mod recovery;
 pub mod scan;
 pub mod segment;
 mod spares;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(crate) mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};

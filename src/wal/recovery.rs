@@ -40,6 +40,7 @@ use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::Expected;
+use crate::wal::carry_out::Verdict;
 use crate::wal::given_up;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Plausible, SegmentFile};
@@ -151,14 +152,30 @@ pub(crate) struct Recovered {
 pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known_synced: Lsn) -> Result<Recovered> {
     let (mut listed, mut others) = walk::list(directory)?;
     given_up::restore(&mut listed, &mut others, identity)?;
+    let segments = listed.into_iter().map(|(id, path)| Ok((id, SegmentFile::open(&path)?)));
+    survey(directory, identity, known_synced, segments)?.carry_out(directory, &others, identity)
+}
+
+/// Recovery without the deeds: looks at the segments, oldest first, and decides.
+///
+/// # Errors
+///
+/// As [`recover`].
+pub(crate) fn survey(
+    directory: &Path,
+    identity: &LogIdentity,
+    known_synced: Lsn,
+    segments: impl ExactSizeIterator<Item = Result<(WalSegmentId, SegmentFile)>>,
+) -> Result<Verdict> {
     let mut survey = Survey::new(identity, known_synced);
-    let count = listed.len();
-    for (index, (id, path)) in listed.into_iter().enumerate() {
-        survey.add(id, SegmentFile::open(&path)?, index + 1 == count)?;
+    let count = segments.len();
+    for (index, segment) in segments.enumerate() {
+        let (id, file) = segment?;
+        survey.add(id, file, index + 1 == count)?;
     }
     match survey.decide() {
         Decision::Refuse => Err(survey.refusal(directory)),
-        Decision::Open | Decision::Cut => survey.carry_out(directory, &others),
+        Decision::Open | Decision::Cut => Ok(survey.verdict()),
     }
 }
 
