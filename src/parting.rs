@@ -7,7 +7,8 @@
 //! both sides. What then happens is the [decision](crate::protocol::decide) of the protocol engine.
 //!
 //! The follower looks after itself all the same. It cuts only at the point that it has named, only for a leader of a newer
-//! epoch than its own newest record, and never what its target has applied.
+//! epoch than its own newest record, and never what its target may hold: after a power cut that can be more than it knows
+//! to have applied, where it overwrites in place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +27,7 @@ pub(crate) struct Parting {
     pub(crate) tail_epoch: Epoch,
     /// The newest place known to be in both logs.
     pub(crate) common: Option<LogPosition>,
-    /// The follower has applied nothing behind it to its base.
+    /// Nothing behind it can be in the follower's base.
     pub(crate) cut_possible: bool,
 }
 
@@ -89,8 +90,8 @@ fn is_beginning_of(log: &Log, SyncRequest { received, durable, applied, chain, .
 /// What a follower has, for the leader that asks where logs part.
 pub(crate) struct OwnHistory<'a> {
     pub(crate) log: &'a Arc<Log>,
-    /// Up to where the target has applied something that cannot be taken back.
-    pub(crate) applied: Lsn,
+    /// Up to where the target may hold something that cannot be taken back.
+    pub(crate) touched: Lsn,
 }
 
 /// What a follower has told of its history in a handshake.
@@ -100,7 +101,7 @@ pub(crate) struct Told {
     tail_epoch: Epoch,
     /// The point that it has named: a place in its own log.
     common: Option<LogPosition>,
-    applied: Lsn,
+    touched: Lsn,
 }
 
 /// Sends a request to follow and takes the answer: `ShardInfo`, or a refusal. On the way there the leader may ask where
@@ -142,7 +143,7 @@ impl OwnHistory<'_> {
             flags |= CommonPoint::FOUND;
             // A log that begins past LSN 1 and keeps nothing would not know its chain.
             let keeps_some = place.lsn == Lsn::ZERO || place.segment > self.log.tail() || place.offset > 0;
-            if self.applied <= place.lsn && keeps_some {
+            if self.touched <= place.lsn && keeps_some {
                 flags |= CommonPoint::CUT_POSSIBLE;
             }
         }
@@ -152,7 +153,7 @@ impl OwnHistory<'_> {
             chain: common.map_or_else(Default::default, |place| place.chain),
             flags,
         };
-        Ok((answer, Told { tail_epoch, common, applied: self.applied }))
+        Ok((answer, Told { tail_epoch, common, touched: self.touched }))
     }
 
     /// The place in the own log that the leader's history allows for at the end of one of its epochs.
@@ -167,26 +168,35 @@ impl OwnHistory<'_> {
 }
 
 impl Told {
-    /// Where this log is to be cut before what `info` announces can follow, if it is.
+    /// Where this log, with this head and the place `due` for the next byte, is to be cut before what `info` announces can
+    /// follow, if it is. The place decides, not the LSN alone: a log that ends with another batch sealing its segment than
+    /// the leader's is cut before that, and loses no record.
     ///
     /// # Errors
     ///
     /// [`Error::Protocol`] if it would cut what must not be cut.
-    pub(crate) fn cut_asked(&self, peer: &str, info: &ShardInfo, head: Lsn) -> Result<Option<LogPosition>> {
-        if info.session_kind != SessionKind::CatchUp || info.start > head {
+    pub(crate) fn cut_asked(
+        &self,
+        peer: &str,
+        info: &ShardInfo,
+        (head, due): (Lsn, (Lsn, u64)),
+    ) -> Result<Option<LogPosition>> {
+        let offered = (info.start_segment, info.start_offset);
+        let continues = info.start > head && (offered == due || offered == (due.0, 0));
+        if info.session_kind != SessionKind::CatchUp || continues {
             return Ok(None);
         }
         let here = self.common.filter(|place| {
             place.lsn.next() == info.start && (place.segment, place.offset) == (info.start_segment, info.start_offset)
         });
         match here {
-            Some(place) if self.gives_way_to(info.epoch) && self.applied <= place.lsn => Ok(Some(place)),
+            Some(place) if self.gives_way_to(info.epoch) && self.touched <= place.lsn => Ok(Some(place)),
             _ => Err(Error::protocol(
                 peer,
                 format!(
                     "under epoch {} it would send from LSN {} on, where this log has records of epoch {} up to LSN {head}, \
-                     up to {} of them applied, and no point to cut it was agreed on",
-                    info.epoch, info.start, self.tail_epoch, self.applied
+                     up to {} of them perhaps applied, and no point to cut it was agreed on",
+                    info.epoch, info.start, self.tail_epoch, self.touched
                 ),
             )),
         }

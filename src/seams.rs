@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::error::Result;
 use crate::retention::{RetentionFacts, RetentionOptions};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
-use crate::wal::{LogIdentity, SegmentHeader, TornTail, recovery, walk};
+use crate::wal::{KnownSynced, LogIdentity, SegmentHeader, TornTail, recovery, walk};
 
 /// One segment of a log that may be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,14 +54,14 @@ pub struct OpenVerdict {
 /// Where the log must not be opened.
 pub fn survey_log(
     identity: &LogIdentity,
-    known_synced: Lsn,
+    known: KnownSynced,
     files: Vec<(WalSegmentId, Vec<u8>)>,
 ) -> Result<OpenVerdict> {
     let segments = files.into_iter().map(|(id, bytes)| {
         let path = PathBuf::from(id.to_string());
         Ok((id, walk::SegmentFile::over(&path, bytes.len() as u64, Box::new(bytes))))
     });
-    let verdict = recovery::survey(Path::new("."), identity, known_synced, segments)?;
+    let verdict = recovery::survey(Path::new("."), identity, known, segments)?;
     let recovered = verdict.recovered;
     let opened = |segment: recovery::RecoveredSegment| OpenedSegment {
         header: segment.header,

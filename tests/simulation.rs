@@ -27,8 +27,8 @@
 //! Each [`Plant`] builds one defect in, and `every_planted_defect_is_found` expects the oracle to meet it. Three of them are
 //! no inventions:
 //!
-//! - `BelieveSynced`: batches carry what their *leader* had synced, and recovery takes it for what this disk had. A
-//!   follower that does not sync that far before it writes such a batch is refused its sound log after a power cut.
+//! - `BelieveSynced`: batches carry what their *leader* had synced. Where recovery takes that for what this disk had, a
+//!   follower is refused its sound log after a power cut.
 //! - `TakeAcceptedEpoch`: a follower's accepted epoch says nothing about its newest record. Taken for that, the tail of a
 //!   deposed leader looks like data that the new one has lost, and it is refused for good.
 //! - `CutBehindApplied`: a target that overwrites in place may hold more after a power cut than it knows to have applied.

@@ -63,7 +63,7 @@ impl Survey<'_> {
                 chain: self.next.chain,
                 epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
                 timestamp: self.timestamp,
-                synced: self.synced,
+                synced: self.known.lsn,
                 torn,
                 segments: self.segments,
                 leftovers: Vec::new(),

@@ -46,6 +46,8 @@ struct Saving {
 pub struct Manifest {
     /// The highest epoch accepted.
     pub epoch: Epoch,
+    /// Whether the node itself leads, or has led, under it.
+    pub own_epoch: bool,
     /// What was here was given up, or taken away, and is not all back yet: the node cannot speak for what it once had.
     pub recovering: bool,
 }

@@ -4,7 +4,7 @@
 use towline::limits::{BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use towline::seams::{KeptLog, give_up_through, survey_log};
 use towline::wal::batch::{self, BatchIter};
-use towline::wal::{BatchError, BatchHeader, Expected, LogIdentity, SegmentHeader};
+use towline::wal::{BatchError, BatchHeader, Expected, KnownSynced, LogIdentity, SegmentHeader, WrittenHere};
 use towline::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 
 use super::disk::{Disk, FileId, SEGMENT_SIZE};
@@ -74,8 +74,6 @@ pub struct Log {
     header_due: bool,
     /// Planted: what arrives is taken for a continuation whatever it says.
     pub trusts_chain: bool,
-    /// Planted: what its leader says was synced counts as synced here.
-    pub believes_synced: bool,
 }
 
 /// The disk has no room for the next segment.
@@ -84,10 +82,10 @@ pub struct Full;
 
 impl Log {
     /// Recovers what the disk has. `stop_after` deeds the power goes again, and there is no log.
-    pub fn open(disk: &mut Disk, known_synced: Lsn, stop_after: usize) -> Result<Option<(Log, u64)>, String> {
+    pub fn open(disk: &mut Disk, known: KnownSynced, stop_after: usize) -> Result<Option<(Log, u64)>, String> {
         let listed = disk.list();
         let files = listed.iter().map(|(id, file)| (*id, disk.bytes(*file).to_vec())).collect();
-        let verdict = survey_log(&IDENTITY, known_synced, files).map_err(|error| error.to_string())?;
+        let verdict = survey_log(&IDENTITY, known, files).map_err(|error| error.to_string())?;
         let mut left = stop_after;
         let mut deed = || {
             left = left.saturating_sub(1);
@@ -134,7 +132,7 @@ impl Log {
 
     /// What is planted into this log, as into another.
     pub fn planted_as(mut self, other: &Log) -> Log {
-        (self.trusts_chain, self.believes_synced) = (other.trusts_chain, other.believes_synced);
+        self.trusts_chain = other.trusts_chain;
         self
     }
 
@@ -151,7 +149,6 @@ impl Log {
             arrived: Vec::new(),
             header_due: false,
             trusts_chain: false,
-            believes_synced: false,
         }
     }
 
@@ -336,12 +333,6 @@ impl Log {
             }
             match batch::verify(&self.arrived, SEGMENT_SIZE - open.end, expected) {
                 Ok(header) => {
-                    // What a batch says was synced was synced by its writer. It must be true of this disk too before the
-                    // batch is on it, or recovery takes for damage what a power cut left out.
-                    if header.synced_lsn > self.synced && !self.believes_synced {
-                        disk.sync_now();
-                        self.synced = self.head();
-                    }
                     let bytes: Vec<u8> = self.arrived.drain(..index(header.total_len())).collect();
                     disk.write(open.file, open.end, &bytes);
                     self.timestamp = self.timestamp.max(header.timestamp);
@@ -487,14 +478,13 @@ impl Log {
         Some(tail.previous())
     }
 
-    /// A bit of a batch that a later batch on the disk says was synced, for rot.
-    pub fn bit_to_rot(&self, chance: &mut super::clock::Chance) -> Option<(WalSegmentId, u64)> {
-        let stated = self
-            .marks
-            .iter()
-            .filter(|mark| mark.header.record_count > 0 && mark.lsn() <= self.synced)
-            .map(|mark| mark.header.synced_lsn)
-            .max()?;
+    /// A bit of a batch that is known to have been synced, for rot: a checkpoint says so, or a later batch that the node
+    /// itself wrote.
+    pub fn bit_to_rot(&self, known: KnownSynced, chance: &mut super::clock::Chance) -> Option<(WalSegmentId, u64)> {
+        let own =
+            |mark: &&Mark| WrittenHere::Epoch(mark.header.epoch) == known.written_here && mark.lsn() <= self.synced;
+        let own = self.marks.iter().filter(|mark| mark.header.record_count > 0).filter(own);
+        let stated = own.map(|mark| mark.header.synced_lsn).max().unwrap_or_default().max(known.lsn);
         let marks: Vec<&Mark> =
             self.marks.iter().filter(|mark| mark.header.record_count > 0 && mark.lsn() <= stated).collect();
         let mark = marks.get(chance.index(marks.len().max(1)))?;

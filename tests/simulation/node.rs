@@ -6,11 +6,11 @@ use towline::protocol::{
     Assignment, Engine, Event, Millis, ReadinessObserved, ReplicaInfo, Role, SessionId, SessionLimits, Settings,
 };
 use towline::target::ReplicationTarget;
-use towline::wal::BatchIter;
+use towline::wal::{BatchIter, KnownSynced, WrittenHere};
 use towline::{Epoch, Lsn, NodeId, ShardId};
 
 use super::clock::Time;
-use super::disk::Disk;
+use super::disk::{Disk, Manifest};
 use super::follower::Following;
 use super::leader::Leading;
 use super::log::Log;
@@ -65,7 +65,6 @@ impl Node {
         disk.lies = plant == Some(Plant::DiskLies);
         let mut log = Log::begin_at(&mut disk, Lsn::FIRST, Epoch::ZERO);
         log.trusts_chain = plant == Some(Plant::TrustChain);
-        log.believes_synced = plant == Some(Plant::BelieveSynced);
         Node {
             id,
             up: true,
@@ -86,6 +85,13 @@ impl Node {
             refused_since: None,
             is_cut_off: false,
         }
+    }
+
+    /// What it knows to be on stable storage when it comes back.
+    pub fn known_synced(&self) -> KnownSynced {
+        let lsn = if self.blocks.is_incomplete() { Lsn::ZERO } else { self.blocks.saved() };
+        let Manifest { epoch, own_epoch, .. } = self.disk.manifest;
+        KnownSynced { lsn, written_here: if own_epoch { WrittenHere::Epoch(epoch) } else { WrittenHere::Nothing } }
     }
 
     /// Whether it can speak for everything that it ever acknowledged.
@@ -114,8 +120,8 @@ impl World {
         let forgets = self.plant == Some(Plant::ForgetEpoch);
         let node = self.node(id);
         node.accepted = node.accepted.max(epoch);
-        if !forgets {
-            node.disk.manifest.epoch = node.accepted;
+        if !forgets && node.disk.manifest.epoch < node.accepted {
+            (node.disk.manifest.epoch, node.disk.manifest.own_epoch) = (node.accepted, false);
         }
     }
 
@@ -138,6 +144,7 @@ impl World {
             node.disk.sync_now();
             node.log.synced = node.log.head();
             node.log.epoch = epoch;
+            node.disk.manifest.own_epoch = node.disk.manifest.epoch == epoch;
             node.leading = Some(Leading::new(epoch, node.log.head(), &others));
         }
         let replicas =
@@ -299,7 +306,10 @@ impl World {
         let World { nodes, oracle, plant, .. } = self;
         let node = &mut nodes[usize::try_from(id - 1).unwrap()];
         let synced = node.log.synced;
-        let known = if node.blocks.is_incomplete() { Lsn::ZERO } else { node.blocks.saved() };
+        let mut known = node.known_synced();
+        if *plant == Some(Plant::BelieveSynced) {
+            known.written_here = WrittenHere::Everything;
+        }
         // A log that a rebuild began anew may have been lost as a whole: its target knows.
         let incomplete = node.blocks.is_incomplete();
         let text = match Log::open(&mut node.disk, known, stop_after) {

@@ -273,7 +273,8 @@ impl World {
                 let survives = [0, 300, 500, 900, 1000][self.chance.index(5)];
                 let rots = self.may_rot(id) && self.chance.per_mille(300);
                 let mut chance = self.chance.clone();
-                let bit = self.node(id).log.bit_to_rot(&mut chance).filter(|_| rots);
+                let node = self.node(id);
+                let bit = node.log.bit_to_rot(node.known_synced(), &mut chance).filter(|_| rots);
                 self.crash(id, survives);
                 if let Some((segment, bit)) = bit {
                     self.line(id, format_args!("bit {bit} of {segment} rots"));

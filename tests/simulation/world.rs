@@ -61,7 +61,7 @@ pub enum Plant {
     ReuseEpoch,
     /// A follower that lost its leader asks no more.
     GiveUp,
-    /// A follower writes a batch that says what its leader had synced without having synced that itself.
+    /// Recovery takes what a leader says it had synced for what a follower had.
     BelieveSynced,
     /// The leader takes the epoch that a follower has accepted for that of its newest record.
     TakeAcceptedEpoch,
