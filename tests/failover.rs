@@ -17,7 +17,7 @@ use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, compare_logs, list_segments, scan_segment};
 use towline::wal::{Expected, LogWriter, batch};
 use towline::wire::{
-    CommonPoint, EpochEnd, EpochHistory, Message, SessionId, SessionKind, ShardInfo, Sync, SyncRequest,
+    CommonPoint, EpochEnd, EpochHistory, Message, SessionId, SessionKind, ShardInfo, Sync, SyncRequest, VersionRange,
 };
 use towline::{Chain, Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, ShardId};
 
@@ -43,6 +43,7 @@ over_both![
     two_leaders_under_one_epoch_do_not_follow_each_other,
     a_follower_that_names_a_wrong_point_gains_nothing,
     a_leader_cannot_have_cut_what_was_not_agreed_on,
+    a_diverged_follower_of_version_1_is_refused,
 ];
 
 fn directories() -> (TempDir, PathBuf, PathBuf) {
@@ -690,6 +691,34 @@ fn a_follower_that_names_a_wrong_point_gains_nothing(net: &Net) {
     let info = ask(said(50, place.chain, both).into()).unwrap();
     assert_eq!((info.session_kind, info.start), (SessionKind::CatchUp, Lsn(51)));
     assert_eq!((info.start_segment, info.start_offset), (place.segment, place.offset));
+    leader.shutdown().unwrap();
+}
+
+/// It cannot be asked where the logs part, so nothing is proven, and it loses nothing; whatever epoch it has accepted.
+fn a_diverged_follower_of_version_1_is_refused(net: &Net) {
+    let (_parent, a, b) = directories();
+    let (leader, _writers) = fail_over(net, &a, &b, &[50], &[0], 30);
+    for (epoch, received, code) in [
+        (1, 60, RefusalCode::Diverged),
+        (2, 60, RefusalCode::Diverged),
+        (1, 90, RefusalCode::Diverged),
+        (2, 90, RefusalCode::LeaderBehind),
+    ] {
+        let request = SyncRequest {
+            versions: VersionRange { min: 1, max: 1 },
+            epoch: Epoch(epoch),
+            received: Lsn(received),
+            durable: Lsn(received),
+            applied: Lsn(0),
+            chain: Chain(1),
+            ..follow_request(&leader.manifest(), A, S0)
+        };
+        let mut connection = net.connect();
+        connection.sender.send_message(&request.into()).unwrap();
+        let Message::Error(refusal) = connection.receiver.receive_message().unwrap() else { panic!("not refused") };
+        assert_eq!(refusal.code, code, "{}", refusal.text);
+        assert!(refusal.text.contains("nothing is overwritten"), "{}", refusal.text);
+    }
     leader.shutdown().unwrap();
 }
 

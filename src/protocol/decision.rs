@@ -345,6 +345,25 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(4096))]
 
+        /// Nobody asks a follower of version 1 where the logs part, nor one whose log is a beginning of the leader's. The
+        /// epoch that it has accepted then stands for that of its newest record, which is older or the same.
+        #[test]
+        fn an_epoch_that_is_only_a_bound_takes_nothing_from_a_follower(ack in any_facts(), accepted in 0u64..5) {
+            let mut ack = ack;
+            (ack.leader.common, ack.leader.cut_possible) = (None, false);
+            let exact = decide(&ack);
+            let mut bound = ack;
+            bound.follower.tail_epoch = Epoch(accepted).max(ack.follower.tail_epoch);
+            let decided = decide(&bound);
+            prop_assert!(decided == exact || matches!(decided, Decision::Refuse(_)), "{:?} became {:?}", exact, decided);
+            let is_cut = matches!(decided, Decision::CatchUp { cut: Some(_), .. });
+            prop_assert!(!is_cut);
+            // The epoch of a log that is a beginning of the leader's decides nothing.
+            let is_beginning = ack.follower.end() <= ack.leader.head && !histories_differ(&ack);
+            let follows = bound.follower.tail_epoch <= ack.epoch;
+            prop_assert!(!(is_beginning && follows) || decided == exact);
+        }
+
         #[test]
         fn no_decision_takes_a_follower_below_what_is_known_to_be_safe(ack in any_facts()) {
             let (follower, leader) = (ack.follower, ack.leader);

@@ -1,7 +1,7 @@
 //! A node that follows: it asks, takes in log and base as they come, and says how far it is.
 
 use towline::rebuild::{RebuildContract, RebuildSession};
-use towline::target::{BaseInfo, BlockId};
+use towline::target::{BaseInfo, BlockId, ReplicationTarget};
 use towline::wire::{
     Ack, BaseDataHeader, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionAction,
     SessionControl, SessionFailure, SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
@@ -135,7 +135,8 @@ impl World {
         let ends = node.log.marks.iter().map(|mark| (mark.lsn(), mark.chain()));
         let ends = std::iter::once(node.log.origin()).chain(ends).collect();
         let tail_epoch = node.log.record_epoch().unwrap_or_default();
-        let touched = if forgets_touched { request.applied } else { node.touched.max(request.applied) };
+        let beyond = node.blocks.touched(SHARD).unwrap().unwrap_or(node.opened_with);
+        let touched = if forgets_touched { request.applied } else { beyond.max(request.applied) };
         let told = Told { tail_epoch, touched, ends };
         node.following.stream =
             Some(Stream { connection, info: None, rebuild: None, sent: None, sent_at: now, heard_at: now });
@@ -210,8 +211,8 @@ impl World {
             if node.blocks.applied() > shared {
                 return Err(format!("it would cut behind {shared}, and {} is applied", node.blocks.applied()));
             }
-            node.touched = node.blocks.applied();
             node.log.cut(&mut node.disk, offered.0, offered.1)?;
+            node.opened_with = shared;
             let (head, applied) = (node.log.head(), node.blocks.applied());
             self.oracle.cuts += 1;
             self.oracle.begins(id, applied);
@@ -274,7 +275,7 @@ impl World {
         let mut session = RebuildSession::new(SHARD, Arc::new(node.blocks.clone()));
         session.start(contract).map_err(|error| error.to_string())?;
         node.disk.manifest.recovering = true;
-        node.touched = Lsn::ZERO;
+        node.opened_with = control.base_lsn;
         node.log = Log::begin_at(&mut node.disk, control.log_start, control.epoch).planted_as(&node.log);
         let rebuild = Rebuild { session, epoch: control.epoch, checksum: crc32fast::Hasher::new() };
         let accepted = word(&rebuild, SessionPhase::Accepted, Lsn::ZERO);

@@ -44,9 +44,9 @@ pub struct Node {
     pub leader: Option<u64>,
     /// Bytes that are no whole frame yet.
     pub arrived: BTreeMap<(ConnectionId, End), Vec<u8>>,
-    /// Up to where records may have changed its target before it last went down: what of that had reached the disk is not
-    /// known.
-    pub touched: Lsn,
+    /// The head of its log when it was opened: up to there records may have been given to the target before the node last
+    /// went down, and what of that had reached the disk is not known.
+    pub opened_with: Lsn,
     /// Up to where the sync that runs will have saved.
     syncing: Lsn,
     /// The next sync fails.
@@ -70,7 +70,7 @@ impl Node {
             up: true,
             life: 0,
             disk,
-            blocks: Blocks::hiding_blocks(plant == Some(Plant::BaseWins)),
+            blocks: Blocks::new(plant == Some(Plant::BaseWins), id % 2 == 0),
             log,
             engine: engine(id, 0),
             accepted: Epoch::ZERO,
@@ -78,7 +78,7 @@ impl Node {
             following: Following::default(),
             leader: None,
             arrived: BTreeMap::new(),
-            touched: Lsn::ZERO,
+            opened_with: Lsn::ZERO,
             syncing: Lsn::ZERO,
             sync_fails: false,
             is_rotten: false,
@@ -340,7 +340,7 @@ impl World {
         node.is_rotten = false;
         node.up = true;
         // Only what was on stable storage in the log was given to the target.
-        node.touched = node.log.head();
+        node.opened_with = node.log.head();
         if node.disk.manifest.epoch < node.accepted {
             oracle.violated(format!(
                 "node {id} accepted epoch {}, and comes back with {}",
@@ -369,6 +369,6 @@ impl World {
 
 fn wipe(node: &mut Node, plant: Option<Plant>) {
     node.disk.replace();
-    node.blocks = Blocks::hiding_blocks(plant == Some(Plant::BaseWins));
+    node.blocks = Blocks::new(plant == Some(Plant::BaseWins), node.id % 2 == 0);
     node.log = Log::begin_at(&mut node.disk, Lsn::FIRST, Epoch::ZERO).planted_as(&node.log);
 }

@@ -53,6 +53,8 @@ struct Inner {
     offered: Vec<Lsn>,
     /// Planted: no record touches a block.
     hides_blocks: bool,
+    /// It cannot say what it holds of records that it does not know to have applied.
+    is_plain: bool,
 }
 
 #[derive(Clone, Default)]
@@ -63,9 +65,9 @@ impl Blocks {
         self.0.lock().unwrap()
     }
 
-    pub fn hiding_blocks(hides_blocks: bool) -> Blocks {
+    pub fn new(hides_blocks: bool, is_plain: bool) -> Blocks {
         let blocks = Blocks::default();
-        blocks.lock().hides_blocks = hides_blocks;
+        (blocks.lock().hides_blocks, blocks.lock().is_plain) = (hides_blocks, is_plain);
         blocks
     }
 
@@ -130,6 +132,12 @@ impl ReplicationTarget for Blocks {
 
     fn needs_durable_log(&self) -> bool {
         true
+    }
+
+    fn touched(&self, _: ShardId) -> Result<Option<Lsn>> {
+        let inner = self.lock();
+        let newest = inner.state.iter().map(|(version, _)| *version).max();
+        Ok(newest.filter(|_| !inner.is_plain))
     }
 
     fn is_rebuilding(&self, _: ShardId) -> Result<bool> {
