@@ -210,7 +210,7 @@ impl Receiver {
             from: Lsn::ZERO,
             flags: kept | if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
-        let own = OwnHistory { log: writer.log(), touched };
+        let own = OwnHistory { log: writer.log().as_ref(), touched };
         let timeout = node.options.handshake_timeout;
         let (info, told) = parting::exchange((sender, receiver), request, timeout, &own)?;
         node.check_topology(peer, &info)?;

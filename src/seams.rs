@@ -9,9 +9,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
+use crate::parting::{self, OwnHistory};
 use crate::retention::{RetentionFacts, RetentionOptions};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::{KnownSynced, LogIdentity, SegmentHeader, TornTail, recovery, walk};
+use crate::wire::{CommonPoint, EpochHistory, PROTOCOL_VERSIONS, SyncRequest};
 
 /// One segment of a log that may be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +81,38 @@ pub fn survey_log(
         synced: recovered.synced,
         torn: recovered.torn,
     })
+}
+
+pub use crate::parting::{History, Parting, Told};
+
+/// Whether what a follower has is a beginning of a leader's log, or can no longer be compared with it.
+#[must_use]
+pub fn is_beginning_of(log: &impl History, request: &SyncRequest) -> bool {
+    parting::is_beginning_of(log, request)
+}
+
+/// What a leader tells a follower whose log is no beginning of its own.
+///
+/// # Errors
+///
+/// If the log cannot be read.
+pub fn ask_where_logs_part(log: &impl History) -> Result<EpochHistory> {
+    parting::question(log, PROTOCOL_VERSIONS.max)
+}
+
+/// What the follower answers, whose target may hold something up to `touched`, and what it keeps in mind.
+///
+/// # Errors
+///
+/// If the log cannot be read.
+pub fn tell_where_logs_part(log: &impl History, touched: Lsn, history: &EpochHistory) -> Result<(CommonPoint, Told)> {
+    OwnHistory { log, touched }.answer(history)
+}
+
+/// What the leader makes of the answer.
+#[must_use]
+pub fn check_where_logs_part(log: &impl History, request: &SyncRequest, answer: &CommonPoint) -> Parting {
+    parting::check_answer(log, request, answer)
 }
 
 /// What retention looks at.

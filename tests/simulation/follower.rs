@@ -1,6 +1,7 @@
 //! A node that follows: it asks, takes in log and base as they come, and says how far it is.
 
 use towline::rebuild::{RebuildContract, RebuildSession};
+use towline::seams::{Told, tell_where_logs_part};
 use towline::target::{BaseInfo, BlockId, ReplicationTarget};
 use towline::wire::{
     Ack, BaseDataHeader, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionAction,
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 use super::clock::Time;
 use super::disk::SEGMENT_SIZE;
-use super::leader::{Told, frame};
+use super::leader::frame;
 use super::log::{IDENTITY, Log, genesis};
 use super::network::{ConnectionId, End};
 use super::node::SHARD;
@@ -30,6 +31,8 @@ struct Stream {
     connection: ConnectionId,
     /// The leader's answer.
     info: Option<ShardInfo>,
+    /// What the leader has been told about where the logs part.
+    told: Option<Told>,
     rebuild: Option<Rebuild>,
     sent: Option<Ack>,
     sent_at: Time,
@@ -110,7 +113,6 @@ impl World {
     fn ask(&mut self, id: u64, leader: u64) {
         let now = self.queue.now;
         let connection = self.network.connect(id, leader);
-        let forgets_touched = self.plant == Some(Plant::CutBehindApplied);
         let node = self.node(id);
         let incomplete = node.blocks.is_incomplete();
         let (received, chain) =
@@ -132,15 +134,8 @@ impl World {
             from: Lsn::ZERO,
             flags: if incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
-        let ends = node.log.marks.iter().map(|mark| (mark.lsn(), mark.chain()));
-        let ends = std::iter::once(node.log.origin()).chain(ends).collect();
-        let tail_epoch = node.log.record_epoch().unwrap_or_default();
-        let beyond = node.blocks.touched(SHARD).unwrap().unwrap_or(node.opened_with);
-        let touched = if forgets_touched { request.applied } else { beyond.max(request.applied) };
-        let told = Told { tail_epoch, touched, ends };
         node.following.stream =
-            Some(Stream { connection, info: None, rebuild: None, sent: None, sent_at: now, heard_at: now });
-        self.told.insert(connection, told);
+            Some(Stream { connection, info: None, told: None, rebuild: None, sent: None, sent_at: now, heard_at: now });
         self.line(id, format_args!("asks node {leader} (connection {connection}): received {received} chain {:08x} applied {} incomplete {incomplete}", chain.0, request.applied));
         self.send(connection, End::Caller, frame(&Message::SyncRequest(request)));
     }
@@ -154,6 +149,7 @@ impl World {
         body: &[u8],
     ) -> Result<(), String> {
         let now = self.queue.now;
+        let forgets_touched = self.plant == Some(Plant::CutBehindApplied);
         let node = self.node(id);
         let Some(stream) = node.following.stream.as_mut().filter(|stream| stream.connection == connection) else {
             return Ok(());
@@ -164,6 +160,17 @@ impl World {
             (FrameKind::BaseData, Some(_)) => self.take_base(id, body),
             _ => match (Message::decode(kind, body).map_err(|error| error.to_string())?, stream.info) {
                 (Message::ShardInfo(info), None) => self.agree(id, info),
+                (Message::EpochHistory(history), None) if stream.told.is_none() => {
+                    let applied = if node.blocks.is_incomplete() { Lsn::ZERO } else { node.blocks.applied() };
+                    let beyond = node.blocks.touched(SHARD).unwrap().unwrap_or(node.opened_with);
+                    let touched =
+                        if forgets_touched || node.blocks.is_incomplete() { applied } else { beyond.max(applied) };
+                    let told = tell_where_logs_part(&node.log, touched, &history).map_err(|error| error.to_string())?;
+                    let (answer, told) = told;
+                    stream.told = Some(told);
+                    self.send(connection, End::Caller, frame(&Message::CommonPoint(answer)));
+                    Ok(())
+                }
                 (Message::Error(error), _) => {
                     let for_good = error.code == RefusalCode::Diverged;
                     node.refused_since = node.refused_since.or(Some(now)).filter(|_| for_good);
@@ -198,6 +205,7 @@ impl World {
         node.refused_since = None;
         let Some(stream) = &mut node.following.stream else { return Ok(()) };
         stream.info = Some(info);
+        let told = stream.told;
         if info.session_kind == SessionKind::Rebuild {
             return Ok(());
         }
@@ -206,10 +214,11 @@ impl World {
         }
         let offered = (info.start_segment, info.start_offset);
         let due = node.log.ingest_position();
-        if offered != due && offered != (due.0, 0) {
-            let shared = info.start.previous();
+        let asked = told.map(|told| told.cut_asked("its leader", &info, (node.log.head(), due))).transpose();
+        if let Some(place) = asked.map_err(|error| error.to_string())?.flatten() {
+            let shared = place.lsn;
             if node.blocks.applied() > shared {
-                return Err(format!("it would cut behind {shared}, and {} is applied", node.blocks.applied()));
+                return Err(format!("{} has been applied since, and {shared} is where to cut", node.blocks.applied()));
             }
             node.log.cut(&mut node.disk, offered.0, offered.1)?;
             node.opened_with = shared;
@@ -217,6 +226,11 @@ impl World {
             self.oracle.cuts += 1;
             self.oracle.begins(id, applied);
             self.line(id, format_args!("cut at offset {} of segment {}, behind LSN {head}", offered.1, offered.0));
+        }
+        let node = self.node(id);
+        let due = node.log.ingest_position();
+        if info.start != node.log.head().next() || (offered != due && offered != (due.0, 0)) {
+            return Err(format!("it would send from {offered:?}, and {due:?} is due"));
         }
         Ok(())
     }

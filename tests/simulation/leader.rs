@@ -1,21 +1,21 @@
 //! A node that leads: it hosts the engine as the crate's own host does, and ships log and base to its followers.
 //!
-//! Three things have no message yet and are handed over beside the wire, as [`Told`]: the epoch of a follower's newest
-//! record; its batch ends, among which the last common one is looked for where the histories differ; and up to where its
-//! target may have been changed, which after a crash is more than it knows to be applied.
+//! A follower whose log is no beginning of the leader's is asked where the two part, as the crate does; all of it goes over
+//! the wire.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use towline::protocol::{
     Command, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Session, SessionKind, SyncAck,
 };
+use towline::seams::{Parting, ask_where_logs_part, check_where_logs_part, is_beginning_of};
 use towline::target::{BaseInfo, BaseSource, ReplicationTarget};
 use towline::wire::{
     Ack, BaseComplete, BaseDataHeader, CaughtUp, ErrorMessage, FrameHeader, FrameKind, Heartbeat, Message,
     PROTOCOL_VERSIONS, SessionAck, SessionAction, SessionControl, SessionId as WireSession, SessionKind as WireKind,
     SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
 };
-use towline::{Chain, Epoch, Lsn, NodeId, RefusalCode};
+use towline::{Epoch, Lsn, NodeId, RefusalCode};
 
 use super::clock::Time;
 use super::disk::SEGMENT_SIZE;
@@ -24,17 +24,6 @@ use super::network::{ConnectionId, End};
 use super::node::SHARD;
 use super::target::record_of;
 use super::world::{HEARTBEAT, PEER_TIMEOUT, Plant, World};
-
-/// What a follower tells beside its request.
-#[derive(Default)]
-pub struct Told {
-    /// Of its newest record; 0 if there is none.
-    pub tail_epoch: Epoch,
-    /// Nothing behind this has changed its target.
-    pub touched: Lsn,
-    /// The ends of its batches and what came before, oldest first.
-    pub ends: Vec<(Lsn, Chain)>,
-}
 
 /// Bytes on their way to one follower, at most.
 const WINDOW: usize = 96 * 1024;
@@ -45,6 +34,8 @@ pub struct Leading {
     acknowledged: Lsn,
     streams: BTreeMap<u64, Stream>,
     followers: BTreeMap<u64, Known>,
+    /// Who has been asked where the logs part.
+    asked: BTreeMap<ConnectionId, SyncRequest>,
 }
 
 /// What retention knows of a follower.
@@ -81,7 +72,7 @@ struct Base {
 impl Leading {
     pub fn new(epoch: Epoch, began: Lsn, others: &[u64]) -> Leading {
         let followers = others.iter().map(|other| (*other, Known::default())).collect();
-        Leading { epoch, acknowledged: began, streams: BTreeMap::new(), followers }
+        Leading { epoch, acknowledged: began, streams: BTreeMap::new(), followers, asked: BTreeMap::new() }
     }
 
     /// Up to here nobody needs anything.
@@ -354,9 +345,14 @@ impl World {
         let now = self.queue.now;
         let message = Message::decode(kind, body).map_err(|error| error.to_string())?;
         if let Message::SyncRequest(request) = message {
-            return self.admit(id, connection, &request);
+            return self.ask_or_admit(id, connection, request);
         }
         let Some(leading) = self.leading(id) else { return Err("it does not lead".to_owned()) };
+        if let Message::CommonPoint(answer) = message {
+            let Some(request) = leading.asked.remove(&connection) else { return Err("it was not asked".to_owned()) };
+            let parting = check_where_logs_part(&self.node(id).log, &request, &answer);
+            return self.admit(id, connection, &request, Some(parting));
+        }
         let found = leading.streams.iter_mut().find(|(_, stream)| stream.connection == connection);
         let Some((&follower, stream)) = found else { return Err("no stream was agreed on".to_owned()) };
         stream.heard_at = now;
@@ -373,9 +369,27 @@ impl World {
         Err(format!("refused: {code:?}"))
     }
 
-    fn admit(&mut self, id: u64, connection: ConnectionId, request: &SyncRequest) -> Result<(), String> {
+    fn ask_or_admit(&mut self, id: u64, connection: ConnectionId, request: SyncRequest) -> Result<(), String> {
+        let forgets_chain = self.plant == Some(Plant::TrustChain);
+        let node = self.node(id);
+        let Some(leading) = node.leading.as_mut().filter(|_| !forgets_chain && !is_beginning_of(&node.log, &request))
+        else {
+            return self.admit(id, connection, &request, None);
+        };
+        leading.asked.insert(connection, request);
+        let question = ask_where_logs_part(&node.log).map_err(|error| error.to_string())?;
+        self.send(connection, End::Called, frame(&Message::EpochHistory(question)));
+        Ok(())
+    }
+
+    fn admit(
+        &mut self,
+        id: u64,
+        connection: ConnectionId,
+        request: &SyncRequest,
+        parting: Option<Parting>,
+    ) -> Result<(), String> {
         let (now, follower) = (self.queue.now, request.node.0);
-        let told = self.told.remove(&connection).unwrap_or_default();
         if PROTOCOL_VERSIONS.negotiate(request.versions).is_none() || request.cluster != IDENTITY.cluster {
             return self.decline(connection, RefusalCode::WrongCluster, "another cluster");
         }
@@ -400,12 +414,8 @@ impl World {
         } else {
             node.log.place_after(request.received, request.chain)
         };
-        let (mut common, mut cut_place) = (None, None);
-        if place.is_none() {
-            let shared =
-                told.ends.iter().rev().find_map(|&(lsn, chain)| Some((lsn, node.log.place_after(lsn, chain)?)));
-            (common, cut_place) = shared.map_or((None, None), |(lsn, place)| (Some(lsn), Some(place)));
-        }
+        let shared = parting.and_then(|parting| parting.common);
+        let (common, cut_place) = (shared.map(|place| place.lsn), shared.map(|place| (place.segment, place.offset)));
         let durable = request.durable.min(request.received);
         let Some(known) = node.leading.as_mut().and_then(|leading| leading.followers.get_mut(&follower)) else {
             return self.decline(connection, RefusalCode::WrongTopology, "no member");
@@ -421,10 +431,10 @@ impl World {
                 applied: request.applied,
                 committed: Lsn::ZERO,
                 chain: request.chain,
-                tail_epoch: if takes_accepted && told.tail_epoch > Epoch::ZERO {
-                    request.epoch
-                } else {
-                    told.tail_epoch
+                tail_epoch: match parting {
+                    Some(parting) if !takes_accepted => parting.tail_epoch,
+                    None if request.received == Lsn::ZERO => Epoch::ZERO,
+                    _ => request.epoch,
                 },
                 base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,
             },
@@ -433,7 +443,7 @@ impl World {
                 head,
                 chain_at_received: place.map(|_| request.chain),
                 common,
-                cut_possible: common.is_some_and(|common| told.touched <= common),
+                cut_possible: parting.is_some_and(|parting| parting.cut_possible),
             },
         };
         self.apply(id, Event::SyncAckReceived(facts));

@@ -2,9 +2,11 @@
 //! is done here, since the crate's own writer stores into mapped files.
 
 use towline::limits::{BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
-use towline::seams::{KeptLog, give_up_through, survey_log};
+use towline::seams::{History, KeptLog, give_up_through, survey_log};
 use towline::wal::batch::{self, BatchIter};
-use towline::wal::{BatchError, BatchHeader, Expected, KnownSynced, LogIdentity, SegmentHeader, WrittenHere};
+use towline::wal::{
+    BatchError, BatchHeader, Expected, KnownSynced, LogIdentity, LogPosition, SegmentHeader, WrittenHere,
+};
 use towline::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 
 use super::disk::{Disk, FileId, SEGMENT_SIZE};
@@ -74,6 +76,31 @@ pub struct Log {
     header_due: bool,
     /// Planted: what arrives is taken for a continuation whatever it says.
     pub trusts_chain: bool,
+}
+
+impl History for Log {
+    fn head(&self) -> Lsn {
+        self.head()
+    }
+
+    fn tail(&self) -> Lsn {
+        self.tail()
+    }
+
+    fn epoch_ends(&self) -> towline::Result<Vec<LogPosition>> {
+        let mut ends: Vec<LogPosition> = Vec::new();
+        for mark in self.marks.iter().rev().filter(|mark| !mark.header.is_sealing()) {
+            if ends.last().is_none_or(|end| end.epoch != mark.header.epoch) {
+                ends.push(self.position((mark.lsn(), mark.chain()), (mark.segment, mark.end())));
+            }
+        }
+        ends.push(self.position(self.origin(), (self.origin().0.next(), 0)));
+        Ok(ends)
+    }
+
+    fn position_after(&self, lsn: Lsn, chain: Chain) -> Option<LogPosition> {
+        Some(self.position((lsn, chain), self.place_after(lsn, chain)?))
+    }
 }
 
 /// The disk has no room for the next segment.
@@ -448,6 +475,13 @@ impl Log {
         }
         let to = found.end.min(offset + most);
         Some(((segment, offset), &disk.bytes(found.file)[index(offset)..index(to)]))
+    }
+
+    /// A place, with what stands before it.
+    fn position(&self, (lsn, chain): (Lsn, Chain), (segment, offset): (Lsn, u64)) -> LogPosition {
+        let holding = self.segments.iter().rev().find(|found| found.header.id.first_lsn <= segment);
+        let epoch = holding.map_or(Epoch::ZERO, |found| found.header.epoch);
+        LogPosition { lsn, chain, epoch, segment, offset }
     }
 
     // Retention -------------------------------------------------------------------------------------------------------

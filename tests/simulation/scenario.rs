@@ -94,7 +94,6 @@ impl World {
             faults_end: seconds * 1000,
             written: 0,
             lives: 0,
-            told: Default::default(),
             chance,
         };
         match plant {

@@ -1,11 +1,8 @@
 //! The world of one run: nodes, network, clock, and what happens next.
 
-use std::collections::BTreeMap;
-
 use towline::wire::FrameHeader;
 
 use super::clock::{Chance, Queue, Time};
-use super::leader::Told;
 use super::network::{Arrival, ConnectionId, Due, End, Network};
 use super::node::Node;
 use super::oracle::Oracle;
@@ -113,8 +110,6 @@ pub struct World {
     pub written: u64,
     /// Lives begun so far, of all nodes.
     pub lives: u64,
-    /// What followers tell beside their requests.
-    pub told: BTreeMap<ConnectionId, Told>,
 }
 
 impl World {
@@ -133,7 +128,6 @@ impl World {
         if let Some(node) = self.network.node_at(connection, from) {
             self.node(node).arrived.remove(&(connection, from));
         }
-        self.told.remove(&connection);
         let due = self.network.close(self.queue.now, &mut self.chance, connection, from);
         self.schedule(due);
     }
