@@ -412,9 +412,10 @@ fn whoever_waits_ships(net: &Net) {
             let leader = &leader;
             scope.spawn(move || {
                 let shard = writer.log().shard();
-                for number in 1..=300u64 {
-                    let commit: Commit =
-                        ["received:2", "durable:1", "applied:2", "synced"][number as usize % 4].parse().unwrap();
+                for (number, commit) in
+                    (1..=300u64).zip(["durable:1", "applied:2", "synced", "received:2"].into_iter().cycle())
+                {
+                    let commit: Commit = commit.parse().unwrap();
                     let next = record(shard, Lsn(number));
                     let (lsn, outcome) =
                         leader.append_and_wait(&mut writer, &[next], commit, Some(deadline())).unwrap();

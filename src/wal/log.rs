@@ -494,12 +494,6 @@ impl Log {
         self.sync_turns.advance(turns);
     }
 
-    /// How often the sync lock has been let go.
-    #[cfg(test)]
-    pub(super) fn turns(&self) -> Lsn {
-        self.sync_turns.load()
-    }
-
     /// Up to where the log is on stable storage: a segment, and bytes of it.
     #[cfg(test)]
     pub(super) fn synced_position(&self) -> (Lsn, u64) {

@@ -577,6 +577,7 @@ mod tests {
 
     use super::*;
     use crate::types::ClusterId;
+    use crate::wal::known_synced::WrittenHere;
     use crate::wal::log_fixture::{IDENTITY, LogFixture, SIZE, flip, image, write};
 
     #[derive(Default)]
@@ -691,15 +692,25 @@ mod tests {
 
     #[test]
     fn what_verify_calls_sound_recovery_opens() {
-        for place in 0..14 {
-            for offset in [0, 5, 20, 45, 50] {
-                let log = LogFixture::synced_all_along();
-                let place = &log.places[place];
-                flip(&place.path, place.offset + offset, 2);
-                let (report, _) = verify(&log);
-                let recovered = crate::wal::recovery::recover(log.path(), &IDENTITY, KnownSynced::default());
-                assert_eq!(report.is_sound(), recovered.is_ok(), "{:?}", report.problems);
-                assert!(recovered.is_err() || recovered.unwrap().head == report.head);
+        // Of the segments, the first has epoch 3 and the last epoch 4.
+        let everything = WrittenHere::Everything;
+        for written_here in
+            [everything, WrittenHere::Epoch(Epoch(4)), WrittenHere::Epoch(Epoch(9)), WrittenHere::Nothing]
+        {
+            for (place, lsn) in (0..14).flat_map(|place| [(place, 0), (place, 9)]) {
+                for offset in [0, 5, 20, 45, 50] {
+                    let log = LogFixture::synced_all_along();
+                    let place = &log.places[place];
+                    flip(&place.path, place.offset + offset, 2);
+                    let known = KnownSynced { lsn: Lsn(lsn), written_here };
+                    let report = verify_log(log.path(), Some(&IDENTITY), known, &mut ()).unwrap();
+                    let recovered = crate::wal::recovery::recover(log.path(), &IDENTITY, known);
+                    assert_eq!(report.is_sound(), recovered.is_ok(), "{known:?}: {:?}", report.problems);
+                    assert!(recovered.as_ref().is_ok_and(|log| log.head == report.head) || recovered.is_err());
+                    // Where nothing in the log was written here, only the checkpoint tells what was synced.
+                    let only_checkpoint = matches!(written_here, WrittenHere::Nothing | WrittenHere::Epoch(Epoch(9)));
+                    assert!(!only_checkpoint || recovered.is_err() == (place.first_lsn <= Lsn(lsn)), "{known:?}");
+                }
             }
         }
     }

@@ -70,7 +70,7 @@ impl Node {
             up: true,
             life: 0,
             disk,
-            blocks: Blocks::new(plant == Some(Plant::BaseWins), id % 2 == 0),
+            blocks: Blocks::new(plant == Some(Plant::BaseWins), id.is_multiple_of(2)),
             log,
             engine: engine(id, 0),
             accepted: Epoch::ZERO,
@@ -369,6 +369,6 @@ impl World {
 
 fn wipe(node: &mut Node, plant: Option<Plant>) {
     node.disk.replace();
-    node.blocks = Blocks::new(plant == Some(Plant::BaseWins), node.id % 2 == 0);
+    node.blocks = Blocks::new(plant == Some(Plant::BaseWins), node.id.is_multiple_of(2));
     node.log = Log::begin_at(&mut node.disk, Lsn::FIRST, Epoch::ZERO).planted_as(&node.log);
 }
