@@ -311,6 +311,7 @@ impl Follower {
             state,
             server: Arc::clone(&self.server),
             checkpointer: Arc::clone(&self.checkpointer),
+            opened_with: open.1.end().head,
             open: Some(open),
             applied,
             saved,

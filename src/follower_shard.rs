@@ -15,8 +15,8 @@
 //!
 //! # Cutting the log
 //!
-//! Where the newest records are of an epoch that ended without them, and were not applied, the log is [cut](crate::wal)
-//! and opened again. No stream carries anything meanwhile, and the applier has ended.
+//! Where the newest records are of an epoch that ended without them, and nothing of them can be in the target, the log is
+//! [cut](crate::wal) and opened again. No stream carries anything meanwhile, and the applier has ended.
 //!
 //! | step | a crash after it leaves |
 //! |---|---|
@@ -34,7 +34,7 @@ use parking_lot::Mutex;
 
 use crate::applier::Applier;
 use crate::commit::Commits;
-use crate::error::{Error, Result};
+use crate::error::{Error, RefusalCode, Result};
 use crate::follower::{Following, ShardState};
 use crate::node::{CheckpointShard, Checkpointer, NODE_THREAD_STACK};
 use crate::rebuild::RebuildSession;
@@ -43,7 +43,7 @@ use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::types::{Epoch, Lsn, ShardId};
-use crate::wal::{self, Log, LogIdentity, LogPosition, LogWriter, Wal, WalOptions};
+use crate::wal::{self, KnownSynced, Log, LogIdentity, LogPosition, LogWriter, Wal, WalOptions, WrittenHere};
 use crate::watermark::Watermark;
 
 /// One shard of a follower.
@@ -55,6 +55,9 @@ pub(crate) struct FollowerShard {
     pub(crate) checkpointer: Arc<Checkpointer>,
     /// None only after replacing it failed; following then ends.
     pub(crate) open: Option<(Wal, LogWriter)>,
+    /// The head of the log when it was opened: up to there records may have been given to the target by whoever had the
+    /// log open before.
+    pub(crate) opened_with: Lsn,
     pub(crate) applied: Arc<AppliedMark>,
     /// Up to where that is durable. Moved by the checkpointer, and during a rebuild by whoever saves how far that has come.
     pub(crate) saved: Arc<Watermark>,
@@ -146,6 +149,15 @@ impl FollowerShard {
 
     pub(crate) fn target(&self) -> &Arc<dyn ReplicationTarget> {
         self.node.target()
+    }
+
+    /// Up to where the target may hold effects of records; zero if they leave none.
+    pub(crate) fn touched(&self) -> Result<Lsn> {
+        if !self.target().keeps_state() {
+            return Ok(Lsn::ZERO);
+        }
+        let beyond = self.target().touched(self.shard)?.unwrap_or(self.opened_with);
+        Ok(beyond.max(self.applied.load()))
     }
 
     /// Whether the target waits for a rebuild, so that nothing else can be applied to it.
@@ -274,6 +286,7 @@ impl FollowerShard {
         let (identity, options, path) = self.log_settings();
         self.applied = AppliedMark::new(base_lsn, Arc::clone(&self.applied.told), false);
         self.saved = Arc::new(Watermark::new(base_lsn));
+        self.opened_with = base_lsn;
         self.reopen(|| Wal::open_at(&path, identity, options, first_lsn, newest_epoch))
     }
 
@@ -282,7 +295,8 @@ impl FollowerShard {
     ///
     /// # Errors
     ///
-    /// [`Error::Poisoned`]: the shard has no log then, and following must end.
+    /// [`Error::Refused`] if something behind it has been applied after all, since the leader was told otherwise: it is to
+    /// be told again. [`Error::Poisoned`]: the shard has no log then, and following must end.
     pub(crate) fn cut_log(&mut self, place: &LogPosition) -> Result<()> {
         let shard = self.shard;
         let (head, epoch) = self.writer().map(|writer| (writer.end().head, writer.end().epoch))?;
@@ -292,6 +306,12 @@ impl FollowerShard {
             place.lsn
         );
         self.stop_applier();
+        let touched = if self.is_incomplete()? { Lsn::ZERO } else { self.touched()? };
+        if touched > place.lsn {
+            let reason =
+                format!("the log was to be cut behind LSN {}, and LSN {touched} has been applied since", place.lsn);
+            return Err(Error::Refused { peer: "this node".to_owned(), code: RefusalCode::Superseded, reason });
+        }
         self.cut(place).map_err(|error| match error {
             Error::Poisoned { .. } | Error::ShutDown => error,
             other => Error::Poisoned { shard, reason: other.to_string() },
@@ -309,6 +329,7 @@ impl FollowerShard {
             wal::cut(&path, identity.segment_size, place)?;
             Wal::open(&path, identity, options)
         })?;
+        self.opened_with = place.lsn;
         if !self.is_incomplete()? {
             self.checkpointer.take_up(self.shard, self.checkpoint_shard()?);
         }
@@ -323,7 +344,9 @@ impl FollowerShard {
             shard: self.shard,
             segment_size: manifest.segment_size,
         };
-        let options = WalOptions { known_synced: Lsn::ZERO, ..self.node.options.wal };
+        // Nothing needs to be known: all that the log keeps is synced before it is opened again, or it is empty.
+        let known_synced = KnownSynced { lsn: Lsn::ZERO, written_here: WrittenHere::Nothing };
+        let options = WalOptions { known_synced, ..self.node.options.wal };
         (identity, options, self.node.shard_path(self.shard))
     }
 

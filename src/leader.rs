@@ -69,6 +69,7 @@ impl Leader {
         let address = listener.local_address();
         let directory = Arc::new(builder.open_as_leader()?);
         let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        directory.lead_under(builder.epoch)?;
         let manifest = directory.manifest();
         for shard in wals.iter().map(|wal| wal.log().shard()) {
             if builder.target.as_ref().is_some_and(|target| target.is_rebuilding(shard).unwrap_or(false)) {

@@ -29,7 +29,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
 use crate::transport::{TcpOptions, TcpTransport, Transport};
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
-use crate::wal::{Log, LogIdentity, LogWriter, Wal, WalOptions, unix_ms};
+use crate::wal::{KnownSynced, Log, LogIdentity, LogWriter, Wal, WalOptions, WrittenHere, unix_ms};
 use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
 
 /// Where everything begins.
@@ -113,7 +113,7 @@ pub struct NodeBuilder {
     region: RegionId,
     shards: Option<u16>,
     segment_size: Option<u64>,
-    epoch: Option<Epoch>,
+    pub(crate) epoch: Option<Epoch>,
     pub(crate) options: NodeOptions,
     transport: Option<Arc<dyn Transport>>,
     allow_plaintext: bool,
@@ -360,7 +360,7 @@ impl NodeBuilder {
         })
     }
 
-    /// Opens the directory, or makes it as a new leader's.
+    /// Opens the directory, or makes it as a new leader's. It does not lead under any epoch yet.
     pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
         check_shard_count(self.shards.unwrap_or(1))?;
         let directory = match DataDir::open(&self.directory)? {
@@ -379,7 +379,6 @@ impl NodeBuilder {
             )?,
         };
         self.check_settings(&directory)?;
-        directory.lead_under(self.epoch)?;
         Ok(directory)
     }
 
@@ -545,8 +544,12 @@ pub(crate) struct OpenLogs {
 }
 
 /// Opens every shard's log.
+///
+/// Before the node accepts any epoch: the manifest still says which batches the node itself wrote, whose word about what
+/// was synced counts. Once they are open, everything in them is synced.
 pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<OpenLogs> {
     let manifest = directory.manifest();
+    let written_here = WrittenHere::by(&manifest);
     let checkpoint = Checkpoint::load(&directory.checkpoint_path())?.unwrap_or_default();
     let mut wals = Vec::new();
     let mut writers = Vec::new();
@@ -558,7 +561,7 @@ pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<Op
             segment_size: manifest.segment_size,
         };
         let known_synced = checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.synced);
-        let wal = WalOptions { known_synced, ..options.wal };
+        let wal = WalOptions { known_synced: KnownSynced { lsn: known_synced, written_here }, ..options.wal };
         let (wal, writer) = Wal::open(&directory.shard_path(shard), identity, wal)?;
         if known_synced > wal.log().head() {
             return Err(Error::corrupt(

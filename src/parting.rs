@@ -7,27 +7,64 @@
 //! both sides. What then happens is the [decision](crate::protocol::decide) of the protocol engine.
 //!
 //! The follower looks after itself all the same. It cuts only at the point that it has named, only for a leader of a newer
-//! epoch than its own newest record, and never what its target has applied.
+//! epoch than its own newest record, and never what its target may hold: after a power cut that can be more than it knows
+//! to have applied, where it overwrites in place.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::receiver::refusal;
 use crate::transport::{FrameReceiver, FrameSender};
-use crate::types::{Epoch, Lsn};
+use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::{Log, LogPosition};
 use crate::wire::{CommonPoint, EpochEnd, EpochHistory, Message, ProtocolVersion, SessionKind, ShardInfo, SyncRequest};
 
+/// A log, as far as it is compared with another.
+pub trait History {
+    /// The newest LSN.
+    fn head(&self) -> Lsn;
+
+    /// The oldest LSN that is there.
+    fn tail(&self) -> Lsn;
+
+    /// Where the records of each epoch end, the newest first, and behind them where the log begins.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    fn epoch_ends(&self) -> Result<Vec<LogPosition>>;
+
+    /// The place at which a log with the same history goes on that ends with this LSN and chain, if it can end there.
+    fn position_after(&self, lsn: Lsn, chain: Chain) -> Option<LogPosition>;
+}
+
+impl History for Log {
+    fn head(&self) -> Lsn {
+        self.head()
+    }
+
+    fn tail(&self) -> Lsn {
+        self.tail()
+    }
+
+    fn epoch_ends(&self) -> Result<Vec<LogPosition>> {
+        self.epoch_ends()
+    }
+
+    fn position_after(&self, lsn: Lsn, chain: Chain) -> Option<LogPosition> {
+        self.position_after(lsn, chain).ok().flatten()
+    }
+}
+
 /// Where a follower's log parts from the leader's, as both have found.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Parting {
+pub struct Parting {
     /// The epoch of the follower's newest record.
-    pub(crate) tail_epoch: Epoch,
+    pub tail_epoch: Epoch,
     /// The newest place known to be in both logs.
-    pub(crate) common: Option<LogPosition>,
-    /// The follower has applied nothing behind it to its base.
-    pub(crate) cut_possible: bool,
+    pub common: Option<LogPosition>,
+    /// Nothing behind it can be in the follower's base.
+    pub cut_possible: bool,
 }
 
 // The leader's side --------------------------------------------------------------------------------------------------
@@ -48,60 +85,74 @@ pub(crate) fn ask_where_logs_part(
     if version < ProtocolVersion::V2.to_wire() || is_beginning_of(log, request) {
         return Ok(None);
     }
-    let end = |place: LogPosition| EpochEnd { epoch: place.epoch, lsn: place.lsn, chain: place.chain };
-    let mut ends: Vec<_> = log.epoch_ends()?.into_iter().map(end).collect();
-    if let Some(beginning) = ends.last_mut() {
-        beginning.epoch = Epoch::ZERO;
-    }
-    sender.send_message(&Message::EpochHistory(EpochHistory::new(version, ends)))?;
+    sender.send_message(&Message::EpochHistory(question(log, version)?))?;
     let answer = match receiver.receive_message()? {
         Message::CommonPoint(answer) => answer,
         other => return Err(refusal(receiver.peer(), other)),
     };
-    let named = answer.flags & CommonPoint::FOUND != 0 && answer.lsn <= request.received;
-    let common = if named { log.position_after(answer.lsn, answer.chain).ok().flatten() } else { None };
+    let parting = check_answer(log, request, &answer);
     log::info!(
         "node {}, shard {}: its log ends with LSN {} of epoch {}, and parts from this one behind LSN {}",
         request.node,
         request.shard,
         request.received,
         answer.tail_epoch,
-        common.map_or_else(|| "(none that is known)".to_owned(), |place| place.lsn.to_string())
+        parting.common.map_or_else(|| "(none that is known)".to_owned(), |place| place.lsn.to_string())
     );
-    Ok(Some(Parting {
+    Ok(Some(parting))
+}
+
+/// Where the epochs of a leader's log end, for a follower that is asked where its own parts from it.
+pub(crate) fn question(log: &impl History, version: u16) -> Result<EpochHistory> {
+    let end = |place: LogPosition| EpochEnd { epoch: place.epoch, lsn: place.lsn, chain: place.chain };
+    let mut ends: Vec<_> = log.epoch_ends()?.into_iter().map(end).collect();
+    if let Some(beginning) = ends.last_mut() {
+        beginning.epoch = Epoch::ZERO;
+    }
+    Ok(EpochHistory::new(version, ends))
+}
+
+/// Looks the point that a follower has named up in the leader's log.
+pub(crate) fn check_answer(log: &impl History, request: &SyncRequest, answer: &CommonPoint) -> Parting {
+    let named = answer.flags & CommonPoint::FOUND != 0 && answer.lsn <= request.received;
+    let common = if named { log.position_after(answer.lsn, answer.chain) } else { None };
+    Parting {
         tail_epoch: answer.tail_epoch,
         common,
         cut_possible: common.is_some() && answer.flags & CommonPoint::CUT_POSSIBLE != 0,
-    }))
+    }
 }
 
 /// Whether what the follower has is a beginning of this log, or can no longer be compared with it.
-fn is_beginning_of(log: &Log, SyncRequest { received, durable, applied, chain, .. }: &SyncRequest) -> bool {
+pub(crate) fn is_beginning_of(
+    log: &impl History,
+    SyncRequest { received, durable, applied, chain, .. }: &SyncRequest,
+) -> bool {
     if *received.max(durable).max(applied) > log.head() {
         return false;
     }
     // Looked up before the tail is: what is released meanwhile can no longer be compared.
-    let is_place = log.position_after(*received, *chain).ok().flatten().is_some();
+    let is_place = log.position_after(*received, *chain).is_some();
     is_place || *received == Lsn::ZERO || *received < log.tail()
 }
 
 // The follower's side ------------------------------------------------------------------------------------------------
 
 /// What a follower has, for the leader that asks where logs part.
-pub(crate) struct OwnHistory<'a> {
-    pub(crate) log: &'a Arc<Log>,
-    /// Up to where the target has applied something that cannot be taken back.
-    pub(crate) applied: Lsn,
+pub(crate) struct OwnHistory<'a, H> {
+    pub(crate) log: &'a H,
+    /// Up to where the target may hold something that cannot be taken back.
+    pub(crate) touched: Lsn,
 }
 
 /// What a follower has told of its history in a handshake.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Told {
+pub struct Told {
     /// The epoch of its newest record.
     tail_epoch: Epoch,
     /// The point that it has named: a place in its own log.
     common: Option<LogPosition>,
-    applied: Lsn,
+    touched: Lsn,
 }
 
 /// Sends a request to follow and takes the answer: `ShardInfo`, or a refusal. On the way there the leader may ask where
@@ -114,7 +165,7 @@ pub(crate) fn exchange(
     (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
     request: SyncRequest,
     timeout: Duration,
-    own: &OwnHistory<'_>,
+    own: &OwnHistory<'_, impl History>,
 ) -> Result<(ShardInfo, Option<Told>)> {
     receiver.set_timeout(Some(timeout))?;
     sender.send_message(&Message::SyncRequest(request))?;
@@ -132,8 +183,8 @@ pub(crate) fn exchange(
     }
 }
 
-impl OwnHistory<'_> {
-    fn answer(&self, history: &EpochHistory) -> Result<(CommonPoint, Told)> {
+impl<H: History> OwnHistory<'_, H> {
+    pub(crate) fn answer(&self, history: &EpochHistory) -> Result<(CommonPoint, Told)> {
         let ends = self.log.epoch_ends()?;
         let newest = ends.first().filter(|_| self.log.head() > Lsn::ZERO);
         let tail_epoch = newest.map_or(Epoch::ZERO, |end| end.epoch);
@@ -143,7 +194,7 @@ impl OwnHistory<'_> {
             flags |= CommonPoint::FOUND;
             // A log that begins past LSN 1 and keeps nothing would not know its chain.
             let keeps_some = place.lsn == Lsn::ZERO || place.segment > self.log.tail() || place.offset > 0;
-            if self.applied <= place.lsn && keeps_some {
+            if self.touched <= place.lsn && keeps_some {
                 flags |= CommonPoint::CUT_POSSIBLE;
             }
         }
@@ -153,7 +204,7 @@ impl OwnHistory<'_> {
             chain: common.map_or_else(Default::default, |place| place.chain),
             flags,
         };
-        Ok((answer, Told { tail_epoch, common, applied: self.applied }))
+        Ok((answer, Told { tail_epoch, common, touched: self.touched }))
     }
 
     /// The place in the own log that the leader's history allows for at the end of one of its epochs.
@@ -162,32 +213,41 @@ impl OwnHistory<'_> {
         match own.iter().find(of_epoch) {
             // All that this log has of the epoch, which the leader has too: one node alone wrote under it.
             Some(place) if place.lsn <= end.lsn => Some(*place),
-            _ => self.log.position_after(end.lsn, end.chain).ok().flatten(),
+            _ => self.log.position_after(end.lsn, end.chain),
         }
     }
 }
 
 impl Told {
-    /// Where this log is to be cut before what `info` announces can follow, if it is.
+    /// Where this log, with this head and the place `due` for the next byte, is to be cut before what `info` announces can
+    /// follow, if it is. The place decides, not the LSN alone: a log that ends with another batch sealing its segment than
+    /// the leader's is cut before that, and loses no record.
     ///
     /// # Errors
     ///
     /// [`Error::Protocol`] if it would cut what must not be cut.
-    pub(crate) fn cut_asked(&self, peer: &str, info: &ShardInfo, head: Lsn) -> Result<Option<LogPosition>> {
-        if info.session_kind != SessionKind::CatchUp || info.start > head {
+    pub fn cut_asked(
+        &self,
+        peer: &str,
+        info: &ShardInfo,
+        (head, due): (Lsn, (Lsn, u64)),
+    ) -> Result<Option<LogPosition>> {
+        let offered = (info.start_segment, info.start_offset);
+        let continues = info.start > head && (offered == due || offered == (due.0, 0));
+        if info.session_kind != SessionKind::CatchUp || continues {
             return Ok(None);
         }
         let here = self.common.filter(|place| {
             place.lsn.next() == info.start && (place.segment, place.offset) == (info.start_segment, info.start_offset)
         });
         match here {
-            Some(place) if self.gives_way_to(info.epoch) && self.applied <= place.lsn => Ok(Some(place)),
+            Some(place) if self.gives_way_to(info.epoch) && self.touched <= place.lsn => Ok(Some(place)),
             _ => Err(Error::protocol(
                 peer,
                 format!(
                     "under epoch {} it would send from LSN {} on, where this log has records of epoch {} up to LSN {head}, \
-                     up to {} of them applied, and no point to cut it was agreed on",
-                    info.epoch, info.start, self.tail_epoch, self.applied
+                     up to {} of them perhaps applied, and no point to cut it was agreed on",
+                    info.epoch, info.start, self.tail_epoch, self.touched
                 ),
             )),
         }

@@ -184,7 +184,7 @@ impl Receiver {
         let is_incomplete = self.own.is_incomplete()?;
         let kept = self.own.find_interrupted()?.map_or(0, |_| SyncRequest::REBUILD_KEPT);
         let applied = if is_incomplete { Lsn::ZERO } else { self.own.applied.load() };
-        let base_applied = if self.own.target().keeps_state() { applied } else { Lsn::ZERO };
+        let touched = if is_incomplete { Lsn::ZERO } else { self.own.touched()? };
         let shard = self.own.shard;
         let writer = self.own.writer()?;
         let end = writer.end();
@@ -210,7 +210,7 @@ impl Receiver {
             from: Lsn::ZERO,
             flags: kept | if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
         };
-        let own = OwnHistory { log: writer.log(), applied: base_applied };
+        let own = OwnHistory { log: writer.log().as_ref(), touched };
         let timeout = node.options.handshake_timeout;
         // For the whole exchange: one that comes byte by byte does not hold this side.
         receiver.set_deadline(Instant::now().checked_add(timeout))?;
@@ -226,8 +226,9 @@ impl Receiver {
         if is_incomplete && (info.session_kind != SessionKind::Rebuild || kept == 0) {
             return Err(Error::protocol(peer, "it would go on with the log, but the target has no base to put it on"));
         }
+        let due = self.own.writer()?.ingest_position();
         if let Some(told) = told
-            && let Some(place) = told.cut_asked(peer, &info, end.head)?
+            && let Some(place) = told.cut_asked(peer, &info, (end.head, due))?
         {
             self.own.cut_log(&place)?;
         }

@@ -19,7 +19,7 @@ use crate::transport::segment::PeerLog;
 use crate::types::{Lsn, ShardId, shard_directory_name};
 use crate::wal::mend::{Mending, Source};
 use crate::wal::scan::{LogReport, Problem, ProblemKind, verify_log};
-use crate::wal::{LogIdentity, lock_directory};
+use crate::wal::{KnownSynced, LogIdentity, WrittenHere, lock_directory};
 
 pub use crate::wal::mend::MendedRange;
 
@@ -121,9 +121,10 @@ impl Repair {
         let checkpoint = Checkpoint::load(&self.directory.join(CHECKPOINT_FILE_NAME))?.unwrap_or_default();
         let mut report = RepairReport::default();
         for shard in shards.map(ShardId) {
-            let synced = checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.synced);
+            let lsn = checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.synced);
+            let known = KnownSynced { lsn, written_here: WrittenHere::by(&manifest) };
             let mut source = LazyPeer { repair: self, transport, address, manifest, shard, peer: None };
-            report.shards.push(self.repair_shard(&manifest, shard, synced, &mut source)?);
+            report.shards.push(self.repair_shard(&manifest, shard, known, &mut source)?);
         }
         Ok(report)
     }
@@ -132,7 +133,7 @@ impl Repair {
         &self,
         manifest: &Manifest,
         shard: ShardId,
-        known_synced: Lsn,
+        known: KnownSynced,
         source: &mut dyn Source,
     ) -> Result<ShardRepair> {
         let directory = self.directory.join(shard_directory_name(shard));
@@ -143,13 +144,14 @@ impl Repair {
             shard,
             segment_size: manifest.segment_size,
         };
-        let verify = || verify_log(&directory, Some(&identity), known_synced, &mut ());
+        let verify = || verify_log(&directory, Some(&identity), known, &mut ());
         let LogReport { problems, synced, head, .. } = verify()?;
         if !problems.iter().any(needs_mending) {
             return Ok(ShardRepair { shard, remaining: problems.clone(), problems, ranges: Vec::new(), head });
         }
         let staging = if self.dry_run { temporary_directory(shard)? } else { directory.clone() };
-        let mending = Mending { directory: &directory, identity: &identity, synced, staging: &staging };
+        let known = KnownSynced { lsn: synced, ..known };
+        let mending = Mending { directory: &directory, identity: &identity, known, staging: &staging };
         let mended = mending.run(source);
         if self.dry_run {
             // Empty by now.

@@ -63,6 +63,64 @@ impl RetentionOptions {
     fn limit(&self, segment_size: u64) -> Option<u64> {
         self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(3 * segment_size)).max(segment_size))
     }
+
+    /// What goes now. Pure: whoever asks has read the facts, and does what the plan says.
+    pub(crate) fn plan(&self, facts: &RetentionFacts<'_>) -> Plan {
+        let &RetentionFacts { sealed, unneeded, synced, applied, retained_bytes, segment_size, .. } = facts;
+        let limit = self.limit(segment_size);
+        let forced = limit.map_or(0, |limit| facts.over(limit));
+        let spare = retained_bytes.saturating_sub(self.min_wal_bytes) / segment_size;
+        let spare = usize::try_from(spare).unwrap_or(usize::MAX);
+        let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
+        let unneeded = upto(unneeded).min(spare);
+        let synced = upto(synced);
+        let applied = applied.map_or(sealed.len(), upto);
+        // The target is asked to hurry in good time: for it appends go on, and the log grows.
+        let urgent = limit.map_or(0, |limit| facts.over(limit / 2));
+        let count = forced.max(unneeded.min(synced)).min(applied);
+        let next = sealed.get(count).copied().filter(|_| count < forced.max(unneeded));
+        let last_of = |count: usize| count.checked_sub(1).and_then(|index| sealed.get(index)).copied();
+        Plan {
+            through: last_of(count),
+            forced: count > unneeded.min(synced),
+            // The target has durably applied only what is synced.
+            wants_sync: last_of(urgent).filter(|_| urgent > applied),
+            reason: if count > unneeded {
+                "the log is larger than it may be"
+            } else {
+                "no follower, pin or target needs it"
+            },
+            waits_for_sync: next.filter(|_| synced <= count),
+            waits_for_target: next.filter(|_| applied == count),
+            hurry: urgent > applied,
+        }
+    }
+}
+
+/// What decides about a shard's log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RetentionFacts<'a> {
+    /// The last LSN of each sealed segment, oldest first.
+    pub(crate) sealed: &'a [Lsn],
+    /// Up to here nobody needs anything.
+    pub(crate) unneeded: Lsn,
+    /// Up to here the log is on stable storage.
+    pub(crate) synced: Lsn,
+    /// Up to here this node's own target has applied it durably; none without a target.
+    pub(crate) applied: Option<Lsn>,
+    /// Bytes of the segments that are the log.
+    pub(crate) retained_bytes: u64,
+    /// Bytes of all files of the log, those set aside too.
+    pub(crate) file_bytes: u64,
+    pub(crate) segment_size: u64,
+}
+
+impl RetentionFacts<'_> {
+    /// How many of the sealed segments must go for the log's files to be within `limit` bytes.
+    fn over(&self, limit: u64) -> usize {
+        let over = self.file_bytes.saturating_sub(limit).div_ceil(self.segment_size);
+        usize::try_from(over).unwrap_or(usize::MAX).min(self.sealed.len())
+    }
 }
 
 /// A hold on a shard's log: nothing from its LSN on is given up while it lives, unless the log grows past its bound.
@@ -288,11 +346,10 @@ impl ShardRetention {
         // Whoever moves from here on looks at this first, and wakes the thread.
         let sealed: Vec<Lsn> = log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
         self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
-        let forced = self.forced(log, sealed.len());
         let mut released = Released::default();
         let plan = {
             let pins = self.pins.lock();
-            let plan = self.plan(&kept, &sealed, forced, &pins);
+            let plan = self.plan(&kept, &sealed, &pins);
             if let Some(through) = plan.through {
                 self.tail.fetch_max(through.next().0, Ordering::AcqRel);
                 for held in pins.iter().filter(|held| held.lsn.load(Ordering::Acquire) <= through.0) {
@@ -326,13 +383,7 @@ impl ShardRetention {
         released
     }
 
-    /// How many sealed segments go because the log is too large.
-    fn forced(&self, log: &Log, sealed: usize) -> usize {
-        let size = log.identity().segment_size;
-        self.options.limit(size).map_or(0, |limit| over(log, limit, sealed))
-    }
-
-    fn plan(&self, Kept { log, applied }: &Kept, sealed: &[Lsn], forced: usize, pins: &[Arc<Held>]) -> Plan {
+    fn plan(&self, Kept { log, applied }: &Kept, sealed: &[Lsn], pins: &[Arc<Held>]) -> Plan {
         let shard = log.shard();
         let followers = self.registry.followers();
         let places = followers.iter().filter(|known| !known.has_lost_place(shard)).map(|known| known.position(shard));
@@ -340,32 +391,16 @@ impl ShardRetention {
         let held = held.map(|held| Lsn(held.lsn.load(Ordering::Acquire)).previous());
         // Up to here nobody needs anything. Where no follower is known, the first one may need everything.
         let unneeded = if followers.is_empty() { Lsn::ZERO } else { places.chain(held).min().unwrap_or(Lsn::MAX) };
-        let size = log.identity().segment_size;
-        let spare = log.retained_bytes().saturating_sub(self.options.min_wal_bytes) / size;
-        let spare = usize::try_from(spare).unwrap_or(usize::MAX);
-        let upto = |lsn: Lsn| sealed.partition_point(|last| *last <= lsn);
-        let unneeded = upto(unneeded).min(spare);
-        let synced = upto(log.synced().load());
-        let applied = applied.as_ref().map_or(sealed.len(), |applied| upto(applied.load()));
-        // The target is asked to hurry in good time: for it appends go on, and the log grows.
-        let urgent = self.options.limit(size).map_or(0, |limit| over(log, limit / 2, sealed.len()));
-        let count = forced.max(unneeded.min(synced)).min(applied);
-        let next = sealed.get(count).copied().filter(|_| count < forced.max(unneeded));
-        let last_of = |count: usize| count.checked_sub(1).and_then(|index| sealed.get(index)).copied();
-        Plan {
-            through: last_of(count),
-            forced: count > unneeded.min(synced),
-            // The target has durably applied only what is synced.
-            wants_sync: last_of(urgent).filter(|_| urgent > applied),
-            reason: if count > unneeded {
-                "the log is larger than it may be"
-            } else {
-                "no follower, pin or target needs it"
-            },
-            waits_for_sync: next.filter(|_| synced <= count),
-            waits_for_target: next.filter(|_| applied == count),
-            hurry: urgent > applied,
-        }
+        let facts = RetentionFacts {
+            sealed,
+            unneeded,
+            synced: log.synced().load(),
+            applied: applied.as_ref().map(|applied| applied.load()),
+            retained_bytes: log.retained_bytes(),
+            file_bytes: log.file_bytes(),
+            segment_size: log.identity().segment_size,
+        };
+        self.options.plan(&facts)
     }
 
     /// Those who needed something up to `through` lose their place.
@@ -385,16 +420,10 @@ impl ShardRetention {
     }
 }
 
-/// How many of the sealed segments must go for a log's files to be within `limit` bytes.
-fn over(log: &Log, limit: u64, sealed: usize) -> usize {
-    let over = log.file_bytes().saturating_sub(limit).div_ceil(log.identity().segment_size);
-    usize::try_from(over).unwrap_or(usize::MAX).min(sealed)
-}
-
 /// What goes now.
 #[derive(Debug, PartialEq, Eq)]
-struct Plan {
-    through: Option<Lsn>,
+pub(crate) struct Plan {
+    pub(crate) through: Option<Lsn>,
     /// Whether it is durable or not.
     forced: bool,
     /// Up to here it should be synced soon.

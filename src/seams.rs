@@ -1,9 +1,151 @@
 //! Ways into what is private, for the fuzzing and the simulation of this repository. Not part of the interface: anything
 //! here may change or go at any time.
+//!
+//! Each function is what the crate itself calls, with other bytes under it. Everything else that the simulation runs is
+//! public: the [engine](crate::protocol), [rebuild sessions](crate::rebuild), [batches](crate::wal::batch),
+//! [segments](crate::wal::segment) and the [wire](crate::wire).
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use crate::error::Result;
+use crate::parting::{self, OwnHistory};
+use crate::retention::{RetentionFacts, RetentionOptions};
+use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
+use crate::wal::{KnownSynced, LogIdentity, SegmentHeader, TornTail, recovery, walk};
+use crate::wire::{CommonPoint, EpochHistory, PROTOCOL_VERSIONS, SyncRequest};
+
+/// One segment of a log that may be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenedSegment {
+    /// Its header.
+    pub header: SegmentHeader,
+    /// The end of its last valid batch, in bytes from the beginning of the file.
+    pub published: u64,
+    /// Whether it is sealed.
+    pub sealed: bool,
+}
+
+/// A log that may be opened, and what is to be done to its files first, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenVerdict {
+    /// Files to be renamed or removed, one after the other; then the directory is synced.
+    pub dropped: Vec<PathBuf>,
+    /// Ranges to be filled with zeros; then each file is synced.
+    pub zeroed: Vec<(PathBuf, Range<u64>)>,
+    /// Oldest first.
+    pub segments: Vec<OpenedSegment>,
+    /// The newest LSN.
+    pub head: Lsn,
+    /// The chain at the head.
+    pub chain: Chain,
+    /// Of the last segment.
+    pub epoch: Epoch,
+    /// The newest.
+    pub timestamp: HybridTimestamp,
+    /// The highest LSN known to have been synced.
+    pub synced: Lsn,
+    /// What was cut.
+    pub torn: Option<TornTail>,
+}
+
+/// What recovery decides about a log whose segment files, oldest first, hold these bytes.
+///
+/// # Errors
+///
+/// Where the log must not be opened.
+pub fn survey_log(
+    identity: &LogIdentity,
+    known: KnownSynced,
+    files: Vec<(WalSegmentId, Vec<u8>)>,
+) -> Result<OpenVerdict> {
+    let segments = files.into_iter().map(|(id, bytes)| {
+        let path = PathBuf::from(id.to_string());
+        Ok((id, walk::SegmentFile::over(&path, bytes.len() as u64, Box::new(bytes))))
+    });
+    let verdict = recovery::survey(Path::new("."), identity, known, segments)?;
+    let recovered = verdict.recovered;
+    let opened = |segment: recovery::RecoveredSegment| OpenedSegment {
+        header: segment.header,
+        published: segment.published,
+        sealed: segment.sealed,
+    };
+    Ok(OpenVerdict {
+        dropped: verdict.dropped.into_iter().map(|(path, _)| path).collect(),
+        zeroed: verdict.zeroed,
+        segments: recovered.segments.into_iter().map(opened).collect(),
+        head: recovered.head,
+        chain: recovered.chain,
+        epoch: recovered.epoch,
+        timestamp: recovered.timestamp,
+        synced: recovered.synced,
+        torn: recovered.torn,
+    })
+}
+
+pub use crate::parting::{History, Parting, Told};
+
+/// Whether what a follower has is a beginning of a leader's log, or can no longer be compared with it.
+#[must_use]
+pub fn is_beginning_of(log: &impl History, request: &SyncRequest) -> bool {
+    parting::is_beginning_of(log, request)
+}
+
+/// What a leader tells a follower whose log is no beginning of its own.
+///
+/// # Errors
+///
+/// If the log cannot be read.
+pub fn ask_where_logs_part(log: &impl History) -> Result<EpochHistory> {
+    parting::question(log, PROTOCOL_VERSIONS.max)
+}
+
+/// What the follower answers, whose target may hold something up to `touched`, and what it keeps in mind.
+///
+/// # Errors
+///
+/// If the log cannot be read.
+pub fn tell_where_logs_part(log: &impl History, touched: Lsn, history: &EpochHistory) -> Result<(CommonPoint, Told)> {
+    OwnHistory { log, touched }.answer(history)
+}
+
+/// What the leader makes of the answer.
+#[must_use]
+pub fn check_where_logs_part(log: &impl History, request: &SyncRequest, answer: &CommonPoint) -> Parting {
+    parting::check_answer(log, request, answer)
+}
+
+/// What retention looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct KeptLog<'a> {
+    /// The last LSN of each sealed segment, oldest first.
+    pub sealed: &'a [Lsn],
+    /// Up to here nobody needs anything.
+    pub unneeded: Lsn,
+    /// Up to here the log is on stable storage.
+    pub synced: Lsn,
+    /// Up to here the node's own target has applied it durably.
+    pub applied: Option<Lsn>,
+    /// Bytes of all segments.
+    pub retained_bytes: u64,
+    /// Bytes of one.
+    pub segment_size: u64,
+    /// The bound on all.
+    pub max_wal_bytes: Option<u64>,
+    /// Bytes kept although nobody needs them.
+    pub min_wal_bytes: u64,
+}
+
+/// Up to which LSN retention gives a log up, if it gives up anything.
+#[must_use]
+pub fn give_up_through(log: &KeptLog<'_>) -> Option<Lsn> {
+    let &KeptLog { sealed, unneeded, synced, applied, retained_bytes, segment_size, max_wal_bytes, min_wal_bytes } =
+        log;
+    let options = RetentionOptions { max_wal_bytes, min_wal_bytes };
+    let file_bytes = retained_bytes;
+    let facts = RetentionFacts { sealed, unneeded, synced, applied, retained_bytes, file_bytes, segment_size };
+    options.plan(&facts).through
+}
 
 /// Reads the content of a node's list of followers, and gives it as it would be written again.
 ///

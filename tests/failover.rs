@@ -14,10 +14,10 @@ use tempfile::TempDir;
 use towline::target::fixed_store::FixedStoreOptions;
 use towline::target::{FixedStore, LogOnly, ReplicationTarget};
 use towline::types::shard_directory_name;
-use towline::wal::LogWriter;
-use towline::wal::scan::{Relation, compare_logs};
+use towline::wal::scan::{Relation, compare_logs, list_segments, scan_segment};
+use towline::wal::{Expected, LogWriter, batch};
 use towline::wire::{
-    CommonPoint, EpochEnd, EpochHistory, Message, SessionId, SessionKind, ShardInfo, Sync, SyncRequest,
+    CommonPoint, EpochEnd, EpochHistory, Message, SessionId, SessionKind, ShardInfo, Sync, SyncRequest, VersionRange,
 };
 use towline::{Chain, Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, ShardId};
 
@@ -32,6 +32,9 @@ over_both![
     a_follower_of_the_old_leader_is_cut_while_it_runs,
     what_was_applied_to_a_store_is_rebuilt,
     a_store_that_applied_nothing_of_it_is_kept,
+    a_store_that_a_power_cut_left_ahead_of_what_it_knows_is_rebuilt,
+    a_target_that_cannot_tell_what_it_holds_is_rebuilt,
+    another_batch_sealing_the_same_segment_is_cut,
     a_follower_that_is_ahead_under_the_same_epoch_is_refused,
     logs_without_a_common_point_are_refused,
     an_interrupted_cut_is_finished,
@@ -40,6 +43,7 @@ over_both![
     two_leaders_under_one_epoch_do_not_follow_each_other,
     a_follower_that_names_a_wrong_point_gains_nothing,
     a_leader_cannot_have_cut_what_was_not_agreed_on,
+    a_diverged_follower_of_version_1_is_refused,
 ];
 
 fn directories() -> (TempDir, PathBuf, PathBuf) {
@@ -262,8 +266,7 @@ fn what_was_applied_to_a_store_is_rebuilt(net: &Net) {
         assert_eq!(value(&store_a, "new 1").as_deref(), Some("new"));
         follower.shutdown().unwrap();
         leader.shutdown().unwrap();
-        let of = |node: &Path| node.join(shard_directory_name(S0));
-        assert_eq!(compare_logs(&of(&a), &of(&b)).unwrap().relation, Relation::Identical);
+        assert_same_log(&a, &b);
     }
 }
 
@@ -299,6 +302,169 @@ fn a_store_that_applied_nothing_of_it_is_kept(net: &Net) {
     follower.shutdown().unwrap();
     leader.shutdown().unwrap();
     assert_identical(&a, &b, &[21]);
+}
+
+/// What breaks: the power goes while the old leader's store has applied strays and not synced them. How: slots reach the
+/// disk as they please, so the newest of them are there, and the header still says that nothing of them was applied. What
+/// prevents harm: the store knows the newest version in its slots, and the log is not cut below that.
+fn a_store_that_a_power_cut_left_ahead_of_what_it_knows_is_rebuilt(net: &Net) {
+    let (_parent, a, b) = directories();
+    let (store_a, store_b) = (store(&a), store(&b));
+    let leader = lead_store(net, &a, A, None, &store_a);
+    let follower = net.node(&b).node_id(NodeId(B)).follow(&net.address, Arc::clone(&store_b) as _).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    for key in 0..20 {
+        put(&mut writer, &store_a, &format!("key {key}"), "shared");
+    }
+    catch_up(&leader, &follower);
+    common::reach(leader.applied(S0).unwrap().unwrap(), Lsn(20), "applying");
+    follower.shutdown().unwrap();
+    drop(writer);
+    leader.shutdown().unwrap();
+    let slots = a.join("store").join("slots-0000.tfs");
+    let before = std::fs::read(&slots).unwrap();
+    let leader = lead_store(net, &a, A, None, &store_a);
+    let mut writer = leader.writer(S0).unwrap();
+    for key in 15..25 {
+        put(&mut writer, &store_a, &format!("key {key}"), "stray");
+    }
+    common::reach(leader.applied(S0).unwrap().unwrap(), Lsn(30), "applying the strays");
+    drop(writer);
+    leader.shutdown().unwrap();
+    drop(store_a);
+    // The slots are the new ones; the header, one page, is the one from before.
+    let mut left = std::fs::read(&slots).unwrap();
+    left[..4096].copy_from_slice(&before[..4096]);
+    std::fs::write(&slots, left).unwrap();
+    std::fs::remove_file(a.join("replication.ckpt")).unwrap();
+    let store_a = store(&a);
+    assert_eq!(store_a.durable_applied(S0).unwrap(), Some(Lsn(20)));
+    assert_eq!(store_a.touched(S0).unwrap(), Some(Lsn(30)));
+
+    let leader = lead_store(net, &b, B, Some(2), &store_b);
+    let mut writer = leader.writer(S0).unwrap();
+    for key in 0..12 {
+        put(&mut writer, &store_b, &format!("new {key}"), "new");
+    }
+    let follower = net.node(&a).node_id(NodeId(A)).follow(&net.address, Arc::clone(&store_a) as _).unwrap();
+    until("the store shows what is new", || value_if_served(&store_a, "new 11").is_some());
+    assert_eq!(value(&store_a, "key 15").as_deref(), Some("shared"));
+    assert_eq!(value(&store_a, "key 24"), None, "nothing of the strays is left");
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+    assert_same_log(&a, &b);
+}
+
+/// A target that says of itself only what it has applied durably, as one may that knows nothing of divergence.
+struct Plain(Arc<FixedStore>);
+
+impl ReplicationTarget for Plain {
+    fn durable_applied(&self, shard: ShardId) -> towline::Result<Option<Lsn>> {
+        self.0.durable_applied(shard)
+    }
+
+    fn apply(&self, shard: ShardId, record: towline::wal::Record<'_>) -> towline::Result<()> {
+        self.0.apply(shard, record)
+    }
+
+    fn sync(&self, shard: ShardId) -> towline::Result<()> {
+        self.0.sync(shard)
+    }
+
+    fn topology(&self) -> towline::target::TargetTopology {
+        self.0.topology()
+    }
+
+    fn needs_durable_log(&self) -> bool {
+        true
+    }
+
+    fn is_rebuilding(&self, shard: ShardId) -> towline::Result<bool> {
+        self.0.is_rebuilding(shard)
+    }
+
+    fn begin_base(
+        &self,
+        shard: ShardId,
+        info: towline::target::BaseInfo,
+    ) -> towline::Result<Box<dyn towline::target::BaseSink>> {
+        self.0.begin_base(shard, info)
+    }
+
+    fn blocks_of(
+        &self,
+        shard: ShardId,
+        record: towline::wal::Record<'_>,
+        blocks: &mut Vec<towline::target::BlockId>,
+    ) -> towline::Result<bool> {
+        self.0.blocks_of(shard, record, blocks)
+    }
+}
+
+fn a_target_that_cannot_tell_what_it_holds_is_rebuilt(net: &Net) {
+    let (_parent, a, b) = directories();
+    let (store_a, store_b) = (store(&a), store(&b));
+    let leader = lead_store(net, &a, A, None, &store_a);
+    let follower = net.node(&b).node_id(NodeId(B)).follow(&net.address, Arc::clone(&store_b) as _).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    for key in 0..20 {
+        put(&mut writer, &store_a, &format!("key {key}"), "shared");
+    }
+    catch_up(&leader, &follower);
+    common::reach(leader.applied(S0).unwrap().unwrap(), Lsn(20), "applying");
+    follower.shutdown().unwrap();
+    drop(writer);
+    leader.shutdown().unwrap();
+    let leader = lead(net, &a, A, 1);
+    append_strays(&mut leader.writer(S0).unwrap(), 15);
+    leader.shutdown().unwrap();
+
+    let leader = lead_store(net, &b, B, Some(2), &store_b);
+    let mut writer = leader.writer(S0).unwrap();
+    put(&mut writer, &store_b, "new", "new");
+    let target = Arc::new(Plain(Arc::clone(&store_a)));
+    let follower = net.node(&a).node_id(NodeId(A)).follow(&net.address, target).unwrap();
+    until("the store shows what is new", || value_if_served(&store_a, "new").is_some());
+    assert_ne!(follower.rebuild_progress(S0).unwrap(), Default::default(), "it was rebuilt");
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+    assert_same_log(&a, &b);
+}
+
+/// Both logs hold the same records, but each of the two leaders has sealed the segment behind them, each in its own way.
+fn another_batch_sealing_the_same_segment_is_cut(net: &Net) {
+    let (_parent, a, b) = directories();
+    let (leader, _) = fail_over(net, &a, &b, &[50], &[0], 5);
+    // The old leader had begun a new segment, and a crash left only the end of the one before.
+    let node = a.join(shard_directory_name(S0));
+    let (id, path) = list_segments(&node).unwrap().pop().unwrap();
+    let report = scan_segment(&path, &mut ()).unwrap();
+    assert!(!report.sealed && report.last_lsn == Lsn(50) && id.first_lsn == Lsn(1), "{report:?}");
+    let at = Expected { first_lsn: Lsn(51), chain: report.chain, epoch: Epoch(1) };
+    let seal = batch::build(at, report.timestamp.tick(1), Lsn(50), &[]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = usize::try_from(report.end).unwrap();
+    bytes[end..end + seal.len()].copy_from_slice(&seal);
+    std::fs::write(&path, bytes).unwrap();
+    assert!(scan_segment(&path, &mut ()).unwrap().sealed);
+
+    let follower = follow(net, &a, A);
+    until("the log is the leader's", || follower.log(S0).unwrap().head() == Lsn(55));
+    catch_up(&leader, &follower);
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+    assert_identical(&a, &b, &[55]);
+    assert_records(&a, S0, 55);
+}
+
+fn value_if_served(store: &FixedStore, key: &str) -> Option<Vec<u8>> {
+    store.get(key.as_bytes()).ok().flatten()
+}
+
+/// As far as both reach back.
+fn assert_same_log(a: &Path, b: &Path) {
+    let of = |node: &Path| node.join(shard_directory_name(S0));
+    assert_eq!(compare_logs(&of(a), &of(b)).unwrap().relation, Relation::Identical);
 }
 
 /// Why a follower ended for good.
@@ -525,6 +691,34 @@ fn a_follower_that_names_a_wrong_point_gains_nothing(net: &Net) {
     let info = ask(said(50, place.chain, both).into()).unwrap();
     assert_eq!((info.session_kind, info.start), (SessionKind::CatchUp, Lsn(51)));
     assert_eq!((info.start_segment, info.start_offset), (place.segment, place.offset));
+    leader.shutdown().unwrap();
+}
+
+/// It cannot be asked where the logs part, so nothing is proven, and it loses nothing; whatever epoch it has accepted.
+fn a_diverged_follower_of_version_1_is_refused(net: &Net) {
+    let (_parent, a, b) = directories();
+    let (leader, _writers) = fail_over(net, &a, &b, &[50], &[0], 30);
+    for (epoch, received, code) in [
+        (1, 60, RefusalCode::Diverged),
+        (2, 60, RefusalCode::Diverged),
+        (1, 90, RefusalCode::Diverged),
+        (2, 90, RefusalCode::LeaderBehind),
+    ] {
+        let request = SyncRequest {
+            versions: VersionRange { min: 1, max: 1 },
+            epoch: Epoch(epoch),
+            received: Lsn(received),
+            durable: Lsn(received),
+            applied: Lsn(0),
+            chain: Chain(1),
+            ..follow_request(&leader.manifest(), A, S0)
+        };
+        let mut connection = net.connect();
+        connection.sender.send_message(&request.into()).unwrap();
+        let Message::Error(refusal) = connection.receiver.receive_message().unwrap() else { panic!("not refused") };
+        assert_eq!(refusal.code, code, "{}", refusal.text);
+        assert!(refusal.text.contains("nothing is overwritten"), "{}", refusal.text);
+    }
     leader.shutdown().unwrap();
 }
 

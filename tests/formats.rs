@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use towline::data_dir::Manifest;
 use towline::wal::scan::{Relation, verify_log};
 use towline::wal::segment::SegmentHeader;
-use towline::wal::{LogIdentity, Wal, WalOptions, batch};
+use towline::wal::{KnownSynced, LogIdentity, Wal, WalOptions, batch};
 use towline::wire::{BodyCheck, FrameHeader, Message, WalSegmentPayload};
 use towline::{
     Chain, Checkpoint, CheckpointEntry, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, ShardId, WalSegmentId,
@@ -211,7 +211,7 @@ fn a_segment_of_batch_version_2() {
     assert_eq!(payload.id().to_string(), "r0002-s0003-00000000000000000001.wal");
     assert_eq!(payload.event_count(), 4);
     let (directory, shard) = log_of_golden_segment();
-    let report = verify_log(&shard, Some(&identity()), Lsn::ZERO, &mut ()).unwrap();
+    let report = verify_log(&shard, Some(&identity()), KnownSynced::default(), &mut ()).unwrap();
     assert_eq!((report.tail, report.head, report.batches, report.epoch), (Lsn(1), Lsn(4), 3, Epoch(5)));
     assert_eq!((report.problems.len(), report.segments[0].sealed), (0, true));
     let records: Vec<_> = common::records_of(directory.path(), ShardId(3)).into_values().collect();

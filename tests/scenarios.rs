@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use towline::transport::{is_closed_by_peer, receive_segment};
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, verify_log};
-use towline::wal::{LogIdentity, LogWriter, Wal, WalOptions};
+use towline::wal::{KnownSynced, LogIdentity, LogWriter, Wal, WalOptions};
 use towline::wire::{
     FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncAck, WalSegmentPayload,
 };
@@ -513,7 +513,7 @@ fn a_newer_epoch_deposes_the_leader(net: &Net) {
 
 /// Epoch, first and last LSN of each segment.
 fn epochs(node: &Path, shard: ShardId) -> Vec<(u64, u64, u64)> {
-    let report = verify_log(&node.join(shard_directory_name(shard)), None, Lsn::ZERO, &mut ()).unwrap();
+    let report = verify_log(&node.join(shard_directory_name(shard)), None, KnownSynced::default(), &mut ()).unwrap();
     let segment = |segment: &towline::wal::scan::SegmentReport| {
         let header = segment.header.as_ref().unwrap();
         (header.epoch.get(), header.id.first_lsn.get(), segment.last_lsn.get())

@@ -64,7 +64,7 @@ impl Inspect {
             let report = verify_log(
                 &self.dir.join(shard_directory_name(shard)),
                 Some(&identity),
-                super::known_synced(&self.dir, shard)?,
+                super::known_synced(&self.dir, &manifest, shard)?,
                 &mut printer,
             )?;
             printer.finish()?;

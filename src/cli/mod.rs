@@ -109,11 +109,16 @@ fn stop_at_interrupt() -> Result<ShutdownSignal, ctrlc::Error> {
     Ok(stop)
 }
 
-/// What the checkpoint of a node's directory says was synced of a shard.
-fn known_synced(directory: &std::path::Path, shard: towline::ShardId) -> towline::Result<towline::Lsn> {
+/// What the checkpoint and the manifest of a node's directory say about what was synced of a shard.
+fn known_synced(
+    directory: &std::path::Path,
+    manifest: &towline::data_dir::Manifest,
+    shard: towline::ShardId,
+) -> towline::Result<towline::wal::KnownSynced> {
     let path = directory.join(towline::replication::CHECKPOINT_FILE_NAME);
     let checkpoint = towline::Checkpoint::load(&path)?.unwrap_or_default();
-    Ok(checkpoint.entries.get(&shard).map(|entry| entry.synced).unwrap_or_default())
+    let lsn = checkpoint.entries.get(&shard).map(|entry| entry.synced).unwrap_or_default();
+    Ok(towline::wal::KnownSynced { lsn, written_here: towline::wal::WrittenHere::by(manifest) })
 }
 
 /// Plain TCP with the usual settings.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use towline::ShardId;
-use towline::data_dir::DataDir;
+use towline::data_dir::{DataDir, Manifest};
 use towline::types::shard_directory_name;
 use towline::wal::LogIdentity;
 use towline::wal::scan::{Comparison, ProblemKind, Relation, Side, Visit, compare_logs, verify_log};
@@ -49,7 +49,7 @@ impl Verify {
             for shard in (0..own.shard_count).map(ShardId) {
                 let identity =
                     LogIdentity { cluster: own.cluster, region: own.region, shard, segment_size: own.segment_size };
-                code = code.max(verify_shard(directory, &identity)?);
+                code = code.max(verify_shard(directory, &own, &identity)?);
             }
         }
         for other in &self.others {
@@ -105,11 +105,11 @@ impl Visit for Watch {
 }
 
 /// Verifies one shard's chain and prints what was found.
-fn verify_shard(directory: &Path, identity: &LogIdentity) -> Result<u8, towline::Error> {
+fn verify_shard(directory: &Path, manifest: &Manifest, identity: &LogIdentity) -> Result<u8, towline::Error> {
     let path = directory.join(shard_directory_name(identity.shard));
     let bytes = towline::wal::scan::list_segments(&path)?.len() as u64 * identity.segment_size;
-    let synced = super::known_synced(directory, identity.shard)?;
-    let report = verify_log(&path, Some(identity), synced, &mut Watch(Progress::new("verifying", Some(bytes))))?;
+    let known = super::known_synced(directory, manifest, identity.shard)?;
+    let report = verify_log(&path, Some(identity), known, &mut Watch(Progress::new("verifying", Some(bytes))))?;
     println!(
         "{} shard {}: LSN {} to {}, {} records in {} batches, {} segments, chain {:08x}{}",
         directory.display(),

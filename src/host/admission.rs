@@ -103,7 +103,9 @@ impl Host {
                 tail_epoch: match parting {
                     Some(parting) => parting.tail_epoch,
                     None if request.received == Lsn::ZERO => Epoch::ZERO,
-                    // The highest that it has accepted, which is at least that of its newest record.
+                    // Nobody asked: the log is a beginning of this one, and its epoch decides nothing; or the follower
+                    // speaks version 1. What it has accepted is at least the epoch of its newest record: with that
+                    // bound it can be refused where it would have been rebuilt, and never loses anything.
                     None => request.epoch,
                 },
                 base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,

@@ -12,14 +12,14 @@
 //! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
 //! | 6 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
 //! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
-//! | 8 | `received` + 1 < tail, or `received` + 1 = tail and the chains differ there: its log ends before the leader's begins | rebuild |
+//! | 8 | `received` + 1 < tail, or = tail > 1 with another chain than the leader's: its log ends before the leader's begins | rebuild |
 //! | 9 | position = head | keep-up |
 //! | 10 | position + 1 >= tail | catch-up from position |
 //! | 11 | | rebuild |
 //!
-//! Histories are compared where the leader's log still has the record at `received`; where it does not, row 8 applies. At
-//! the place before the tail only one chain is known, that behind the batch which sealed the segment before. Another one
-//! there is no proof of another history: a log that ends before that batch has it too, and lacks what is gone.
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies. One
+//! before the tail it knows a single chain, the one behind the batch that sealed the segment it has given up. A log that
+//! ends before that batch has another chain there and the same history: that it differs proves nothing.
 //! A fresh follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
 //!
 //! Diverged, with *common* = the newest LSN proven to be the same in both logs:
@@ -122,11 +122,11 @@ fn histories_differ(ack: &SyncAck) -> bool {
     comparable && ack.leader.chain_at_received != Some(ack.follower.chain)
 }
 
-/// Whether something that the follower's log lacks is no longer in the leader's.
+/// Whether the follower's log ends where the leader's cannot go on with it, because what was there is given up.
 fn ends_before_tail(ack: &SyncAck) -> bool {
     let (received, tail) = (ack.follower.received, ack.leader.tail);
-    let lacks_seal = received > Lsn::ZERO && ack.leader.chain_at_received != Some(ack.follower.chain);
-    received.next() < tail || received.next() == tail && lacks_seal
+    let differs = ack.leader.chain_at_received != Some(ack.follower.chain);
+    received.next() < tail || (received > Lsn::ZERO && received.next() == tail && differs)
 }
 
 fn decide_diverged(ack: &SyncAck) -> Decision {
@@ -269,6 +269,21 @@ mod tests {
     }
 
     #[test]
+    fn one_before_the_tail_another_chain_proves_nothing() {
+        let mut facts = ack(8, 9, 10);
+        assert_eq!(decide(&facts), catch_up(8));
+        facts.leader.chain_at_received = None;
+        assert_eq!(decide(&facts), Decision::Rebuild, "its log may end before the batch that sealed the segment");
+        facts.leader.head = Lsn(8);
+        assert_eq!(decide(&facts), Decision::Rebuild);
+        facts.follower.durable = Lsn(9);
+        assert_eq!(decide(&facts), BEHIND, "it has more than the leader");
+        let mut facts = ack(9, 9, 10);
+        facts.leader.chain_at_received = None;
+        assert_eq!(decide(&facts), BEHIND, "what the leader has it can compare");
+    }
+
+    #[test]
     fn what_is_committed_stays() {
         let mut facts = ack(9, 1, 10);
         facts.follower.committed = Lsn(11);
@@ -339,6 +354,25 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(4096))]
+
+        /// Nobody asks a follower of version 1 where the logs part, nor one whose log is a beginning of the leader's. The
+        /// epoch that it has accepted then stands for that of its newest record, which is older or the same.
+        #[test]
+        fn an_epoch_that_is_only_a_bound_takes_nothing_from_a_follower(ack in any_facts(), accepted in 0u64..5) {
+            let mut ack = ack;
+            (ack.leader.common, ack.leader.cut_possible) = (None, false);
+            let exact = decide(&ack);
+            let mut bound = ack;
+            bound.follower.tail_epoch = Epoch(accepted).max(ack.follower.tail_epoch);
+            let decided = decide(&bound);
+            prop_assert!(decided == exact || matches!(decided, Decision::Refuse(_)), "{:?} became {:?}", exact, decided);
+            let is_cut = matches!(decided, Decision::CatchUp { cut: Some(_), .. });
+            prop_assert!(!is_cut);
+            // The epoch of a log that is a beginning of the leader's decides nothing.
+            let is_beginning = ack.follower.end() <= ack.leader.head && !histories_differ(&ack);
+            let follows = bound.follower.tail_epoch <= ack.epoch;
+            prop_assert!(!(is_beginning && follows) || decided == exact);
+        }
 
         #[test]
         fn no_decision_takes_a_follower_below_what_is_known_to_be_safe(ack in any_facts()) {

@@ -109,9 +109,24 @@ pub trait ReplicationTarget: Send + Sync {
     }
 
     /// Whether records that were applied leave anything behind here. Where they do, a log is never cut below what was
-    /// applied: the target is rebuilt instead.
+    /// applied, or [may have been](Self::touched): the target is rebuilt instead.
     fn keeps_state(&self) -> bool {
         true
+    }
+
+    /// The newest LSN of which the shard's state may hold anything, where that can be more than what is applied: a target
+    /// that overwrites in place may be left with effects of later records by a power cut. `None` if the target cannot
+    /// tell: anything that stood in the log when it was opened is then taken to be in the state, until that has been
+    /// applied again. A log is never cut below this.
+    ///
+    /// A target that makes effects and position durable in one step gives the latter.
+    ///
+    /// # Errors
+    ///
+    /// If the shard does not exist.
+    fn touched(&self, shard: ShardId) -> Result<Option<Lsn>> {
+        let _ = shard;
+        Ok(None)
     }
 
     /// Whether a rebuild was begun and has not been completed, in this process or before a crash. Such a target serves

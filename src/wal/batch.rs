@@ -14,7 +14,7 @@
 //! | 20 | 4 | `prev_crc` | the chain before the batch: `crc` of the batch before it |
 //! | 24 | 8 | `epoch` | the leadership term it was written under |
 //! | 32 | 8 | `timestamp` | hybrid clock, see [`HybridTimestamp`] |
-//! | 40 | 8 | `synced_lsn` | LSN that the writer knew to be on stable storage when it wrote the batch |
+//! | 40 | 8 | `synced_lsn` | LSN that the writer had on its own stable storage when it wrote the batch |
 //! | 48 | 2 | `version` | 2 |
 //! | 50 | 2 | `flags` | bit 0: *sealing*, the last batch of its segment, without records; others 0 |
 //! | 52 | 4 | `reserved` | 0 |
@@ -29,6 +29,9 @@
 //! 5. the records fill the body exactly and are as many as `record_count`, at least one unless it seals;
 //! 6. a sealing batch has no records;
 //! 7. `crc` matches.
+//!
+//! `synced_lsn` is true of the disk of the node that wrote the batch, and says nothing of a follower's, which has the same
+//! bytes: see [`WrittenHere`](super::WrittenHere).
 //!
 //! Because the CRC is seeded with the chain, and the chain starts from what makes the log this log
 //! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate. Padding is covered, so there is no

@@ -1,4 +1,5 @@
-//! The deed behind [recovery](super::recovery)'s decision: a log's directory becomes what the survey says it is.
+//! The deed behind [recovery](super::recovery)'s decision: a log's directory becomes what the survey says it is. First
+//! the [`Verdict`] says what is to be done, and touches nothing; then it is carried out.
 //!
 //! Later segments go first: they get names of spare files, and the directory is synced. Then the segment with the stop
 //! is zeroed from there to its last byte that is not zero, and synced. A crash in between leaves less of what was to
@@ -6,13 +7,14 @@
 //! does one that a crash left empty, except that a log that begins past LSN 1 keeps its first one: that is where its
 //! position stands.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Epoch, Lsn, WalSegmentId};
 use crate::wal::given_up;
-use crate::wal::recovery::{Recovered, RecoveredSegment, Stop, Survey, TornTail};
+use crate::wal::recovery::{LogIdentity, Recovered, RecoveredSegment, Stop, Survey, TornTail};
 use crate::wal::segment::{sync_directory, zero_in_pages};
 
 const SPARE_PREFIX: &str = "spare-";
@@ -35,48 +37,40 @@ pub(crate) fn is_staged_name(name: &str) -> bool {
     name.starts_with(STAGED_PREFIX) && name.ends_with(STAGED_SUFFIX)
 }
 
+/// The decision to open a log: what is kept of it, and what is to be done to its files first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// What is kept; its leftovers come of the deeds.
+    pub(crate) recovered: Recovered,
+    /// Files that hold nothing of the log any more, in the order in which they go, and whether they have the right size
+    /// to become spares. The directory is synced behind them.
+    pub(crate) dropped: Vec<(PathBuf, bool)>,
+    /// Ranges that become zeros, after that; each file is synced.
+    pub(crate) zeroed: Vec<(PathBuf, Range<u64>)>,
+}
+
 impl Survey<'_> {
-    /// Makes the directory what the survey says it is.
-    pub(super) fn carry_out(mut self, directory: &Path, others: &[PathBuf]) -> Result<Recovered> {
-        let (mut leftovers, mut spares) = self.tidy(others)?;
+    /// What is to be done for a log that may be opened.
+    pub(super) fn verdict(mut self) -> Verdict {
         let stop = self.stop.take();
         let extent = stop.as_ref().and_then(|stop| stop.extent);
         let torn = stop.map(|stop| self.torn_tail(stop));
-        if let Some(torn) = &torn {
-            log::warn!(
-                "{}: cutting {} bytes behind LSN {} at offset {}, not known to be synced: {}",
-                torn.path.display(),
-                torn.bytes,
-                torn.after,
-                torn.offset,
-                torn.reason
-            );
-        }
         self.drop_empty_segment();
-        for (path, has_right_size) in std::mem::take(&mut self.dropped).into_iter().rev() {
-            if has_right_size {
-                spares += 1;
-                let spare = directory.join(format!("{SPARE_PREFIX}{spares}{SPARE_SUFFIX}"));
-                log::info!("{} holds nothing of the log any more; keeping the file as a spare", path.display());
-                std::fs::rename(&path, &spare).map_err(Error::io("rename", &path))?;
-                leftovers.push(spare);
-            } else {
-                log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
-                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            }
+        let zeroed = self.zeroed(extent);
+        Verdict {
+            recovered: Recovered {
+                head: self.next.first_lsn.previous(),
+                chain: self.next.chain,
+                epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
+                timestamp: self.timestamp,
+                synced: self.known.lsn,
+                torn,
+                segments: self.segments,
+                leftovers: Vec::new(),
+            },
+            dropped: self.dropped.into_iter().rev().collect(),
+            zeroed,
         }
-        sync_directory(directory).map_err(Error::io("sync", directory))?;
-        self.zero(extent)?;
-        Ok(Recovered {
-            head: self.next.first_lsn.previous(),
-            chain: self.next.chain,
-            epoch: self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch),
-            timestamp: self.timestamp,
-            synced: self.synced,
-            torn: torn.filter(|torn| torn.bytes > 0),
-            segments: self.segments,
-            leftovers,
-        })
     }
 
     /// What is to be reported of a stop.
@@ -91,35 +85,6 @@ impl Survey<'_> {
         }
     }
 
-    /// Sorts the names that are not segments: existing spare files, with the highest number among them.
-    fn tidy(&self, others: &[PathBuf]) -> Result<(Vec<PathBuf>, u64)> {
-        let (mut spares, mut highest) = (Vec::new(), 0);
-        for path in others {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            // What was set aside goes when the log is durable.
-            if name == crate::wal::LOCK_FILE || given_up::is_set_aside(path) {
-                continue;
-            }
-            if is_staged_name(name) {
-                log::info!("removing {}, left by a repair that was interrupted", path.display());
-                std::fs::remove_file(path).map_err(Error::io("remove", path))?;
-                continue;
-            }
-            let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {
-                log::warn!("{} is no part of a log; leaving it alone", path.display());
-                continue;
-            };
-            highest = highest.max(number.parse::<u32>().map_or(0, u64::from));
-            if path.metadata().map_err(Error::io("look at", path))?.len() == self.identity.segment_size {
-                spares.push(path.clone());
-            } else {
-                log::info!("removing {}, a spare file that was not finished", path.display());
-                std::fs::remove_file(path).map_err(Error::io("remove", path))?;
-            }
-        }
-        Ok((spares, highest))
-    }
-
     /// Moves the last segment to the dropped ones if it has no record and is not where the log's position stands.
     fn drop_empty_segment(&mut self) {
         let holds_position = self.segments.len() == 1 && self.next.first_lsn > Lsn::FIRST;
@@ -131,22 +96,85 @@ impl Survey<'_> {
         }
     }
 
-    /// Zeroes the last segment from the end of its last batch to `extent`, and fills up files that were cut short.
-    fn zero(&self, extent: Option<u64>) -> Result<()> {
-        let mut ranges: Vec<(&Path, u64, u64)> = Vec::new();
+    /// The last segment from the end of its last batch to `extent`, and what is missing of files that were cut short.
+    fn zeroed(&self, extent: Option<u64>) -> Vec<(PathBuf, Range<u64>)> {
+        let mut ranges = Vec::new();
         if let (Some(extent), Some(last)) = (extent, self.segments.last()) {
             // A segment that was dropped takes its extent along.
             if last.published < extent && !last.sealed {
-                ranges.push((&last.path, last.published, extent));
+                ranges.push((last.path.clone(), last.published..extent));
             }
         }
-        ranges.extend(self.short.iter().map(|(path, len)| (path.as_path(), *len, self.identity.segment_size)));
-        for (path, start, end) in ranges {
-            log::info!("zeroing {} from offset {start} to {end}", path.display());
-            let file = std::fs::File::options().write(true).open(path).map_err(Error::io("open", path))?;
-            zero_in_pages(&file, start..end).map_err(Error::io("zero", path))?;
-            file.sync_all().map_err(Error::io("sync", path))?;
-        }
-        Ok(())
+        ranges.extend(self.short.iter().map(|(path, len)| (path.clone(), *len..self.identity.segment_size)));
+        ranges
     }
+}
+
+impl Verdict {
+    /// Makes the directory what the survey says it is.
+    pub(super) fn carry_out(self, directory: &Path, others: &[PathBuf], identity: &LogIdentity) -> Result<Recovered> {
+        let (mut leftovers, mut spares) = tidy(others, identity.segment_size)?;
+        let Verdict { mut recovered, dropped, zeroed } = self;
+        if let Some(torn) = &recovered.torn {
+            log::warn!(
+                "{}: cutting {} bytes behind LSN {} at offset {}, not known to be synced: {}",
+                torn.path.display(),
+                torn.bytes,
+                torn.after,
+                torn.offset,
+                torn.reason
+            );
+        }
+        for (path, has_right_size) in dropped {
+            if has_right_size {
+                spares += 1;
+                let spare = directory.join(format!("{SPARE_PREFIX}{spares}{SPARE_SUFFIX}"));
+                log::info!("{} holds nothing of the log any more; keeping the file as a spare", path.display());
+                std::fs::rename(&path, &spare).map_err(Error::io("rename", &path))?;
+                leftovers.push(spare);
+            } else {
+                log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
+                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        sync_directory(directory).map_err(Error::io("sync", directory))?;
+        for (path, range) in zeroed {
+            log::info!("zeroing {} from offset {} to {}", path.display(), range.start, range.end);
+            let file = std::fs::File::options().write(true).open(&path).map_err(Error::io("open", &path))?;
+            zero_in_pages(&file, range).map_err(Error::io("zero", &path))?;
+            file.sync_all().map_err(Error::io("sync", &path))?;
+        }
+        recovered.torn = recovered.torn.filter(|torn| torn.bytes > 0);
+        recovered.leftovers = leftovers;
+        Ok(recovered)
+    }
+}
+
+/// Sorts the names that are not segments: existing spare files, with the highest number among them.
+fn tidy(others: &[PathBuf], segment_size: u64) -> Result<(Vec<PathBuf>, u64)> {
+    let (mut spares, mut highest) = (Vec::new(), 0);
+    for path in others {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        // What was set aside goes when the log is durable.
+        if name == crate::wal::LOCK_FILE || given_up::is_set_aside(path) {
+            continue;
+        }
+        if is_staged_name(name) {
+            log::info!("removing {}, left by a repair that was interrupted", path.display());
+            std::fs::remove_file(path).map_err(Error::io("remove", path))?;
+            continue;
+        }
+        let Some(number) = name.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.strip_suffix(SPARE_SUFFIX)) else {
+            log::warn!("{} is no part of a log; leaving it alone", path.display());
+            continue;
+        };
+        highest = highest.max(number.parse::<u32>().map_or(0, u64::from));
+        if path.metadata().map_err(Error::io("look at", path))?.len() == segment_size {
+            spares.push(path.clone());
+        } else {
+            log::info!("removing {}, a spare file that was not finished", path.display());
+            std::fs::remove_file(path).map_err(Error::io("remove", path))?;
+        }
+    }
+    Ok((spares, highest))
 }

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, Lsn};
 use crate::wal::batch::Batch;
+use crate::wal::known_synced::KnownSynced;
 use crate::wal::scan::{LogReport, SegmentReport, Visit, scan_segment, verify_log};
 use crate::wal::walk::SegmentFile;
 
@@ -92,7 +93,8 @@ pub struct Comparison {
 ///
 /// [`Error::Io`](crate::Error::Io).
 pub fn compare_logs(a: &Path, b: &Path) -> Result<Comparison> {
-    let (a, b) = (verify_log(a, None, Lsn::ZERO, &mut ())?, verify_log(b, None, Lsn::ZERO, &mut ())?);
+    let (a, b) =
+        (verify_log(a, None, KnownSynced::default(), &mut ())?, verify_log(b, None, KnownSynced::default(), &mut ())?);
     let tail = a.tail.max(b.tail);
     let head = a.last_readable.min(b.last_readable);
     let both_hold = a.tail > Lsn::ZERO && b.tail > Lsn::ZERO;

@@ -26,6 +26,7 @@ use crate::limits::{BATCH_HEADER_LEN, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Epoch, Lsn, WalSegmentId};
 use crate::wal::batch::{BATCH_VERSION, BatchHeader, Expected};
 use crate::wal::carry_out::{is_staged_name, staged_name};
+use crate::wal::known_synced::KnownSynced;
 use crate::wal::recovery::LogIdentity;
 use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at, zero_in_pages};
 use crate::wal::walk::{self, Plausible, SegmentFile};
@@ -62,8 +63,8 @@ pub struct MendedRange {
 pub(crate) struct Mending<'a> {
     pub(crate) directory: &'a Path,
     pub(crate) identity: &'a LogIdentity,
-    /// Highest LSN known to have been synced: from a checkpoint, and from the batches of the log.
-    pub(crate) synced: Lsn,
+    /// What is known to have been synced: from a checkpoint, and from the batches of the log.
+    pub(crate) known: KnownSynced,
     /// Where segments are made anew: the log's directory, or another one if nothing is to be put in place.
     pub(crate) staging: &'a Path,
 }
@@ -133,7 +134,7 @@ enum End {
 impl Mender<'_> {
     /// Walks the log from its oldest segment, and mends on the way.
     fn walk(&mut self, listed: &[(WalSegmentId, PathBuf)]) -> Result<()> {
-        let Mending { directory, identity, synced, .. } = self.mending;
+        let Mending { directory, identity, known: KnownSynced { lsn: synced, .. }, .. } = self.mending;
         let Some((first, _)) = listed.first() else {
             if synced == Lsn::ZERO {
                 return Ok(());
@@ -150,7 +151,7 @@ impl Mender<'_> {
         for (id, path) in listed {
             identity.check_name(*id).map_err(|reason| mismatch(path, reason))?;
             while let Some(next) = self.next.filter(|next| next.first_lsn < id.first_lsn) {
-                if next.first_lsn > self.mending.synced {
+                if next.first_lsn > self.mending.known.lsn {
                     // A torn tail: recovery cuts what stands behind it.
                     return Ok(());
                 }
@@ -168,7 +169,7 @@ impl Mender<'_> {
                 return Ok(());
             }
         }
-        while let Some(next) = self.next.filter(|next| next.first_lsn <= self.mending.synced) {
+        while let Some(next) = self.next.filter(|next| next.first_lsn <= self.mending.known.lsn) {
             if self.mend_missing(next.first_lsn)? == End::Open {
                 break;
             }
@@ -196,12 +197,12 @@ impl Mender<'_> {
             let walked = walk::walk(&mut file, (at, size, size), due, |_, _| {})?;
             (at, due) = (walked.end, walked.next);
             own_batches += walked.batches;
-            self.mending.synced = self.mending.synced.max(walked.synced);
+            self.mending.known.note(header.epoch, walked.synced);
             if walked.sealed {
                 break End::Sealed;
             }
             let candidate = Self::next_batch(&mut file, at, size, due)?;
-            if self.mending.synced < due.first_lsn {
+            if self.mending.known.lsn < due.first_lsn {
                 break End::Open;
             }
             let reason = if !work.exists {
@@ -215,7 +216,7 @@ impl Mender<'_> {
                 break End::Sealed;
             }
             if candidate.is_none() {
-                if due.first_lsn > self.mending.synced {
+                if due.first_lsn > self.mending.known.lsn {
                     break End::Open;
                 }
                 let reason = format!("{} has it only up to LSN {}", self.source.name(), due.first_lsn.previous());
@@ -250,7 +251,7 @@ impl Mender<'_> {
         } else {
             "the file is not there".to_owned()
         };
-        if self.next.is_some_and(|next| self.mending.synced < next.first_lsn) {
+        if self.next.is_some_and(|next| self.mending.known.lsn < next.first_lsn) {
             return Ok(None);
         }
         let end = self.fetch(work, 0..SEGMENT_HEADER_LEN)?;

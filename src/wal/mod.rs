@@ -32,25 +32,27 @@ mod cut;
 mod given_up;
 pub(crate) mod health;
 mod history;
+mod known_synced;
 mod log;
 #[cfg(test)]
 mod log_fixture;
 mod mapping;
 pub(crate) mod mend;
 mod reader;
-mod recovery;
+pub(crate) mod recovery;
 pub mod scan;
 pub mod segment;
 mod spares;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(crate) mod walk;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
 pub(crate) use cut::cut;
 pub use health::{Finding, ScrubStatus};
 pub(crate) use history::{ChainCursor, Compared};
+pub use known_synced::{KnownSynced, WrittenHere};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
 pub use reader::{LogPosition, LogReader};
@@ -103,9 +105,9 @@ pub struct WalOptions {
     /// How those wait whom somebody is waiting for in turn: who waits for a sync or a commit, and shippers. Threads in
     /// the background always park. Default: [`WaitStrategy::Park`].
     pub wait: WaitStrategy,
-    /// The LSN known to be on stable storage from elsewhere, as from a checkpoint: damage at or below it is
-    /// corruption, never a torn tail. Default: none.
-    pub known_synced: Lsn,
+    /// What is known to be on stable storage: damage to that is corruption, never a torn tail. Default: nothing from
+    /// elsewhere, and every batch was written here; who opens a follower's log must say otherwise.
+    pub known_synced: KnownSynced,
 }
 
 impl Default for WalOptions {
@@ -115,7 +117,7 @@ impl Default for WalOptions {
             spare_segments: 2,
             populate_ahead: 4 << 20,
             wait: WaitStrategy::default(),
-            known_synced: Lsn::ZERO,
+            known_synced: KnownSynced::default(),
         }
     }
 }

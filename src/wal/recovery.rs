@@ -12,7 +12,8 @@
 //! The log is walked from its oldest segment, batch by batch, and segment by segment: every segment but the last ends
 //! with a sealing batch, and the next begins with the LSN and the chain that follow. The walk stops where that does
 //! not hold. Let *d* be the LSN that is due there, and *S* the highest LSN known to have been synced: by the caller,
-//! or by the `synced_lsn` of any batch, before or behind the stop, that is consistent in itself.
+//! or by the `synced_lsn` of any batch, before or behind the stop, that is consistent in itself and was written by this
+//! node: what a follower's batches say was synced was synced by its leader ([`KnownSynced`]).
 //!
 //! | behind the last valid batch | S < d | S >= d |
 //! |---|---|---|
@@ -23,7 +24,8 @@
 //!
 //! A valid batch behind the stop does not by itself make it corruption, since a crash may keep a later batch and lose
 //! an earlier one. It does if it says that the LSN at the stop was synced before it was written. As batches state what
-//! was synced all the time, that covers all of a log but what was written since the last sync but one.
+//! was synced all the time, that covers all of a leader's log but what was written since the last sync but one; of a
+//! follower's, all but what was synced since its last checkpoint.
 //!
 //! The last line: where the oldest segment begins past LSN 1, its name says that there were records before, all of
 //! them synced. To drop it would be to begin again from nothing. So a log that begins past LSN 1 must have its header
@@ -40,7 +42,9 @@ use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::Expected;
+use crate::wal::carry_out::Verdict;
 use crate::wal::given_up;
+use crate::wal::known_synced::KnownSynced;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Plausible, SegmentFile};
 
@@ -139,7 +143,7 @@ pub(crate) struct Recovered {
 }
 
 /// Reads a shard's directory, decides, and, only if the decision is to open the log, carries out the cut and tidies up.
-/// `known_synced` is what the caller knows to have been synced; [`Lsn::ZERO`] if nothing.
+/// `known` is what the caller knows to have been synced.
 ///
 /// What is kept is not synced by this: the caller must, before it counts any of it as such. Running it again, also
 /// after a crash in the middle of it, gives the same log.
@@ -148,17 +152,33 @@ pub(crate) struct Recovered {
 ///
 /// [`Error::Corrupt`] where the [rule](self) says to refuse, [`Error::Mismatch`] for a segment of another log, and
 /// [`Error::Io`]. Nothing has been changed then, unless carrying out the decision failed.
-pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known_synced: Lsn) -> Result<Recovered> {
+pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known: KnownSynced) -> Result<Recovered> {
     let (mut listed, mut others) = walk::list(directory)?;
     given_up::restore(&mut listed, &mut others, identity)?;
-    let mut survey = Survey::new(identity, known_synced);
-    let count = listed.len();
-    for (index, (id, path)) in listed.into_iter().enumerate() {
-        survey.add(id, SegmentFile::open(&path)?, index + 1 == count)?;
+    let segments = listed.into_iter().map(|(id, path)| Ok((id, SegmentFile::open(&path)?)));
+    survey(directory, identity, known, segments)?.carry_out(directory, &others, identity)
+}
+
+/// Recovery without the deeds: looks at the segments, oldest first, and decides.
+///
+/// # Errors
+///
+/// As [`recover`].
+pub(crate) fn survey(
+    directory: &Path,
+    identity: &LogIdentity,
+    known: KnownSynced,
+    segments: impl ExactSizeIterator<Item = Result<(WalSegmentId, SegmentFile)>>,
+) -> Result<Verdict> {
+    let mut survey = Survey::new(identity, known);
+    let count = segments.len();
+    for (index, segment) in segments.enumerate() {
+        let (id, file) = segment?;
+        survey.add(id, file, index + 1 == count)?;
     }
     match survey.decide() {
         Decision::Refuse => Err(survey.refusal(directory)),
-        Decision::Open | Decision::Cut => survey.carry_out(directory, &others),
+        Decision::Open | Decision::Cut => Ok(survey.verdict()),
     }
 }
 
@@ -210,8 +230,8 @@ pub(super) struct Survey<'a> {
     /// What the next batch must continue.
     pub(super) next: Expected,
     pub(super) timestamp: HybridTimestamp,
-    /// Highest LSN known synced.
-    pub(super) synced: Lsn,
+    /// What is known to have been synced so far.
+    pub(super) known: KnownSynced,
     pub(super) stop: Option<Stop>,
     /// Segments behind the stop: path, and whether the file has the right size.
     pub(super) dropped: Vec<(PathBuf, bool)>,
@@ -220,13 +240,13 @@ pub(super) struct Survey<'a> {
 }
 
 impl<'a> Survey<'a> {
-    fn new(identity: &'a LogIdentity, known_synced: Lsn) -> Survey<'a> {
+    fn new(identity: &'a LogIdentity, known: KnownSynced) -> Survey<'a> {
         Survey {
             identity,
             segments: Vec::new(),
             next: Expected { first_lsn: Lsn::FIRST, chain: identity.genesis(), epoch: Epoch::ZERO },
             timestamp: HybridTimestamp::default(),
-            synced: known_synced,
+            known,
             stop: None,
             dropped: Vec::new(),
             short: Vec::new(),
@@ -298,7 +318,7 @@ impl<'a> Survey<'a> {
         let walked = walk::walk(&mut file, (SEGMENT_HEADER_LEN, size, size), first, |_, _| {})?;
         self.next = walked.next;
         self.timestamp = self.timestamp.max(walked.timestamp);
-        self.synced = self.synced.max(walked.synced);
+        self.known.note(header.epoch, walked.synced);
         self.segments.push(RecoveredSegment {
             header,
             path: file.path.clone(),
@@ -364,7 +384,7 @@ impl<'a> Survey<'a> {
     fn look_for_synced(&mut self, file: &mut SegmentFile, from: u64, plausible: &Plausible) -> Result<()> {
         let mut at = from;
         while let Some((found, header)) = walk::next_consistent(file, at, self.identity.segment_size, plausible)? {
-            self.synced = self.synced.max(header.synced_lsn);
+            self.known.note(header.epoch, header.synced_lsn);
             at = found + header.total_len();
         }
         Ok(())
@@ -372,14 +392,14 @@ impl<'a> Survey<'a> {
 
     fn decide(&self) -> Decision {
         let beyond = self.stop.as_ref().map_or(Beyond::Nothing, |stop| stop.beyond);
-        decide(beyond, self.synced >= self.next.first_lsn)
+        decide(beyond, self.known.lsn >= self.next.first_lsn)
     }
 
     /// The error for [`Decision::Refuse`].
     fn refusal(self, directory: &Path) -> Error {
         let due = self.next.first_lsn;
-        let known = if self.synced >= due {
-            format!("records up to LSN {} were synced, so this is no torn tail", self.synced)
+        let known = if self.known.lsn >= due {
+            format!("records up to LSN {} were synced, so this is no torn tail", self.known.lsn)
         } else {
             "records before it were synced, and where the log stands cannot be told without it".to_owned()
         };
@@ -410,12 +430,12 @@ mod tests {
     /// Recovers twice: the second time must find the same log and nothing to do.
     fn recover_twice(log: &LogFixture, known_synced: Lsn) -> Result<Recovered> {
         let before = image(log.path());
-        let first = recover(log.path(), &IDENTITY, known_synced);
+        let first = recover(log.path(), &IDENTITY, known_synced.into());
         let after = image(log.path());
         match &first {
             Err(_) => assert_eq!(before, after, "a refusal changes nothing"),
             Ok(first) => {
-                let second = recover(log.path(), &IDENTITY, known_synced).unwrap();
+                let second = recover(log.path(), &IDENTITY, known_synced.into()).unwrap();
                 assert_eq!(second.torn, None);
                 assert_eq!(image(log.path()), after);
                 assert_eq!((&second.segments, second.head, second.chain), (&first.segments, first.head, first.chain));
@@ -555,9 +575,9 @@ mod tests {
     #[test]
     fn an_empty_directory_is_an_empty_log_unless_there_was_one() {
         let directory = tempfile::tempdir().unwrap();
-        let recovered = recover(directory.path(), &IDENTITY, Lsn::ZERO).unwrap();
+        let recovered = recover(directory.path(), &IDENTITY, Lsn::ZERO.into()).unwrap();
         assert_eq!((recovered.head, recovered.chain, recovered.epoch), (Lsn::ZERO, IDENTITY.genesis(), Epoch::ZERO));
-        let error = recover(directory.path(), &IDENTITY, Lsn(1)).unwrap_err();
+        let error = recover(directory.path(), &IDENTITY, Lsn(1).into()).unwrap_err();
         assert!(error.is_corruption(), "{error}");
     }
 
@@ -599,7 +619,7 @@ mod tests {
             LogIdentity { shard: ShardId(0), ..IDENTITY },
             LogIdentity { segment_size: 2 * SIZE, ..IDENTITY },
         ] {
-            let error = recover(log.path(), &other, Lsn::ZERO).unwrap_err();
+            let error = recover(log.path(), &other, Lsn::ZERO.into()).unwrap_err();
             assert!(matches!(error, Error::Mismatch { .. }), "{error}");
         }
         assert_eq!(before, image(log.path()));
@@ -696,7 +716,7 @@ mod tests {
                 }
                 Err(error) => prop_assert!(error.is_corruption() && (in_header || place.last_lsn <= Lsn(33)), "{error}"),
             }
-            prop_assert!(recover(log.path(), &IDENTITY, Lsn(36)).is_err() || place.last_lsn <= Lsn(33));
+            prop_assert!(recover(log.path(), &IDENTITY, Lsn(36).into()).is_err() || place.last_lsn <= Lsn(33));
         }
 
         /// Any length that the last segment can be cut to.

@@ -13,6 +13,7 @@ use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{Batch, BatchError, BatchHeader, Expected};
 use crate::wal::health::Finding;
+use crate::wal::known_synced::KnownSynced;
 use crate::wal::mapping::Segment;
 use crate::wal::recovery::LogIdentity;
 use crate::wal::segment::SegmentHeader;
@@ -56,7 +57,7 @@ pub struct SegmentReport {
     pub chain: Chain,
     /// The newest timestamp of a valid batch.
     pub timestamp: HybridTimestamp,
-    /// The highest LSN that a valid batch says was synced.
+    /// The highest LSN that a valid batch says was synced, by whoever wrote it.
     pub synced: Lsn,
     /// Whether the last valid batch is a sealing one.
     pub sealed: bool,
@@ -308,7 +309,7 @@ pub struct LogReport {
     pub epoch: Epoch,
     /// The last LSN that could be read at all: the head, unless something is missing before it.
     pub last_readable: Lsn,
-    /// The highest LSN that a batch says was synced.
+    /// The highest LSN known to have been synced here.
     pub synced: Lsn,
     /// The newest timestamp.
     pub timestamp: HybridTimestamp,
@@ -334,8 +335,8 @@ impl LogReport {
 
 /// Verifies a shard's whole log: every batch, and that each segment continues the one before. Behind damage it goes on
 /// at the next batch that is consistent in itself, so the report says all that is wrong and all that is still readable.
-/// Without `identity` the log's first readable segment says what log it is. `known_synced` is what a checkpoint says was
-/// synced, [`Lsn::ZERO`] if nothing does: what is wrong up to there is damage and no torn tail.
+/// Without `identity` the log's first readable segment says what log it is. `known` is what else is known to have been
+/// synced, and whose batches tell more: what is wrong up to there is damage and no torn tail.
 ///
 /// # Errors
 ///
@@ -343,7 +344,7 @@ impl LogReport {
 pub fn verify_log(
     directory: &Path,
     identity: Option<&LogIdentity>,
-    known_synced: Lsn,
+    known: KnownSynced,
     visit: &mut dyn Visit,
 ) -> Result<LogReport> {
     let segments = list_segments(directory)?;
@@ -353,11 +354,8 @@ pub fn verify_log(
     }
     let mut verification = Verification {
         identity: identity.copied(),
-        report: LogReport {
-            tail: segments.first().map_or(Lsn::ZERO, |(id, _)| id.first_lsn),
-            synced: known_synced,
-            ..LogReport::default()
-        },
+        report: LogReport { tail: segments.first().map_or(Lsn::ZERO, |(id, _)| id.first_lsn), ..LogReport::default() },
+        known,
         next: None,
         is_whole: true,
         visit,
@@ -374,6 +372,8 @@ pub fn verify_log(
 struct Verification<'a> {
     identity: Option<LogIdentity>,
     report: LogReport,
+    /// What is known to have been synced so far.
+    known: KnownSynced,
     /// What the next segment must continue; `None` before the first.
     next: Option<Expected>,
     /// Whether nothing has been missing so far.
@@ -404,6 +404,7 @@ impl Verification<'_> {
         let mut segment = scan_file(&mut file, u64::MAX, self.visit)?;
         let due = match &header {
             Ok(header) => {
+                self.known.note(header.epoch, segment.synced);
                 let next = Expected { first_lsn: segment.last_lsn.next(), chain: segment.chain, epoch: header.epoch };
                 self.reach(next);
                 next
@@ -419,7 +420,6 @@ impl Verification<'_> {
         report.batches += segment.batches;
         report.records += segment.records;
         report.bytes += segment.file_len;
-        report.synced = report.synced.max(segment.synced);
         report.timestamp = report.timestamp.max(segment.timestamp);
         report.segments.push(segment);
         Ok(())
@@ -531,6 +531,7 @@ impl Verification<'_> {
             let walked =
                 walk::walk(file, (found, size, size), expected, |offset, batch| visit.batch(&path, offset, batch))?;
             segment.count(&walked);
+            self.known.note(header.epoch, walked.synced);
             if walked.end == found {
                 // The batch has its CRC and yet breaks a rule, as a sealing one without records does.
                 at = found + header.total_len();
@@ -546,7 +547,8 @@ impl Verification<'_> {
 
     /// Now that it is known what was synced, tells torn tails from damage.
     fn finish(mut self, directory: &Path) -> LogReport {
-        let synced = self.report.synced;
+        let synced = self.known.lsn;
+        self.report.synced = synced;
         if self.report.problems.is_empty() && self.report.head < synced {
             let last = self.report.segments.last();
             self.report.problems.push(Problem {
@@ -575,6 +577,7 @@ mod tests {
 
     use super::*;
     use crate::types::ClusterId;
+    use crate::wal::known_synced::WrittenHere;
     use crate::wal::log_fixture::{IDENTITY, LogFixture, SIZE, flip, image, write};
 
     #[derive(Default)]
@@ -598,7 +601,7 @@ mod tests {
     fn verify(log: &LogFixture) -> (LogReport, Collect) {
         let mut seen = Collect::default();
         let before = image(log.path());
-        let report = verify_log(log.path(), Some(&IDENTITY), Lsn::ZERO, &mut seen).unwrap();
+        let report = verify_log(log.path(), Some(&IDENTITY), KnownSynced::default(), &mut seen).unwrap();
         assert_eq!(before, image(log.path()), "nothing is touched");
         (report, seen)
     }
@@ -619,9 +622,9 @@ mod tests {
         assert_eq!(seen.lsns, (1..=36).collect::<Vec<_>>());
         assert_eq!(seen.bytes, 12 * 133);
         assert_eq!(seen.done, [(SIZE, 3 * SIZE), (2 * SIZE, 3 * SIZE), (3 * SIZE, 3 * SIZE)]);
-        assert_eq!(report, verify_log(log.path(), None, Lsn::ZERO, &mut ()).unwrap());
+        assert_eq!(report, verify_log(log.path(), None, KnownSynced::default(), &mut ()).unwrap());
         let empty = tempfile::tempdir().unwrap();
-        assert_eq!(verify_log(empty.path(), None, Lsn::ZERO, &mut ()).unwrap(), LogReport::default());
+        assert_eq!(verify_log(empty.path(), None, KnownSynced::default(), &mut ()).unwrap(), LogReport::default());
     }
 
     #[test]
@@ -683,21 +686,31 @@ mod tests {
         assert_eq!(seen.lsns.len(), 36, "a lost header loses no record");
 
         let other = LogIdentity { cluster: ClusterId(8), ..IDENTITY };
-        let report = verify_log(log.path(), Some(&other), Lsn::ZERO, &mut ()).unwrap();
+        let report = verify_log(log.path(), Some(&other), KnownSynced::default(), &mut ()).unwrap();
         assert_eq!(report.problems[0].kind, ProblemKind::Mismatch);
     }
 
     #[test]
     fn what_verify_calls_sound_recovery_opens() {
-        for place in 0..14 {
-            for offset in [0, 5, 20, 45, 50] {
-                let log = LogFixture::synced_all_along();
-                let place = &log.places[place];
-                flip(&place.path, place.offset + offset, 2);
-                let (report, _) = verify(&log);
-                let recovered = crate::wal::recovery::recover(log.path(), &IDENTITY, Lsn::ZERO);
-                assert_eq!(report.is_sound(), recovered.is_ok(), "{:?}", report.problems);
-                assert!(recovered.is_err() || recovered.unwrap().head == report.head);
+        // Of the segments, the first has epoch 3 and the last epoch 4.
+        let everything = WrittenHere::Everything;
+        for written_here in
+            [everything, WrittenHere::Epoch(Epoch(4)), WrittenHere::Epoch(Epoch(9)), WrittenHere::Nothing]
+        {
+            for (place, lsn) in (0..14).flat_map(|place| [(place, 0), (place, 9)]) {
+                for offset in [0, 5, 20, 45, 50] {
+                    let log = LogFixture::synced_all_along();
+                    let place = &log.places[place];
+                    flip(&place.path, place.offset + offset, 2);
+                    let known = KnownSynced { lsn: Lsn(lsn), written_here };
+                    let report = verify_log(log.path(), Some(&IDENTITY), known, &mut ()).unwrap();
+                    let recovered = crate::wal::recovery::recover(log.path(), &IDENTITY, known);
+                    assert_eq!(report.is_sound(), recovered.is_ok(), "{known:?}: {:?}", report.problems);
+                    assert!(recovered.as_ref().is_ok_and(|log| log.head == report.head) || recovered.is_err());
+                    // Where nothing in the log was written here, only the checkpoint tells what was synced.
+                    let only_checkpoint = matches!(written_here, WrittenHere::Nothing | WrittenHere::Epoch(Epoch(9)));
+                    assert!(!only_checkpoint || recovered.is_err() == (place.first_lsn <= Lsn(lsn)), "{known:?}");
+                }
             }
         }
     }

@@ -39,12 +39,33 @@ pub(super) fn list(directory: &Path) -> Result<(Listing, Vec<PathBuf>)> {
     Ok((segments, others))
 }
 
+/// Where the bytes of a segment come from: a file, or whatever stands in for a disk.
+pub(crate) trait ReadAt {
+    /// Reads from `offset` on as much as fits, or less; 0 only at the end.
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> std::io::Result<usize>;
+}
+
+impl ReadAt for File {
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        read_at(self, bytes, offset)
+    }
+}
+
+impl ReadAt for Vec<u8> {
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        let rest = usize::try_from(offset).ok().and_then(|offset| self.get(offset..)).unwrap_or_default();
+        let count = rest.len().min(bytes.len());
+        bytes[..count].copy_from_slice(&rest[..count]);
+        Ok(count)
+    }
+}
+
 /// A segment file, read through one buffer that grows to the largest batch and no further.
-pub(super) struct SegmentFile {
+pub(crate) struct SegmentFile {
     pub(super) path: PathBuf,
     /// Bytes in the file when it was opened.
     pub(super) len: u64,
-    file: File,
+    file: Box<dyn ReadAt>,
     buffer: Vec<u8>,
     /// Where in the file `buffer` begins.
     buffered_from: u64,
@@ -54,7 +75,12 @@ impl SegmentFile {
     pub(super) fn open(path: &Path) -> Result<SegmentFile> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let len = file.metadata().map_err(Error::io("look at", path))?.len();
-        Ok(SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), buffered_from: 0 })
+        Ok(SegmentFile::over(path, len, Box::new(file)))
+    }
+
+    /// The first `len` bytes of what need not be a file, under a name for errors.
+    pub(crate) fn over(path: &Path, len: u64, file: Box<dyn ReadAt>) -> SegmentFile {
+        SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), buffered_from: 0 }
     }
 
     /// The bytes from `at` on: `wanted` of them or more, fewer only where the file ends.
@@ -79,7 +105,9 @@ impl SegmentFile {
         self.buffer.resize(wanted.max(ahead), 0);
         let mut filled = kept;
         while filled < self.buffer.len() {
-            let count = read_at(&self.file, &mut self.buffer[filled..], at + filled as u64)
+            let count = self
+                .file
+                .read_at(&mut self.buffer[filled..], at + filled as u64)
                 .or_else(
                     |error| if error.kind() == std::io::ErrorKind::Interrupted { Ok(usize::MAX) } else { Err(error) },
                 )

@@ -474,7 +474,7 @@ impl LogWriter {
         }
         let (epoch, chain_before) = match self.trusted_epoch {
             Some(newest) => (header.epoch.clamp(Epoch::FIRST, newest.max(Epoch::FIRST)), header.chain_before),
-            None => (header.epoch.max(self.epoch), self.chain),
+            None => (header.epoch.max(self.written_epoch()), self.chain),
         };
         let due = SegmentHeader {
             id: WalSegmentId { region: identity.region, shard: identity.shard, first_lsn: self.next_lsn },
@@ -489,7 +489,8 @@ impl LogWriter {
             )));
         }
         let prepared = self.log.spares().take()?;
-        // A leader that came back under a newer epoch may have replaced a segment in which it had written nothing.
+        // A segment without batches is no history: its leader may have replaced it under a newer epoch, and another
+        // leader, of whose epoch it is not, may never have had it.
         if let Some(empty) = self.open.take() {
             self.log.discard_empty(empty);
         }
@@ -502,6 +503,15 @@ impl LogWriter {
         self.populate_at = self.log.populate_at_start();
         self.header_page.clear();
         Ok(())
+    }
+
+    /// The epoch of the newest segment with batches: what a next one must be at least.
+    fn written_epoch(&self) -> Epoch {
+        let is_empty = self.open.as_ref().is_some_and(|open| open.end() == SEGMENT_HEADER_LEN);
+        if !is_empty {
+            return self.epoch;
+        }
+        self.log.segments().iter().rev().nth(1).map_or(Epoch::ZERO, |segment| segment.header().epoch)
     }
 
     /// Checks and publishes every batch that has arrived as a whole.

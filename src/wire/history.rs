@@ -59,7 +59,7 @@ message! {
 impl CommonPoint {
     /// Flag: there is such a point.
     pub const FOUND: u8 = 1;
-    /// Flag: nothing behind it was applied to the follower's base, so that its log may be cut there.
+    /// Flag: nothing behind it can be in the follower's base, so that its log may be cut there.
     pub const CUT_POSSIBLE: u8 = 2;
 }
 

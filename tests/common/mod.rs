@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use towline::target::ReplicationTarget;
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Comparison, Relation, Visit, compare_logs, verify_log};
-use towline::wal::{Batch, LogWriter, Record};
+use towline::wal::{Batch, KnownSynced, LogWriter, Record};
 use towline::{Follower, Leader, Lsn, NodeBuilder, ShardId, Until, WaitStrategy, Waited, Watermark, wait_any};
 
 /// How long anything may take before a test fails. Nothing waits this long unless something is wrong.
@@ -131,7 +131,8 @@ pub fn readable_records_of(node: &Path, shard: ShardId) -> (BTreeMap<u64, Vec<u8
         }
     }
     let mut gather = Gather(BTreeMap::new());
-    let report = verify_log(&node.join(shard_directory_name(shard)), None, Lsn::ZERO, &mut gather).unwrap();
+    let report =
+        verify_log(&node.join(shard_directory_name(shard)), None, KnownSynced::default(), &mut gather).unwrap();
     (gather.0, report)
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use towline::wal::{LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions, scan};
+use towline::wal::{KnownSynced, LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions, WrittenHere, scan};
 use towline::{ClusterId, Epoch, Lsn, RegionId, ShardId};
 
 use super::disk::{Image, Moment, Observed};
@@ -62,6 +62,8 @@ struct Leader {
     wal: Wal,
     writer: LogWriter,
     written: Records,
+    /// It syncs every batch.
+    is_diligent: bool,
 }
 
 fn options(random: &mut Random) -> WalOptions {
@@ -130,7 +132,7 @@ impl Leader {
         let options = WalOptions { sync: SyncPolicy::Never, ..options(random) };
         let (wal, mut writer) = Wal::open(observed.path(), IDENTITY, options).unwrap();
         writer.set_epoch(Epoch(1)).unwrap();
-        Leader { observed, wal, writer, written: Vec::new() }
+        Leader { observed, wal, writer, written: Vec::new(), is_diligent: random.percent(60) }
     }
 
     fn append(&mut self, random: &mut Random) {
@@ -138,6 +140,10 @@ impl Leader {
             self.writer.set_epoch(Epoch(self.writer.end().epoch.0 + 1)).unwrap();
         }
         append(&mut self.writer, random, &mut self.written);
+        if self.is_diligent {
+            // What the batches to come say was synced was synced here, and not where they go.
+            self.wal.log().wait_synced(self.wal.log().head(), None).unwrap();
+        }
         self.observed.disk.events();
     }
 }
@@ -266,7 +272,9 @@ fn check(crash: &Crash, random: &mut Random, leader: Option<Rc<RefCell<Leader>>>
     if depth > 0 && random.percent(30) {
         observed.disk.trap(random.below(8));
     }
-    let known_synced = if random.percent(30) { Lsn(crash.known.synced) } else { Lsn::ZERO };
+    let lsn = if random.percent(30) { Lsn(crash.known.synced) } else { Lsn::ZERO };
+    let written_here = if leader.is_some() { WrittenHere::Nothing } else { WrittenHere::Everything };
+    let known_synced = KnownSynced { lsn, written_here };
     let opened = Wal::open(observed.path(), IDENTITY, WalOptions { known_synced, ..options(random) });
     let (wal, mut writer) = opened.unwrap_or_else(|error| {
         let known = &crash.known;

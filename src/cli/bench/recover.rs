@@ -28,7 +28,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let bytes = count * size;
         // As a node opens it after a clean stop: its checkpoint says that everything was synced. Without that, what no
         // batch says was synced would be written once more.
-        let options = WalOptions { known_synced: head, ..options };
+        let options = WalOptions { known_synced: head.into(), ..options };
         Contest::new("recover", size, Unit::MegabytesPerSecond)
             .bare("map and checksum", || {
                 let began = Instant::now();

@@ -419,6 +419,13 @@ impl ReplicationTarget for FixedStore {
         true
     }
 
+    /// The newest version in the slots, unless one of them is torn: whatever was being written there is not known then.
+    fn touched(&self, shard: ShardId) -> Result<Option<Lsn>> {
+        let shard = self.shard(shard)?;
+        let is_whole = shard.torn.load(Ordering::Acquire) == 0;
+        Ok(is_whole.then(|| shard.consistent_from().max(shard.applied())))
+    }
+
     fn is_rebuilding(&self, shard: ShardId) -> Result<bool> {
         Ok(self.shard(shard)?.is_rebuilding())
     }

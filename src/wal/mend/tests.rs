@@ -51,8 +51,8 @@ impl Source for Copy {
 }
 
 fn mend_to(log: &LogFixture, staging: &Path, source: &mut dyn Source) -> Result<Vec<MendedRange>> {
-    let synced = verify_log(log.path(), Some(&IDENTITY), Lsn::ZERO, &mut ()).unwrap().synced;
-    Mending { directory: log.path(), identity: &IDENTITY, synced: synced.max(Lsn(30)), staging }.run(source)
+    let synced = verify_log(log.path(), Some(&IDENTITY), KnownSynced::default(), &mut ()).unwrap().synced;
+    Mending { directory: log.path(), identity: &IDENTITY, known: synced.max(Lsn(30)).into(), staging }.run(source)
 }
 
 fn mend(log: &LogFixture, source: &mut dyn Source) -> Result<Vec<MendedRange>> {
