@@ -46,6 +46,11 @@ impl HistoryCheck {
         }
     }
 
+    /// The follower's log will begin with some segment of this one, whatever it was before.
+    pub(crate) fn begin_anew(&self) {
+        self.cursor.lock().unplace();
+    }
+
     /// Compares what a follower says that it has.
     ///
     /// # Errors

@@ -305,6 +305,11 @@ impl Follower {
         saved: Arc<Watermark>,
     ) -> Result<()> {
         let state = self.states.get(usize::from(shard.0)).cloned().unwrap_or_default();
+        let manifest = self.following.manifest();
+        let end = open.1.end();
+        // Records of an older term than the accepted one: a newer leader may never have had them, whether this node wrote
+        // them or was to cut them when it stopped.
+        let is_of_older_term = end.head > Lsn::ZERO && end.epoch < manifest.epoch;
         let mut own = FollowerShard {
             shard,
             node: Arc::clone(&self.following),
@@ -316,7 +321,7 @@ impl Follower {
             applied,
             saved,
             applier: None,
-            awaits_leader: self.following.manifest().own_epoch,
+            awaits_leader: manifest.own_epoch || is_of_older_term,
             gives_way: false,
             interrupted: None,
         };

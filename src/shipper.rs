@@ -30,7 +30,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::transport::{Body, FrameSender, SentAtOnce};
 use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::{Log, LogReader, unix_ms};
-use crate::watermark::{Until, WaitStrategy, Waited, WaiterName, wait_any, wait_any_as};
+use crate::watermark::{WaitStrategy, Waited, WaiterName, wait_any, wait_any_as};
 use crate::wire::{
     CaughtUp, ErrorMessage, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameKind, Heartbeat, Message, SessionAction, Sync,
     WalDataHeader,
@@ -127,8 +127,12 @@ impl Shipper {
             lane.sender.flush()?;
             // Priority is not everything: behind a writer that never rests, the base would never be sent.
             let budget = if base.is_some() { LOG_BEFORE_BASE } else { u64::MAX };
-            self.ship_published(&mut lane, budget, Pace::Blocking)?;
-            self.ask_for_haste(&mut lane)?;
+            // A follower that is still making room for the rebuild reads nothing, however long that takes.
+            let is_awaited = base.as_ref().is_some_and(|base| !base.until_begun().holds());
+            if !is_awaited {
+                self.ship_published(&mut lane, budget, Pace::Blocking)?;
+                self.ask_for_haste(&mut lane)?;
+            }
             if self.stream_over.is_shutdown() {
                 return Ok(());
             }
@@ -151,10 +155,11 @@ impl Shipper {
             drop(lane);
             // After a failure the log has ended, and what is in it is shipped all the same.
             let ended = if log.poison().is_none() { log.until_ended() } else { self.stream_over.until() };
+            let unless_awaited = |until| if is_awaited { self.stream_over.until() } else { until };
             let conditions = [
-                Until { mark: log.written(), at_least: shipped.next() },
-                Until { mark: self.commits.durable_wanted(), at_least: durable_asked.next() },
-                Until { mark: self.commits.applied_wanted(), at_least: applied_asked.next() },
+                unless_awaited(log.written().until(shipped.next())),
+                unless_awaited(self.commits.durable_wanted().until(durable_asked.next())),
+                unless_awaited(self.commits.applied_wanted().until(applied_asked.next())),
                 self.stream_over.until(),
                 self.draining.until(),
                 base.as_ref().map_or(self.stream_over.until(), BaseLane::until_more),
@@ -230,7 +235,11 @@ impl Shipper {
             let start = match goes_on.filter(|place| held == place.lsn.next()) {
                 // The reader stands there.
                 Some(_) => held,
-                None => self.place_log(base.info().base_lsn, lane)?,
+                None => {
+                    // The follower's log begins anew, wherever it stood.
+                    self.history.iter().for_each(|history| history.begin_anew());
+                    self.place_log(base.info().base_lsn, lane)?
+                }
             };
             host.rebuild_starts(stream, session, start)?;
             Ok((base, start))

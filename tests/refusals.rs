@@ -15,7 +15,7 @@ use common::{Checked, PATIENCE, SEGMENT, append, assert_identical, catch_up, rec
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use towline::target::LogOnly;
-use towline::wire::{FrameHeader, FrameKind, PROTOCOL_VERSIONS, Purpose, VersionRange};
+use towline::wire::{FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
 use towline::{Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeId, RefusalCode, ShardId};
 
 const S0: ShardId = ShardId(0);
@@ -220,6 +220,29 @@ fn a_follower_whose_place_is_gone_is_told_what_is_left() {
     let mut seen = Vec::new();
     assert_eq!(read(0, &mut seen).unwrap(), head);
     assert_eq!((seen[0], seen.len() as u64), (tail, head.records_since(tail.previous())));
+}
+
+/// The leader asks a follower with another history where the two part. One that does not answer is not waited for.
+#[test]
+fn a_follower_that_does_not_say_where_the_logs_part_is_not_waited_for() {
+    let net = Net::tcp();
+    let (_parent, leader_dir, _) = directories();
+    let builder = net.node(&leader_dir).segment_size(SEGMENT).handshake_timeout(Duration::from_millis(300));
+    let leader = builder.lead(&net.address).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    append(&mut writer, 20);
+    let mut request = continuing(follow_request(&leader.manifest(), 7, S0), writer.end());
+    request.chain = Chain(request.chain.get() ^ 1);
+    let mut connection = net.connect();
+    connection.sender.send_message(&Message::SyncRequest(request)).unwrap();
+    assert!(matches!(connection.receiver.receive_message().unwrap(), Message::EpochHistory(_)));
+    // Some refusal may come, and then the end, before this side loses its patience.
+    let error = loop {
+        if let Err(error) = connection.receiver.receive_message() {
+            break error;
+        }
+    };
+    assert!(!error.is_timeout(), "the leader still waits: {error}");
 }
 
 #[test]

@@ -41,6 +41,7 @@ over_both![
     committed_follows_the_policy,
     whoever_waits_ships,
     whoever_ships_waits_for_nobody_else,
+    what_does_not_fit_into_the_stream_at_once_is_sent_without_a_heartbeat,
     haste_reaches_an_idle_follower,
     a_newer_epoch_deposes_the_leader,
     an_epoch_change_starts_a_new_segment_everywhere,
@@ -468,6 +469,24 @@ fn whoever_ships_waits_for_nobody_else(net: &Net) {
     assert_eq!(outcome, Outcome::TimedOut);
     reach(follower.applied(S0).unwrap(), lsn, "the healthy follower");
     drop(stalled);
+    leader.shutdown().unwrap();
+    follower.shutdown().unwrap();
+    assert_eq!(common::compare(&at(0), &at(1), S0).relation, Relation::Identical);
+}
+
+/// Records that the socket does not take whole: what is left of a frame goes out at once, and not with a heartbeat, which
+/// comes long after the test has lost its patience.
+fn what_does_not_fit_into_the_stream_at_once_is_sent_without_a_heartbeat(net: &Net) {
+    let (_parent, at) = directories();
+    let rare = |node| net.node(&at(node)).heartbeat(Duration::from_secs(600)).peer_timeout(Duration::from_secs(3600));
+    let leader = rare(0).segment_size(1 << 20).lead(&net.address).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    let follower = rare(1).follow(&net.address, Arc::new(towline::target::LogOnly)).unwrap();
+    for len in [100, 20_000, 40_000, 60_000, 64_000, 200_000].into_iter().cycle().take(36) {
+        let commit: Commit = "received:1".parse().unwrap();
+        let (_, outcome) = leader.append_and_wait(&mut writer, &[vec![5; len]], commit, Some(deadline())).unwrap();
+        assert_eq!(outcome, Outcome::Committed, "{len} bytes");
+    }
     leader.shutdown().unwrap();
     follower.shutdown().unwrap();
     assert_eq!(common::compare(&at(0), &at(1), S0).relation, Relation::Identical);

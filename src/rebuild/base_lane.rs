@@ -222,6 +222,11 @@ impl BaseLane {
         if self.is_open { accepted.until(ACCEPTED) } else { begun.until(BEGUN) }
     }
 
+    /// Once the follower has taken the session on.
+    pub(crate) fn until_begun(&self) -> Until<'_> {
+        self.issued.agreement.begun.until(BEGUN)
+    }
+
     /// The message that says so.
     pub(crate) fn accept(&self) -> SessionControl {
         SessionControl { base_lsn: self.info.base_lsn, ..self.issued.control(SessionAction::Accept) }

@@ -203,7 +203,8 @@ impl Intake {
         session.resume(contract, kept)?;
         own.set_back_applied(session.progress().applied);
         log::info!(
-            "shard {shard}: going on with a rebuild: {} of {} blocks are here, the base is at LSN {}, the local log has LSN              {} to {} and goes on to at least {}",
+            "shard {shard}: going on with a rebuild: {} of {} blocks are here, the base is at LSN {}, the local log has LSN \
+             {} to {} and goes on to at least {}",
             kept.blocks,
             base.block_count,
             base.base_lsn,

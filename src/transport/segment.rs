@@ -325,7 +325,8 @@ impl PeerLog {
             return Err(Error::Mismatch {
                 path: path.to_owned(),
                 reason: format!(
-                    "its log is of cluster {}, region {}, shard {}, segments of {} bytes, but {peer} holds cluster {},                      region {}, shard {}, {} bytes; check the address",
+                    "its log is of cluster {}, region {}, shard {}, segments of {} bytes, but {peer} holds cluster {}, \
+                     region {}, shard {}, {} bytes; check the address",
                     own.0, own.1, own.2, own.3, theirs.0, theirs.1, theirs.2, theirs.3
                 )
                 .into(),

@@ -90,11 +90,14 @@ impl Log {
     }
 
     fn release(&self, lsn: Lsn, unsynced: bool, reason: &str) -> Result<usize> {
-        let mut given_up = self.given_up.lock();
-        given_up.remove_unremoved()?;
-        self.tidy_aside(&mut given_up);
+        // One at a time: the next file goes when the removal of this one is durable.
+        let _alone = self.releasing.lock();
         let mut count = 0;
         loop {
+            // Whoever syncs takes it too, and must not wait for the directory.
+            let mut given_up = self.given_up.lock();
+            given_up.remove_unremoved()?;
+            self.tidy_aside(&mut given_up);
             let Some(oldest) = self.segments.read().first().map(Arc::clone) else { return Ok(count) };
             match self.fate(&given_up, lsn, unsynced) {
                 Fate::Stays => return Ok(count),
@@ -120,6 +123,7 @@ impl Log {
                         given_up.unremoved = Some(path);
                         return Err(error);
                     }
+                    drop(given_up);
                     if !unsynced {
                         sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
                     }

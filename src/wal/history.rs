@@ -69,6 +69,11 @@ impl ChainCursor {
         }
     }
 
+    /// From now on for a log that will begin with some segment.
+    pub(crate) fn unplace(&mut self) {
+        *self = ChainCursor::unplaced(Arc::clone(&self.log));
+    }
+
     /// The LSN and the chain that were last found to be the same in both logs; `None` if there is none yet.
     pub(crate) fn agreed(&self) -> Option<(Lsn, Chain)> {
         self.is_placed.then_some((self.lsn, self.chain))

@@ -57,6 +57,8 @@ pub struct Log {
     /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
     /// held while anybody waits for the device.
     pub(super) given_up: Mutex<GivenUp>,
+    /// Held by whoever gives up segments. Nobody else waits for it.
+    pub(super) releasing: Mutex<()>,
     /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
@@ -110,6 +112,7 @@ impl Log {
             ended: Watermark::new(Lsn::ZERO),
             sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, turns: Lsn::ZERO }),
             given_up: Mutex::default(),
+            releasing: Mutex::default(),
             named: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
@@ -356,7 +359,20 @@ impl Log {
     /// Recovery refuses a log that begins past LSN 1 without a readable header: there the header is durable before the
     /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only the
     /// second one would leave what looks like such a log.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]: then there is no such segment, and the file is gone.
     pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
+        let path = prepared.path.clone();
+        self.take_into_use(prepared, header).inspect_err(|_| {
+            for path in [path, self.directory.join(header.id.to_string())] {
+                let _ = std::fs::remove_file(path);
+            }
+        })
+    }
+
+    fn take_into_use(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
         let is_first = self.segments.read().is_empty();
         let begins_log = is_first && header.id.first_lsn > Lsn::FIRST;
         if begins_log || !prepared.filled {

@@ -327,6 +327,15 @@ impl SegmentWriter {
         write_all_at(&self.file, bytes, self.end)
     }
 
+    /// After a write that failed: leaves zeros where a part of it may be, as well as may be. What could not be written has
+    /// no blocks there, and reads as zeros.
+    pub(crate) fn clear_unpublished(&mut self, len: u64) {
+        let to = (self.end + len).min(self.segment.mapping.len);
+        for page in (self.end..to).step_by(PAGE_LEN as usize) {
+            let _ = zero_in_pages(&self.file, page..(page + PAGE_LEN).min(to));
+        }
+    }
+
     /// Lets readers see `len` more bytes, which the caller has filled and checked.
     #[inline]
     pub(crate) fn publish(&mut self, len: u64) {

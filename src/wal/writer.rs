@@ -557,7 +557,10 @@ impl LogWriter {
         }
         if self.is_staged {
             let written = open.write_unpublished(self.staging.get(..whole).unwrap_or_default());
-            written.map_err(Error::io("write", open.segment().path()))?;
+            if let Err(error) = written {
+                open.clear_unpublished(whole as u64);
+                return Err(Error::io("write", open.segment().path())(error));
+            }
             self.staging.copy_within(whole..limits::index(self.arrived), 0);
         }
         open.publish(whole as u64);

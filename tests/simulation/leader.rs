@@ -89,7 +89,7 @@ pub fn frame(message: &Message) -> Vec<u8> {
 }
 
 fn framed(kind: FrameKind, prefix: &[u8], body: &[u8]) -> Vec<u8> {
-    let header = FrameHeader::new(kind, 0, (prefix.len() + body.len()) as u64).unwrap();
+    let header = FrameHeader::new(kind, 0, prefix, body).unwrap();
     [&header.encode()[..], prefix, body].concat()
 }
 
