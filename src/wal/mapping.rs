@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::MmapRaw;
 
 use crate::error::{Error, Result};
-use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::{self, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Lsn, WalSegmentId};
 use crate::wal::batch::BatchIter;
 use crate::wal::segment::{SegmentHeader, write_all_at, zero_in_pages};
@@ -331,7 +331,7 @@ impl SegmentWriter {
     /// no blocks there, and reads as zeros.
     pub(crate) fn clear_unpublished(&mut self, len: u64) {
         let to = (self.end + len).min(self.segment.mapping.len);
-        for page in (self.end..to).step_by(PAGE_LEN as usize) {
+        for page in (self.end..to).step_by(limits::index(PAGE_LEN)) {
             let _ = zero_in_pages(&self.file, page..(page + PAGE_LEN).min(to));
         }
     }
