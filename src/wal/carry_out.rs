@@ -1,7 +1,7 @@
 //! The deed behind [recovery](super::recovery)'s decision: a log's directory becomes what the survey says it is. First
 //! the [`Verdict`] says what is to be done, and touches nothing; then it is carried out.
 //!
-//! Later segments go first: they get names of spare files, and the directory is synced. Then the segment with the stop
+//! Later segments go first: they get names of spare files, the newest first and each durably. Then the segment with the stop
 //! is zeroed from there to its last byte that is not zero, and synced. A crash in between leaves less of what was to
 //! be cut, and the same decision. A segment that is left without any record goes the way of later segments, and so
 //! does one that a crash left empty, except that a log that begins past LSN 1 keeps its first one: that is where its
@@ -136,7 +136,10 @@ impl Verdict {
                 log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
                 std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
+            // One by one: a crash that took only an older one along would leave a log that begins in its middle.
+            sync_directory(directory).map_err(Error::io("sync", directory))?;
         }
+        // Names that a process which died had not made durable become so.
         sync_directory(directory).map_err(Error::io("sync", directory))?;
         for (path, range) in zeroed {
             log::info!("zeroing {} from offset {} to {}", path.display(), range.start, range.end);
