@@ -60,7 +60,7 @@ pub(super) struct Bench {
     /// Print one JSON object a line instead of text
     #[arg(long)]
     json: bool,
-    /// Less data and fewer rounds: everything in under a minute, with more noise
+    /// Less data and fewer rounds: everything in about a minute, with more noise
     #[arg(long)]
     quick: bool,
     /// Bytes of a record, one or several sizes [default: what suits the workload]
