@@ -42,8 +42,10 @@ const NOBODY: u64 = u64::MAX;
 /// Threads woken for one taking of the lock. They are unparked after it is released, so that none of them wakes up
 /// only to wait for it.
 const WAKE_AT_ONCE: usize = 16;
-/// How often a spinning waiter looks between two looks at the clock.
-const SPINS_PER_CLOCK_READ: u32 = 128;
+/// How often a spinning waiter looks before it lets others have its processor, if any want it.
+const SPINS_PER_YIELD: u32 = 16;
+/// How often it does that between two looks at the clock.
+const YIELDS_PER_CLOCK_READ: u32 = 8;
 
 /// An LSN that only moves forward and can be waited for.
 ///
@@ -294,8 +296,9 @@ pub enum WaitStrategy {
     /// microseconds to some tens of them.
     #[default]
     Park,
-    /// Look `spins` times with a spin-loop hint in between, then park. A look takes some nanoseconds, depending on
-    /// the processor; 1000 covers a wait of several microseconds. Counted and not timed, so that no clock is read.
+    /// Look `spins` times with a spin-loop hint in between, then park; every sixteenth time, let others have the
+    /// processor if they want it. A look takes some nanoseconds to some tens, depending on the processor; 1000 covers a
+    /// wait of several microseconds. Counted and not timed, so that no clock is read.
     SpinThenPark {
         /// Looks before parking.
         spins: u32,
@@ -371,8 +374,13 @@ pub fn wait_any_as(
         WaitStrategy::SpinThenPark { spins } => spins,
         WaitStrategy::Spin => return spin(conditions, deadline),
     };
-    for _ in 0..spins {
-        spin_loop();
+    for look in 1..=spins {
+        // As in `spin`: whoever is waited for may want this processor.
+        if look % SPINS_PER_YIELD == 0 {
+            yield_now()
+        } else {
+            spin_loop()
+        }
         if let Some(first) = first_that_holds(conditions) {
             return Waited::Reached(first);
         }
@@ -386,18 +394,20 @@ pub fn wait_any_as(
 fn spin(conditions: &[Until<'_>], deadline: Option<Instant>) -> Waited {
     loop {
         let expired = has_passed(deadline);
-        for _ in 0..SPINS_PER_CLOCK_READ {
-            if let Some(first) = first_that_holds(conditions) {
-                return Waited::Reached(first);
+        for _ in 0..YIELDS_PER_CLOCK_READ {
+            for _ in 0..SPINS_PER_YIELD {
+                if let Some(first) = first_that_holds(conditions) {
+                    return Waited::Reached(first);
+                }
+                if expired {
+                    return Waited::TimedOut;
+                }
+                spin_loop();
             }
-            if expired {
-                return Waited::TimedOut;
-            }
-            spin_loop();
+            // Where more threads spin than there are processors, the one waited for gets its turn now, and not when the
+            // scheduler thinks of it, milliseconds later.
+            yield_now();
         }
-        // Where more threads spin than there are processors, the one waited for gets its turn now, and not when the
-        // scheduler thinks of it, milliseconds later.
-        yield_now();
     }
 }
 

@@ -2,10 +2,14 @@
 //!
 //! The limit beside it appends to writable pages while as many bare streams run at full speed, so that what the cores
 //! and the memory have to share is the same on both sides.
+//!
+//! At full speed the followers of this machine compete with the writer for its processors, so there it is a matter of how
+//! many there are. A steady load, as much as well-known databases manage at all, shows what is left of that where the
+//! writer has something to spare: ours with followers against ours without.
 
 use std::time::{Duration, Instant};
 
-use towline::wal::{SyncPolicy, WalOptions};
+use towline::wal::{LogWriter, SyncPolicy, WalOptions};
 
 use super::limits::{self, MappedFile};
 use super::nodes::{Nodes, Settings};
@@ -17,6 +21,14 @@ const CASES: [(u16, &str, &str); 4] = [
     (1, "1 follower", "append beside 1 stream"),
     (2, "2 followers", "append beside 2 streams"),
     (4, "4 followers", "append beside 4 streams"),
+];
+/// Records a second of the steady load.
+const STEADY_RATE: u64 = 300_000;
+const STEADY: [(u16, &str); 4] = [
+    (0, "steady load, no followers"),
+    (1, "steady load, 1 follower"),
+    (2, "steady load, 2 followers"),
+    (4, "steady load, 4 followers"),
 ];
 /// Bytes of what bare streams send and where they go to, again and again.
 const STREAM_LEN: usize = 32 << 20;
@@ -44,27 +56,62 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                     .map_err(Into::into)
                 })
                 .ours(ours, &[bare], || {
-                    let segment_size = if bench.quick { 16 << 20 } else { 64 << 20 };
-                    let wal = WalOptions {
-                        sync: SyncPolicy::Never,
-                        spare_segments: usize::try_from(count * (size + super::BATCH_OVERHEAD) / segment_size)? + 1,
-                        populate_ahead: segment_size,
-                        ..WalOptions::default()
-                    };
-                    let settings = Settings { wal, ..Settings::with_segments_of(segment_size) };
-                    let (nodes, mut writer) = Nodes::start(bench, followers, settings)?;
-                    let mut last = writer.end().head;
-                    let sample = super::append::timed(count, || {
+                    append_to_nodes(bench, followers, size, count, |writer| {
                         for _ in 0..count {
-                            last = writer.append(&record)?;
+                            writer.append(&record)?;
                         }
                         Ok(())
-                    })?;
-                    nodes.wait_applied(last)?;
-                    Ok(sample)
+                    })
                 })
                 .run(bench)?;
         }
+        let steady = |followers| {
+            let record = &record;
+            move || append_to_nodes(bench, followers, size, count, |writer| append_steadily(writer, record, count))
+        };
+        let mut contest = Contest::new("fan-out", size, Unit::RecordsPerSecond).among_ours();
+        for (followers, ours) in STEADY {
+            let against: &[&str] = if followers == 0 { &[] } else { &[STEADY[0].1] };
+            contest = contest.ours(ours, against, steady(followers));
+        }
+        contest.run(bench)?;
+    }
+    Ok(())
+}
+
+/// Times appends to a leader with so many followers, and sees to it that all of them arrive.
+fn append_to_nodes(
+    bench: &Bench,
+    followers: u16,
+    size: u64,
+    count: u64,
+    append: impl FnOnce(&mut LogWriter) -> Result<()>,
+) -> Result<Sample> {
+    let segment_size = if bench.quick { 16 << 20 } else { 64 << 20 };
+    let wal = WalOptions {
+        sync: SyncPolicy::Never,
+        spare_segments: usize::try_from(count * (size + super::BATCH_OVERHEAD) / segment_size)? + 1,
+        populate_ahead: segment_size,
+        ..WalOptions::default()
+    };
+    let settings = Settings { wal, ..Settings::with_segments_of(segment_size) };
+    let (nodes, mut writer) = Nodes::start(bench, followers, settings)?;
+    let sample = super::append::timed(count, || append(&mut writer))?;
+    nodes.wait_applied(writer.end().head)?;
+    Ok(sample)
+}
+
+/// Appends what is due, and sleeps for a millisecond, until all is written.
+fn append_steadily(writer: &mut LogWriter, record: &[u8], count: u64) -> Result<()> {
+    let began = Instant::now();
+    let mut written = 0;
+    while written < count {
+        let due = (began.elapsed().as_secs_f64() * STEADY_RATE as f64) as u64;
+        while written < due.min(count) {
+            writer.append(record)?;
+            written += 1;
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }

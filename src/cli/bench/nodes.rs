@@ -25,6 +25,7 @@ pub(super) struct Settings {
     pub(super) segment_size: u64,
     pub(super) wal: WalOptions,
     pub(super) commit: Commit,
+    /// Whether followers spin for what the leader sends.
     pub(super) spin_receive: bool,
     /// On which processors the leader and its followers run.
     pub(super) place: Place,
@@ -63,7 +64,9 @@ impl Nodes {
     /// The same with as many shards as the settings say; a writer for each.
     pub(super) fn start_sharded(bench: &Bench, followers: u16, settings: Settings) -> Result<(Nodes, Vec<LogWriter>)> {
         let scratch = bench.scratch("nodes")?;
-        let leader = builder(&scratch.path().join("leader"), &settings)
+        // A leader's thread that reads acknowledgements sleeps, also where others spin: on two processors it would take
+        // turns with the thread that waits for them.
+        let leader = builder(&scratch.path().join("leader"), &settings, TcpOptions::default())
             .shards(settings.shards)
             .segment_size(settings.segment_size)
             .commit(settings.commit)
@@ -107,7 +110,8 @@ impl Nodes {
     pub(super) fn add_follower(&mut self) -> Result<()> {
         let number = self.followers.len() + 1;
         let directory = self.scratch.path().join(format!("follower-{number}"));
-        let follower = builder(&directory, &self.settings)
+        let options = TcpOptions { spin_receive: self.settings.spin_receive, ..TcpOptions::default() };
+        let follower = builder(&directory, &self.settings, options)
             .node_id(NodeId(number as u64))
             .reconnect(Duration::from_millis(10), Duration::from_secs(1));
         let start = || follower.follow(self.leader.local_address(), Arc::new(LogOnly));
@@ -168,8 +172,7 @@ impl Nodes {
     }
 }
 
-fn builder(directory: &Path, settings: &Settings) -> NodeBuilder {
-    let options = TcpOptions { spin_receive: settings.spin_receive, ..TcpOptions::default() };
+fn builder(directory: &Path, settings: &Settings, options: TcpOptions) -> NodeBuilder {
     let transport: Arc<dyn Transport> = Arc::new(TcpTransport::new(options));
     Node::builder(directory).wal(settings.wal).max_wal_bytes(None).transport(transport)
 }
