@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::error::{Error, Result};
-use crate::limits::{self, BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::{self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, BatchError, BatchHeader, Expected, FLAG_SEALING};
 use crate::wal::log::Log;
-use crate::wal::mapping::SegmentWriter;
+use crate::wal::mapping::{SegmentWriter, processor_ticks};
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
 use crate::wal::{SyncPolicy, TornTail};
 
@@ -63,6 +63,7 @@ pub struct LogWriter {
     /// Epoch of the batches to come. The open segment may still be of an older one: then the next batch rolls.
     epoch: Epoch,
     timestamp: HybridTimestamp,
+    clock: CoarseClock,
     /// Bytes from which on a batch goes in through the file.
     write_from: u64,
     /// Whether long windows go in through the file (follower only).
@@ -125,6 +126,7 @@ impl LogWriter {
             chain: end.chain,
             epoch: end.epoch,
             timestamp,
+            clock: CoarseClock::new(),
             frame: Vec::new(),
             arrived: 0,
             window: 0,
@@ -280,7 +282,7 @@ impl LogWriter {
     }
 
     #[inline]
-    fn next_header(&self, record_count: u32, body_len: u32, flags: u16) -> BatchHeader {
+    fn next_header(&mut self, record_count: u32, body_len: u32, flags: u16) -> BatchHeader {
         BatchHeader {
             crc: Chain(0),
             body_len,
@@ -288,7 +290,7 @@ impl LogWriter {
             record_count,
             prev_crc: self.chain,
             epoch: self.epoch,
-            timestamp: self.timestamp.tick(unix_ms()),
+            timestamp: self.timestamp.tick(self.clock.unix_ms()),
             synced_lsn: self.log.synced().load(),
             version: BATCH_VERSION,
             flags,
@@ -318,8 +320,7 @@ impl LogWriter {
         if let Some(mut open) = self.open.take() {
             let mut header = self.next_header(0, 0, FLAG_SEALING);
             header.epoch = open.segment().header().epoch;
-            let batch = open.unpublished(0..BATCH_HEADER_LEN);
-            self.chain = put_header(batch, header);
+            self.chain = put_batch(open.unpublished(0..BATCH_HEADER_LEN), header, |_| {});
             self.timestamp = header.timestamp;
             open.publish(BATCH_HEADER_LEN);
             open.seal(self.next_lsn.previous());
@@ -600,9 +601,15 @@ fn put_record(to: &mut [u8], record: &[u8]) {
 #[inline]
 fn put_batch(batch: &mut [u8], header: BatchHeader, fill: impl FnOnce(&mut [u8])) -> Chain {
     let body_end = HEADER + header.body_len as usize;
+    // The padding and up to 8 bytes before it in one store: a fill of unknown length would be a call.
+    if let Some(last) = batch.last_chunk_mut::<{ limits::index(BATCH_ALIGNMENT) }>() {
+        *last = [0; limits::index(BATCH_ALIGNMENT)];
+    }
+    if let Some(first) = batch.first_chunk_mut::<HEADER>() {
+        header.encode(first);
+    }
     fill(&mut batch[HEADER..body_end]);
-    batch[body_end..].fill(0);
-    put_header(batch, header)
+    put_crc(batch, header.prev_crc)
 }
 
 /// The same through the file, by way of memory that stays in the cache.
@@ -622,15 +629,41 @@ fn write_batch(
     Ok(chain)
 }
 
-/// Writes the header in front of a finished body, then the checksum over both, and returns the chain after it.
+/// Writes the checksum of a batch that is finished but for that, and returns the chain after it.
 #[inline]
-fn put_header(batch: &mut [u8], header: BatchHeader) -> Chain {
-    if let Some(first) = batch.first_chunk_mut::<HEADER>() {
-        header.encode(first);
-    }
-    let chain = batch::chain_after(header.prev_crc, &batch[4..]);
+fn put_crc(batch: &mut [u8], before: Chain) -> Chain {
+    let chain = batch::chain_after(before, &batch[4..]);
     batch[..4].copy_from_slice(&chain.0.to_le_bytes());
     chain
+}
+
+/// The wall clock of one writer, read again only once some time has passed, where the processor counts time in a way that
+/// costs less to read. Reading the clock costs 30 ns here, as much as the copy and the checksum of a small record.
+#[derive(Debug)]
+struct CoarseClock {
+    unix_ms: u64,
+    read_at: Option<u64>,
+}
+
+impl CoarseClock {
+    /// Ticks for which a reading is good: from 13 us at 5 GHz to 66 us at 1 GHz, nothing beside a millisecond.
+    const GOOD_FOR: u64 = 1 << 16;
+
+    fn new() -> CoarseClock {
+        CoarseClock { unix_ms: 0, read_at: None }
+    }
+
+    /// Milliseconds since 1970.
+    #[inline]
+    fn unix_ms(&mut self) -> u64 {
+        let now = processor_ticks();
+        // A thread that has moved to another processor may find fewer ticks than before: that is a large difference.
+        let is_good = matches!((now, self.read_at), (Some(now), Some(at)) if now.wrapping_sub(at) < Self::GOOD_FOR);
+        if !is_good {
+            (self.unix_ms, self.read_at) = (unix_ms(), now);
+        }
+        self.unix_ms
+    }
 }
 
 /// The wall clock; 0 before 1970.
