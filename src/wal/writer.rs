@@ -12,8 +12,10 @@ use crate::error::{Error, Result};
 use crate::limits::{self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, BatchError, BatchHeader, Expected, FLAG_SEALING};
+use crate::wal::landmarks::LANDMARK_EVERY;
 use crate::wal::log::Log;
 use crate::wal::mapping::{SegmentWriter, processor_ticks};
+use crate::wal::reader::LogPosition;
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
 use crate::wal::{SyncPolicy, TornTail};
 
@@ -88,6 +90,8 @@ pub struct LogWriter {
     trusted_epoch: Option<Epoch>,
     /// Published end of the open segment at which to ask for more pages to be made ready.
     populate_at: u64,
+    /// Published end of the open segment at which to note a landmark.
+    landmark_at: u64,
     torn_tail: Option<TornTail>,
 }
 
@@ -137,6 +141,7 @@ impl LogWriter {
             header_due: false,
             trusted_epoch: None,
             populate_at: 0,
+            landmark_at: end.offset + LANDMARK_EVERY,
             torn_tail,
         }
     }
@@ -278,7 +283,18 @@ impl LogWriter {
         if open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
         }
+        if open.end() >= self.landmark_at {
+            self.note_landmark();
+        }
         Ok(last)
+    }
+
+    /// Notes where the log ends, which is behind a batch with records.
+    #[cold]
+    fn note_landmark(&mut self) {
+        let LogEnd { head, chain, epoch, segment, offset } = self.end();
+        self.log.landmarks().note(LogPosition { lsn: head, chain, epoch, segment, offset });
+        self.landmark_at = offset + LANDMARK_EVERY;
     }
 
     #[inline]
@@ -338,6 +354,7 @@ impl LogWriter {
         };
         self.open = Some(self.log.activate(prepared, header)?);
         self.populate_at = self.log.populate_at_start();
+        self.landmark_at = LANDMARK_EVERY;
         Ok(())
     }
 
@@ -502,6 +519,7 @@ impl LogWriter {
         self.arrived = 0;
         self.header_due = false;
         self.populate_at = self.log.populate_at_start();
+        self.landmark_at = LANDMARK_EVERY;
         self.header_page.clear();
         Ok(())
     }
@@ -572,8 +590,11 @@ impl LogWriter {
         if !self.is_staged && open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
         }
+        let landmark_due = open.end() >= self.landmark_at;
         if sealed && let Some(open) = self.open.take() {
             open.seal(self.next_lsn.previous());
+        } else if landmark_due {
+            self.note_landmark();
         }
         if moved {
             self.log.publish_written_quietly(self.next_lsn.previous());
