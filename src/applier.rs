@@ -38,6 +38,9 @@ impl Applier {
     ///
     /// The target's refusal; nothing behind the refused batch is applied.
     pub(crate) fn run(&self) -> Result<()> {
+        if self.rebuild.is_none() && !self.target.takes_records() && !self.target.needs_durable_log() {
+            return self.follow_written();
+        }
         // A base can be ahead of an empty log: what comes first has been applied with it.
         let from = self.applied.load().min(self.log.head()).next();
         let mut reader = self.log.reader_from(from)?;
@@ -50,6 +53,18 @@ impl Applier {
             }
             let more = Until { mark: self.log.written(), at_least: self.applied.load().next() };
             wait_any(&[more, self.stop.until()], WaitStrategy::Park, None);
+        }
+    }
+
+    /// For a target that takes no records: what is written is applied.
+    fn follow_written(&self) -> Result<()> {
+        loop {
+            let applied = self.applied.load().max(self.log.written().load());
+            self.applied.publish(applied);
+            if self.stop.is_shutdown() {
+                return self.target.sync(self.shard);
+            }
+            wait_any(&[self.log.written().until(applied.next()), self.stop.until()], WaitStrategy::Park, None);
         }
     }
 

@@ -14,10 +14,11 @@ use common::{
     Checked, append, assert_identical, catch_up, deadline, reach, record, records_of, shards, until, writers,
 };
 use tempfile::TempDir;
+use towline::target::ReplicationTarget;
 use towline::transport::{is_closed_by_peer, receive_segment};
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, verify_log};
-use towline::wal::{KnownSynced, LogIdentity, LogWriter, Wal, WalOptions};
+use towline::wal::{KnownSynced, LogIdentity, LogWriter, Record, Wal, WalOptions};
 use towline::wire::{
     FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncAck, WalSegmentPayload,
 };
@@ -34,6 +35,7 @@ over_both![
     a_stream_begins_exactly_where_the_follower_ends,
     a_follower_without_memory_is_given_nothing_twice_after_a_clean_stop,
     a_target_that_overwrites_in_place_keeps_up,
+    a_target_that_takes_no_records_is_given_none,
     followers_come_back_to_a_restarted_leader,
     a_follower_that_does_not_read_delays_nobody,
     a_newer_stream_of_the_same_node_takes_over,
@@ -226,6 +228,47 @@ fn a_target_that_overwrites_in_place_keeps_up(net: &Net) {
     follower.shutdown().unwrap();
     assert_identical(&at(0), &at(1), &[3000, 3000]);
     target.assert_saw(&[3000, 3000]);
+}
+
+/// Takes no records, and fails if it is given one.
+struct Indifferent;
+
+impl ReplicationTarget for Indifferent {
+    fn durable_applied(&self, _: ShardId) -> towline::Result<Option<Lsn>> {
+        Ok(None)
+    }
+
+    fn apply(&self, _: ShardId, _: Record<'_>) -> towline::Result<()> {
+        Err(Error::Invalid { reason: "it takes no records".to_owned() })
+    }
+
+    fn sync(&self, _: ShardId) -> towline::Result<()> {
+        Ok(())
+    }
+
+    fn takes_records(&self) -> bool {
+        false
+    }
+
+    fn keeps_state(&self) -> bool {
+        false
+    }
+}
+
+fn a_target_that_takes_no_records_is_given_none(net: &Net) {
+    let (_parent, at) = directories();
+    let leader = net.lead(&at(0), 1);
+    let mut writer = leader.writer(S0).unwrap();
+    for round in 1..=2 {
+        let follower = net.node(&at(1)).node_id(NodeId(1)).follow(&net.address, Arc::new(Indifferent)).unwrap();
+        let head = append(&mut writer, 300);
+        let commit = Commit::followers(AckLevel::Applied, 1).unwrap();
+        assert_eq!(leader.wait(S0, head, commit, Some(deadline())).unwrap(), Outcome::Committed);
+        assert_eq!((head, follower.applied(S0).unwrap().load()), (Lsn(round * 300), head));
+        follower.shutdown().unwrap();
+    }
+    leader.shutdown().unwrap();
+    assert_identical(&at(0), &at(1), &[600]);
 }
 
 fn followers_come_back_to_a_restarted_leader(net: &Net) {

@@ -18,6 +18,10 @@ impl ReplicationTarget for LogOnly {
         Ok(())
     }
 
+    fn takes_records(&self) -> bool {
+        false
+    }
+
     fn keeps_state(&self) -> bool {
         false
     }

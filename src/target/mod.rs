@@ -108,6 +108,12 @@ pub trait ReplicationTarget: Send + Sync {
         false
     }
 
+    /// Whether records have to be handed to this target. Where not, what is received counts as applied at once, and nobody
+    /// reads the log for it.
+    fn takes_records(&self) -> bool {
+        true
+    }
+
     /// Whether records that were applied leave anything behind here. Where they do, a log is never cut below what was
     /// applied, or [may have been](Self::touched): the target is rebuilt instead.
     fn keeps_state(&self) -> bool {

@@ -185,80 +185,106 @@ impl std::fmt::Display for BatchError {
 ///
 /// [`BatchError::Incomplete`] if `bytes` ends first, which only says that more bytes are needed; the other variants
 /// are final.
+#[inline]
 pub fn verify(bytes: &[u8], room: u64, expected: Expected) -> Result<BatchHeader, BatchError> {
-    let header = verify_header(bytes, room, expected)?;
-    verify_body(bytes, &header)?;
-    Ok(header)
-}
-
-/// The rules that need no more than the header (1 to 4 and 6).
-fn verify_header(bytes: &[u8], room: u64, expected: Expected) -> Result<BatchHeader, BatchError> {
-    let invalid = |reason: String| Err(BatchError::Invalid(reason.into()));
-    if room < BATCH_HEADER_LEN {
-        return invalid(format!("{room} bytes are left in the segment, too few for a batch header"));
-    }
-    let Some(first) = bytes.first_chunk::<HEADER>() else {
-        return Err(BatchError::Incomplete { needed: BATCH_HEADER_LEN });
+    let Some(first) = bytes.first_chunk::<HEADER>().filter(|_| room >= BATCH_HEADER_LEN) else {
+        return Err(no_header(room));
     };
     let header = BatchHeader::decode(first);
-    if header.version != BATCH_VERSION {
-        if first.iter().all(|&byte| byte == 0) {
-            return Err(BatchError::Blank);
-        }
-        return invalid(format!("batch version {} is not {BATCH_VERSION}", header.version));
+    if let Some(flaw) = find_flaw(first, &header, room, expected) {
+        return Err(describe(flaw, first, &header, expected));
     }
-    if header.flags & !FLAG_SEALING != 0 || u32_at(first, 52) != 0 {
-        return invalid(format!("unknown flags {:#06x} or reserved bytes in use", header.flags));
-    }
-    if header.total_len() > room {
-        return invalid(format!("a body of {} bytes reaches past the segment's end", header.body_len));
-    }
-    if header.first_lsn != expected.first_lsn {
-        return invalid(format!("first LSN is {} where {} is due", header.first_lsn, expected.first_lsn));
-    }
-    if header.epoch != expected.epoch {
-        return invalid(format!("epoch is {} in a segment of epoch {}", header.epoch, expected.epoch));
-    }
-    if header.prev_crc != expected.chain {
-        return invalid(format!(
-            "it continues chain {:08x}, but the log so far has chain {:08x}",
-            header.prev_crc.0, expected.chain.0
-        ));
-    }
-    if header.synced_lsn >= header.first_lsn {
-        return invalid(format!("it says that LSN {} was synced before it", header.synced_lsn));
-    }
-    if header.is_sealing() != (header.record_count == 0) || (header.is_sealing() && header.body_len != 0) {
-        return invalid(format!("{} records in a batch with flags {:#06x}", header.record_count, header.flags));
-    }
-    Ok(header)
-}
-
-/// The rules that need every byte (5 and 7).
-fn verify_body(bytes: &[u8], header: &BatchHeader) -> Result<(), BatchError> {
     let total = header.total_len();
     let Some(batch) = usize::try_from(total).ok().and_then(|total| bytes.get(..total)) else {
         return Err(BatchError::Incomplete { needed: total });
     };
     let crc = chain_after(header.prev_crc, &batch[4..]);
     if crc != header.crc {
-        let reason = format!("checksum is {:08x}, but the bytes give {:08x}", header.crc.0, crc.0);
-        return Err(BatchError::Invalid(reason.into()));
+        return Err(wrong_checksum(header.crc, crc));
     }
-    let body = &batch[HEADER..HEADER + header.body_len as usize];
-    let mut records = RecordIter::new(header.first_lsn, body);
+    let mut records = RecordIter::new(header.first_lsn, &batch[HEADER..HEADER + header.body_len as usize]);
     let count = records.by_ref().count();
     if count != header.record_count as usize || !records.rest.is_empty() {
-        return Err(BatchError::Invalid(
-            format!(
-                "the body holds {count} records and {} more bytes, not {}",
-                records.rest.len(),
-                header.record_count
-            )
-            .into(),
-        ));
+        return Err(wrong_records(count, records.rest.len(), header.record_count));
     }
-    Ok(())
+    Ok(header)
+}
+
+/// Which of the rules that need no more than the header (1 to 4 and 6) is broken.
+#[derive(Clone, Copy)]
+enum Flaw {
+    Version,
+    Flags,
+    Length,
+    FirstLsn,
+    Epoch,
+    Chain,
+    SyncedLsn,
+    RecordCount,
+}
+
+/// Where batches are small, this and the checksum are what receiving costs; so reasons are put into words elsewhere, and
+/// the header stays in registers.
+#[inline]
+fn find_flaw(first: &[u8; HEADER], header: &BatchHeader, room: u64, expected: Expected) -> Option<Flaw> {
+    if header.version != BATCH_VERSION {
+        Some(Flaw::Version)
+    } else if header.flags & !FLAG_SEALING != 0 || u32_at(first, 52) != 0 {
+        Some(Flaw::Flags)
+    } else if header.total_len() > room {
+        Some(Flaw::Length)
+    } else if header.first_lsn != expected.first_lsn {
+        Some(Flaw::FirstLsn)
+    } else if header.epoch != expected.epoch {
+        Some(Flaw::Epoch)
+    } else if header.prev_crc != expected.chain {
+        Some(Flaw::Chain)
+    } else if header.synced_lsn >= header.first_lsn {
+        Some(Flaw::SyncedLsn)
+    } else if header.is_sealing() != (header.record_count == 0) || (header.is_sealing() && header.body_len != 0) {
+        Some(Flaw::RecordCount)
+    } else {
+        None
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn describe(flaw: Flaw, first: &[u8; HEADER], header: &BatchHeader, expected: Expected) -> BatchError {
+    let reason = match flaw {
+        Flaw::Version if first.iter().all(|&byte| byte == 0) => return BatchError::Blank,
+        Flaw::Version => format!("batch version {} is not {BATCH_VERSION}", header.version),
+        Flaw::Flags => format!("unknown flags {:#06x} or reserved bytes in use", header.flags),
+        Flaw::Length => format!("a body of {} bytes reaches past the segment's end", header.body_len),
+        Flaw::FirstLsn => format!("first LSN is {} where {} is due", header.first_lsn, expected.first_lsn),
+        Flaw::Epoch => format!("epoch is {} in a segment of epoch {}", header.epoch, expected.epoch),
+        Flaw::Chain => format!(
+            "it continues chain {:08x}, but the log so far has chain {:08x}",
+            header.prev_crc.0, expected.chain.0
+        ),
+        Flaw::SyncedLsn => format!("it says that LSN {} was synced before it", header.synced_lsn),
+        Flaw::RecordCount => format!("{} records in a batch with flags {:#06x}", header.record_count, header.flags),
+    };
+    BatchError::Invalid(reason.into())
+}
+
+#[cold]
+fn no_header(room: u64) -> BatchError {
+    if room < BATCH_HEADER_LEN {
+        let reason = format!("{room} bytes are left in the segment, too few for a batch header");
+        return BatchError::Invalid(reason.into());
+    }
+    BatchError::Incomplete { needed: BATCH_HEADER_LEN }
+}
+
+#[cold]
+fn wrong_checksum(stored: Chain, computed: Chain) -> BatchError {
+    BatchError::Invalid(format!("checksum is {:08x}, but the bytes give {:08x}", stored.0, computed.0).into())
+}
+
+#[cold]
+fn wrong_records(count: usize, left: usize, due: u32) -> BatchError {
+    BatchError::Invalid(format!("the body holds {count} records and {left} more bytes, not {due}").into())
 }
 
 /// One record of a batch.

@@ -1,8 +1,9 @@
 //! Whether another log has the same history: the chain at an LSN that another node names, without walking the log.
 //!
-//! A [`ChainCursor`] stands between two batches of a log and moves on behind what the other node says that it has. Each
-//! batch header is looked at once, right after it was written and shipped, and sealed segments in between are skipped:
-//! their successor's header says the chain. Following one commit costs one header.
+//! A [`ChainCursor`] stands between two batches of a log and moves on behind what the other node says that it has. No batch
+//! header is looked at twice, and long ways are shortened: sealed segments in between are skipped, because their
+//! successor's header says the chain, and the writer has noted landmarks in the newest part of the log. Following one
+//! commit costs one header.
 
 use std::sync::Arc;
 
@@ -95,6 +96,7 @@ impl ChainCursor {
             }
             self.place_before(lsn)?;
         }
+        self.go_to_landmark(lsn);
         let mut own = None;
         loop {
             if self.lsn == lsn {
@@ -116,6 +118,14 @@ impl ChainCursor {
                 }
             }
         }
+    }
+
+    /// Goes on to the last landmark on the way to `lsn`, if there is one.
+    fn go_to_landmark(&mut self, lsn: Lsn) {
+        let Some(place) = self.log.landmarks().last_before(lsn).filter(|place| place.lsn > self.lsn) else { return };
+        let Some(segment) = self.log.segment_beginning(place.segment) else { return };
+        self.enter(segment);
+        (self.offset, self.lsn, self.chain) = (place.offset, place.lsn, place.chain);
     }
 
     /// Whether a segment of the log begins with `lsn`, or the log itself would.
@@ -197,16 +207,16 @@ mod tests {
 
     use super::*;
     use crate::types::{ClusterId, Epoch, RegionId, ShardId};
+    use crate::wal::landmarks::LANDMARK_EVERY;
     use crate::wal::{LogIdentity, LogWriter, Wal, WalOptions};
 
     fn open() -> (tempfile::TempDir, Wal, LogWriter) {
+        open_with_segments_of(limits::MIN_SEGMENT_SIZE)
+    }
+
+    fn open_with_segments_of(segment_size: u64) -> (tempfile::TempDir, Wal, LogWriter) {
         let directory = tempfile::tempdir().unwrap();
-        let identity = LogIdentity {
-            cluster: ClusterId(1),
-            region: RegionId(0),
-            shard: ShardId(0),
-            segment_size: limits::MIN_SEGMENT_SIZE,
-        };
+        let identity = LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: ShardId(0), segment_size };
         let (wal, mut writer) = Wal::open(directory.path(), identity, WalOptions::default()).unwrap();
         writer.set_epoch(Epoch(1)).unwrap();
         (directory, wal, writer)
@@ -249,6 +259,24 @@ mod tests {
             }
             // It goes back where it must.
             assert_eq!(cursor.compare(lsn, chain).unwrap(), Compared::Same, "LSN {lsn}");
+        }
+    }
+
+    #[test]
+    fn landmarks_shorten_the_way_and_change_no_answer() {
+        let (_directory, wal, mut writer) = open_with_segments_of(16 * LANDMARK_EVERY);
+        let begin = wal.log().position_before(Lsn::FIRST).unwrap();
+        let ends = fill(&mut writer, 2_000);
+        assert!(wal.log().segments().len() > 1);
+        for (index, &(lsn, chain)) in ends.iter().enumerate().step_by(13) {
+            let fresh = || ChainCursor::at(Arc::clone(wal.log()), begin);
+            assert_eq!(fresh().compare(lsn, chain).unwrap(), Compared::Same, "LSN {lsn}");
+            let other = fresh().compare(lsn, Chain(chain.0 ^ 1)).unwrap();
+            assert_eq!(other, Compared::Differs { own: Some(chain) }, "LSN {lsn}");
+            let mut cursor = fresh();
+            cursor.go_to_landmark(lsn);
+            let left = ends[..=index].iter().filter(|(end, _)| *end > cursor.lsn).count() as u64;
+            assert!(cursor.lsn <= lsn && left * 1000 <= LANDMARK_EVERY + 8192, "{left} batches left to LSN {lsn}");
         }
     }
 

@@ -31,6 +31,7 @@ use crate::limits::{PAGE_LEN, SEGMENT_HEADER_LEN, max_record_len};
 use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::given_up::GivenUp;
 use crate::wal::health::{Health, ScrubStatus};
+use crate::wal::landmarks::Landmarks;
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
@@ -64,6 +65,7 @@ pub struct Log {
     end_reason: OnceLock<EndReason>,
     spares: Spares,
     health: Health,
+    landmarks: Landmarks,
 }
 
 /// Why nothing more is appended.
@@ -117,6 +119,7 @@ impl Log {
             end_reason: OnceLock::new(),
             spares,
             health: Health::default(),
+            landmarks: Landmarks::default(),
         }
     }
 
@@ -273,6 +276,10 @@ impl Log {
 
     pub(super) fn spares(&self) -> &Spares {
         &self.spares
+    }
+
+    pub(super) fn landmarks(&self) -> &Landmarks {
+        &self.landmarks
     }
 
     #[inline]

@@ -148,6 +148,28 @@ impl Mapping {
     }
 }
 
+/// A count that the processor keeps at a steady rate of one to five a nanosecond, asleep or not; none where it does not,
+/// or is not known to. Other processors may be ahead or behind. Here for its unsafe calls only.
+#[inline]
+pub(crate) fn processor_ticks() -> Option<u64> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__cpuid, _rdtsc};
+        const POWER_MANAGEMENT: u32 = 0x8000_0007;
+        const INVARIANT: u32 = 1 << 8;
+        static IS_STEADY: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+        // SAFETY: every processor of this architecture has the instruction.
+        #[allow(unused_unsafe, reason = "newer compilers know that it is safe")]
+        let cpuid = |leaf| unsafe { __cpuid(leaf) };
+        let is_steady = *IS_STEADY
+            .get_or_init(|| cpuid(0x8000_0000).eax >= POWER_MANAGEMENT && cpuid(POWER_MANAGEMENT).edx & INVARIANT != 0);
+        // SAFETY: reads a counter and nothing else; every processor of this architecture has it.
+        is_steady.then(|| unsafe { _rdtsc() })
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
 /// One mapped segment, shared by its writer and its readers.
 pub struct Segment {
     header: SegmentHeader,

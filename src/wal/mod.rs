@@ -33,6 +33,7 @@ mod given_up;
 pub(crate) mod health;
 mod history;
 mod known_synced;
+mod landmarks;
 mod log;
 #[cfg(test)]
 mod log_fixture;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
+use crate::wal::landmarks::LANDMARK_EVERY;
 use crate::watermark::{Until, wait_any};
 
 const SEGMENT: u64 = 64 * 1024;
@@ -72,6 +73,40 @@ fn a_batch_is_read_back_as_its_records() {
     assert_eq!(writer.append(&record(101)).unwrap(), Lsn(101));
     assert_holds(wal.log(), 1..=101);
     assert!(matches!(writer.append_batch::<Vec<u8>>(&[]), Err(Error::Invalid { .. })));
+}
+
+#[test]
+fn batches_say_when_they_were_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    for pause_ms in [0, 0, 3, 0, 20, 0] {
+        std::thread::sleep(Duration::from_millis(pause_ms));
+        let before = unix_ms();
+        let lsn = writer.append(b"now").unwrap();
+        let after = unix_ms();
+        let range = wal.log().ranges_from(lsn).unwrap().pop().unwrap();
+        let written = range.batches().last().unwrap().header.timestamp.unix_ms();
+        // The clock may have been read a fraction of a millisecond before.
+        assert!((before - 1..=after).contains(&written), "{written} is not between {before} and {after}");
+    }
+}
+
+#[test]
+fn a_log_that_is_fed_has_landmarks_too() {
+    let (directory, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let identity = LogIdentity { segment_size: 8 * LANDMARK_EVERY, ..identity() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity, WalOptions::default()).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    let (copy, mut sink) = Wal::open(other.path(), identity, WalOptions::default()).unwrap();
+    for _ in 0..3000 {
+        writer.append(&[7; 500]).unwrap();
+    }
+    feed(wal.log(), &mut sink, 50_000);
+    for log in [wal.log(), copy.log()] {
+        let place = log.landmarks().last_before(Lsn::MAX).unwrap();
+        assert!(place.lsn > Lsn(2000));
+        assert_eq!(log.position_before(place.lsn.next()).unwrap(), place);
+    }
 }
 
 #[test]

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::error::{Error, Result};
-use crate::limits::{self, BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::{self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, BatchError, BatchHeader, Expected, FLAG_SEALING};
+use crate::wal::landmarks::LANDMARK_EVERY;
 use crate::wal::log::Log;
-use crate::wal::mapping::SegmentWriter;
+use crate::wal::mapping::{SegmentWriter, processor_ticks};
+use crate::wal::reader::LogPosition;
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
 use crate::wal::{SyncPolicy, TornTail};
 
@@ -63,6 +65,7 @@ pub struct LogWriter {
     /// Epoch of the batches to come. The open segment may still be of an older one: then the next batch rolls.
     epoch: Epoch,
     timestamp: HybridTimestamp,
+    clock: CoarseClock,
     /// Bytes from which on a batch goes in through the file.
     write_from: u64,
     /// Whether long windows go in through the file (follower only).
@@ -87,6 +90,8 @@ pub struct LogWriter {
     trusted_epoch: Option<Epoch>,
     /// Published end of the open segment at which to ask for more pages to be made ready.
     populate_at: u64,
+    /// Published end of the open segment at which to note a landmark.
+    landmark_at: u64,
     torn_tail: Option<TornTail>,
 }
 
@@ -125,6 +130,7 @@ impl LogWriter {
             chain: end.chain,
             epoch: end.epoch,
             timestamp,
+            clock: CoarseClock::new(),
             frame: Vec::new(),
             arrived: 0,
             window: 0,
@@ -135,6 +141,7 @@ impl LogWriter {
             header_due: false,
             trusted_epoch: None,
             populate_at: 0,
+            landmark_at: end.offset + LANDMARK_EVERY,
             torn_tail,
         }
     }
@@ -276,11 +283,22 @@ impl LogWriter {
         if open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
         }
+        if open.end() >= self.landmark_at {
+            self.note_landmark();
+        }
         Ok(last)
     }
 
+    /// Notes where the log ends, which is behind a batch with records.
+    #[cold]
+    fn note_landmark(&mut self) {
+        let LogEnd { head, chain, epoch, segment, offset } = self.end();
+        self.log.landmarks().note(LogPosition { lsn: head, chain, epoch, segment, offset });
+        self.landmark_at = offset + LANDMARK_EVERY;
+    }
+
     #[inline]
-    fn next_header(&self, record_count: u32, body_len: u32, flags: u16) -> BatchHeader {
+    fn next_header(&mut self, record_count: u32, body_len: u32, flags: u16) -> BatchHeader {
         BatchHeader {
             crc: Chain(0),
             body_len,
@@ -288,7 +306,7 @@ impl LogWriter {
             record_count,
             prev_crc: self.chain,
             epoch: self.epoch,
-            timestamp: self.timestamp.tick(unix_ms()),
+            timestamp: self.timestamp.tick(self.clock.unix_ms()),
             synced_lsn: self.log.synced().load(),
             version: BATCH_VERSION,
             flags,
@@ -318,8 +336,7 @@ impl LogWriter {
         if let Some(mut open) = self.open.take() {
             let mut header = self.next_header(0, 0, FLAG_SEALING);
             header.epoch = open.segment().header().epoch;
-            let batch = open.unpublished(0..BATCH_HEADER_LEN);
-            self.chain = put_header(batch, header);
+            self.chain = put_batch(open.unpublished(0..BATCH_HEADER_LEN), header, |_| {});
             self.timestamp = header.timestamp;
             open.publish(BATCH_HEADER_LEN);
             open.seal(self.next_lsn.previous());
@@ -337,6 +354,7 @@ impl LogWriter {
         };
         self.open = Some(self.log.activate(prepared, header)?);
         self.populate_at = self.log.populate_at_start();
+        self.landmark_at = LANDMARK_EVERY;
         Ok(())
     }
 
@@ -501,6 +519,7 @@ impl LogWriter {
         self.arrived = 0;
         self.header_due = false;
         self.populate_at = self.log.populate_at_start();
+        self.landmark_at = LANDMARK_EVERY;
         self.header_page.clear();
         Ok(())
     }
@@ -571,8 +590,11 @@ impl LogWriter {
         if !self.is_staged && open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
         }
+        let landmark_due = open.end() >= self.landmark_at;
         if sealed && let Some(open) = self.open.take() {
             open.seal(self.next_lsn.previous());
+        } else if landmark_due {
+            self.note_landmark();
         }
         if moved {
             self.log.publish_written_quietly(self.next_lsn.previous());
@@ -600,9 +622,15 @@ fn put_record(to: &mut [u8], record: &[u8]) {
 #[inline]
 fn put_batch(batch: &mut [u8], header: BatchHeader, fill: impl FnOnce(&mut [u8])) -> Chain {
     let body_end = HEADER + header.body_len as usize;
+    // The padding and up to 8 bytes before it in one store: a fill of unknown length would be a call.
+    if let Some(last) = batch.last_chunk_mut::<{ limits::index(BATCH_ALIGNMENT) }>() {
+        *last = [0; limits::index(BATCH_ALIGNMENT)];
+    }
+    if let Some(first) = batch.first_chunk_mut::<HEADER>() {
+        header.encode(first);
+    }
     fill(&mut batch[HEADER..body_end]);
-    batch[body_end..].fill(0);
-    put_header(batch, header)
+    put_crc(batch, header.prev_crc)
 }
 
 /// The same through the file, by way of memory that stays in the cache.
@@ -622,15 +650,41 @@ fn write_batch(
     Ok(chain)
 }
 
-/// Writes the header in front of a finished body, then the checksum over both, and returns the chain after it.
+/// Writes the checksum of a batch that is finished but for that, and returns the chain after it.
 #[inline]
-fn put_header(batch: &mut [u8], header: BatchHeader) -> Chain {
-    if let Some(first) = batch.first_chunk_mut::<HEADER>() {
-        header.encode(first);
-    }
-    let chain = batch::chain_after(header.prev_crc, &batch[4..]);
+fn put_crc(batch: &mut [u8], before: Chain) -> Chain {
+    let chain = batch::chain_after(before, &batch[4..]);
     batch[..4].copy_from_slice(&chain.0.to_le_bytes());
     chain
+}
+
+/// The wall clock of one writer, read again only once some time has passed, where the processor counts time in a way that
+/// costs less to read. Reading the clock costs 30 ns here, as much as the copy and the checksum of a small record.
+#[derive(Debug)]
+struct CoarseClock {
+    unix_ms: u64,
+    read_at: Option<u64>,
+}
+
+impl CoarseClock {
+    /// Ticks for which a reading is good: from 13 us at 5 GHz to 66 us at 1 GHz, nothing beside a millisecond.
+    const GOOD_FOR: u64 = 1 << 16;
+
+    fn new() -> CoarseClock {
+        CoarseClock { unix_ms: 0, read_at: None }
+    }
+
+    /// Milliseconds since 1970.
+    #[inline]
+    fn unix_ms(&mut self) -> u64 {
+        let now = processor_ticks();
+        // A thread that has moved to another processor may find fewer ticks than before: that is a large difference.
+        let is_good = matches!((now, self.read_at), (Some(now), Some(at)) if now.wrapping_sub(at) < Self::GOOD_FOR);
+        if !is_good {
+            (self.unix_ms, self.read_at) = (unix_ms(), now);
+        }
+        self.unix_ms
+    }
 }
 
 /// The wall clock; 0 before 1970.
