@@ -223,7 +223,9 @@ impl Spares {
     /// the preparing thread.
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment) -> Result<()> {
         let mut state = self.state.lock();
-        if state.files() >= self.keep {
+        // In bulk nothing is filled ahead; filling a used file and waiting until that is on the device would only hold
+        // up what is received.
+        if state.files() >= self.keep || self.in_bulk.load(Ordering::Relaxed) {
             drop(state);
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             self.state.lock().unmapped.push(segment);
@@ -343,13 +345,13 @@ impl Spares {
             sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
-        if is_new && self.in_bulk.load(Ordering::Relaxed) {
-            // There is nothing in it to be settled.
-            return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false, settled: true });
-        }
         let mut touch = is_new;
         let mut at = 0;
         while at < self.segment_size {
+            if is_new && self.in_bulk.load(Ordering::Relaxed) {
+                // There is nothing in it to be settled. What has been filled so far is overwritten.
+                return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false, settled: true });
+            }
             let to = (at + ZERO_STEP).min(self.segment_size);
             // Where that is not possible, for want of room say, writing zeros tells why.
             touch = touch && mapping.populate(at..to);
@@ -376,7 +378,8 @@ impl Spares {
             (state.taken > 0 && state.awaited == 0, state.ready.is_empty())
         };
         let nobody_waits = !self.sync_waited.swap(false, Ordering::Relaxed);
-        if is_new && taken && (none_left || nobody_waits) {
+        let in_bulk = self.in_bulk.load(Ordering::Relaxed);
+        if is_new && (in_bulk || taken && (none_left || nobody_waits)) {
             prepared.mapping.populate(0..self.populate_ahead.min(self.segment_size));
         } else {
             self.settle(&mut prepared)?;
