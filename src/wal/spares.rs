@@ -161,6 +161,12 @@ impl Spares {
         self.in_bulk.store(in_bulk, Ordering::Relaxed);
     }
 
+    /// What the writer has said last.
+    #[cfg(test)]
+    pub(super) fn is_in_bulk(&self) -> bool {
+        self.in_bulk.load(Ordering::Relaxed)
+    }
+
     /// Blocks until as many spares are ready as are kept, all of them on stable storage.
     ///
     /// # Errors
@@ -405,4 +411,49 @@ fn spare_number(path: &Path) -> Option<u64> {
 
 fn spare_path(directory: &Path, number: u64) -> PathBuf {
     directory.join(format!("spare-{number}.wal.tmp"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Chain, Epoch, WalSegmentId};
+    use crate::wal::log_fixture::{IDENTITY, SIZE};
+    use crate::wal::segment::SegmentHeader;
+
+    /// A segment that nobody reads any more, and where its file is.
+    fn given_up(directory: &Path, first_lsn: u64) -> (PathBuf, Segment) {
+        let id = WalSegmentId { region: IDENTITY.region, shard: IDENTITY.shard, first_lsn: Lsn(first_lsn) };
+        let path = directory.join(id.to_string());
+        std::fs::write(&path, vec![7; usize::try_from(SIZE).unwrap()]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mapping = Mapping::new(&file, SIZE).unwrap();
+        let (cluster, epoch, chain_before) = (IDENTITY.cluster, Epoch(1), Chain(1));
+        let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: SIZE };
+        let (segment, writer) = Segment::new(header, path.clone(), file, mapping, SIZE, Some(Lsn(first_lsn)));
+        drop(writer);
+        (path, Arc::into_inner(segment).unwrap())
+    }
+
+    #[test]
+    fn in_bulk_new_files_are_not_filled_and_used_ones_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+        assert!(spares.prepare(&spare_path(directory.path(), 1)).unwrap().filled);
+        spares.set_bulk(true);
+        let spare = spares.prepare(&spare_path(directory.path(), 2)).unwrap();
+        assert!(!spare.filled, "it is overwritten as a whole");
+        assert_eq!(spare.file.metadata().unwrap().len(), SIZE);
+        let (path, segment) = given_up(directory.path(), 1);
+        spares.recycle(path.clone(), segment).unwrap();
+        assert!(!path.exists());
+        assert!(spares.state.lock().used.is_empty(), "to fill it again would hold up what is received");
+        spares.set_bulk(false);
+        let (path, segment) = given_up(directory.path(), 2);
+        spares.recycle(path.clone(), segment).unwrap();
+        assert!(!path.exists());
+        let used = spares.state.lock().used.clone();
+        assert_eq!(used.len(), 1);
+        assert!(spares.prepare(&used[0]).unwrap().filled);
+        assert!(std::fs::read(&used[0]).unwrap().iter().all(|&byte| byte == 0));
+    }
 }

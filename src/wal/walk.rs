@@ -85,15 +85,7 @@ impl SegmentFile {
 
     /// The first `len` bytes of what need not be a file, under a name for errors.
     pub(crate) fn over(path: &Path, len: u64, file: Box<dyn ReadAt>) -> SegmentFile {
-        SegmentFile {
-            path: path.to_owned(),
-            len,
-            file,
-            buffer: Vec::new(),
-            filled: 0,
-            buffered_from: 0,
-            ahead: None,
-        }
+        SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), filled: 0, buffered_from: 0, ahead: None }
     }
 
     /// The bytes from `at` on: `wanted` of them or more, fewer only where the file ends.

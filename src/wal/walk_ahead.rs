@@ -42,7 +42,8 @@ impl WalkedAhead {
 
 /// Walks the segments, as many at a time as there are processors; one answer for each, in the same order.
 pub(super) fn walk_all(listed: &Listing, identity: &LogIdentity) -> Vec<Option<WalkedAhead>> {
-    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let can_share = listed.len() > 1;
+    let processors = if can_share { std::thread::available_parallelism().map_or(1, NonZero::get) } else { 1 };
     walk_with(processors.min(MAX_WALKING_THREADS), listed, identity)
 }
 
