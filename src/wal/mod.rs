@@ -17,7 +17,8 @@
 //! # Threads
 //!
 //! Each open log has two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
-//! Both park when there is nothing to do and end when the [`Wal`] is closed or dropped.
+//! Both park when there is nothing to do and end when the [`Wal`] is closed or dropped. While a log is being opened, its
+//! segments are checked by as many threads as there are processors, at most eight.
 
 use std::fs::File;
 use std::path::Path;
@@ -174,7 +175,7 @@ impl Wal {
                 // A power cut may have left holes where nothing had been written yet, and a store to a hole needs room:
                 // here that is a plain error.
                 let rest = found.published..identity.segment_size;
-                // Touching the pages does it too, takes half as long, and they are ready for stores after it.
+                // Touching the pages does it too, without a call for each, and they are ready for stores after it.
                 if !mapping.populate(rest.clone()) {
                     segment::zero_in_pages(&file, rest).map_err(Error::io("fill", &found.path))?;
                 }

@@ -3,7 +3,8 @@
 //! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename. The
 //! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
 //! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
-//! which allocates and fills pages in one step, and a full disk is then an error of that write. It parks on a condition variable while there is nothing to do.
+//! which allocates and fills pages in one step, and a full disk is then an error of that write. Nor does it then keep
+//! what is given up, to be filled again. It parks on a condition variable while there is nothing to do.
 
 use std::collections::VecDeque;
 use std::fs::File;

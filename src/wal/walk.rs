@@ -94,13 +94,13 @@ impl SegmentFile {
         if let Some(start) = self.position_in_buffer(at, wanted) {
             return Ok(&self.buffer[start..self.filled]);
         }
+        let wanted = usize::try_from(wanted).map_err(|_| {
+            Error::corrupt(&self.path, at, None, "a batch is too large for this machine's memory".to_owned())
+        })?;
         // What is in the buffer already moves to its beginning; the rest is read behind it.
         let kept = self.position_in_buffer(at, 0).unwrap_or(self.filled)..self.filled;
         self.filled = kept.len();
         self.buffer.copy_within(kept, 0);
-        let wanted = usize::try_from(wanted).map_err(|_| {
-            Error::corrupt(&self.path, at, None, "a batch is too large for this machine's memory".to_owned())
-        })?;
         self.buffered_from = at;
         let ahead = usize::try_from(self.len.saturating_sub(at)).map_or(READ_LEN, |rest| rest.min(READ_LEN));
         let wanted = wanted.max(ahead);
