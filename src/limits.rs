@@ -22,6 +22,8 @@ pub const DEFAULT_MAX_WAL_BYTES: u64 = 1024 * 1024 * 1024;
 /// Bytes of segments that a shard keeps although nobody needs them, unless asked otherwise: a follower that comes back
 /// from a crash may have forgotten some of what it had acknowledged as applied.
 pub const DEFAULT_MIN_WAL_BYTES: u64 = 128 * 1024 * 1024;
+/// Threads that check a log's segments while it is opened, on as many processors.
+pub const MAX_WALKING_THREADS: usize = 8;
 /// Shards of one node.
 pub const MAX_SHARDS: u16 = 1024;
 

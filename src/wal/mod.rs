@@ -17,7 +17,8 @@
 //! # Threads
 //!
 //! Each open log has two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
-//! Both park when there is nothing to do and end when the [`Wal`] is closed or dropped.
+//! Both park when there is nothing to do and end when the [`Wal`] is closed or dropped. While a log is being opened, its
+//! segments are checked by as many threads as there are processors, at most eight.
 
 use std::fs::File;
 use std::path::Path;
@@ -47,6 +48,7 @@ mod spares;
 #[cfg(test)]
 mod tests;
 pub(crate) mod walk;
+mod walk_ahead;
 mod writer;
 
 pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, RecordIter};
@@ -174,7 +176,10 @@ impl Wal {
                 // A power cut may have left holes where nothing had been written yet, and a store to a hole needs room:
                 // here that is a plain error.
                 let rest = found.published..identity.segment_size;
-                segment::zero_in_pages(&file, rest).map_err(Error::io("fill", &found.path))?;
+                // Touching the pages does it too, without a call for each, and they are ready for stores after it.
+                if !mapping.populate(rest.clone()) {
+                    segment::zero_in_pages(&file, rest).map_err(Error::io("fill", &found.path))?;
+                }
             }
             let sealed = found.sealed.then_some(found.last_lsn);
             let (segment, writer) = Segment::new(found.header, found.path, file, mapping, found.published, sealed);

@@ -47,6 +47,7 @@ use crate::wal::given_up;
 use crate::wal::known_synced::KnownSynced;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Plausible, SegmentFile};
+use crate::wal::walk_ahead::{self, WalkedAhead};
 
 /// What makes a log this log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,7 +156,12 @@ pub(crate) struct Recovered {
 pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known: KnownSynced) -> Result<Recovered> {
     let (mut listed, mut others) = walk::list(directory)?;
     given_up::restore(&mut listed, &mut others, identity)?;
-    let segments = listed.into_iter().map(|(id, path)| Ok((id, SegmentFile::open(&path)?)));
+    let ahead = walk_ahead::walk_all(&listed, identity);
+    let segments = listed.into_iter().zip(ahead).map(|((id, path), ahead)| {
+        let mut file = SegmentFile::open(&path)?;
+        file.ahead = ahead;
+        Ok((id, file))
+    });
     survey(directory, identity, known, segments)?.carry_out(directory, &others, identity)
 }
 
@@ -315,7 +321,10 @@ impl<'a> Survey<'a> {
     fn add_segment(&mut self, header: SegmentHeader, mut file: SegmentFile, is_last: bool) -> Result<()> {
         let size = header.segment_size;
         let first = Expected { first_lsn: header.id.first_lsn, chain: header.chain_before, epoch: header.epoch };
-        let walked = walk::walk(&mut file, (SEGMENT_HEADER_LEN, size, size), first, |_, _| {})?;
+        let WalkedAhead { walked, extent, .. } = match file.ahead.take().filter(|ahead| ahead.first == first) {
+            Some(ahead) => ahead,
+            None => WalkedAhead::of(&mut file, &header)?,
+        };
         self.next = walked.next;
         self.timestamp = self.timestamp.max(walked.timestamp);
         self.known.note(header.epoch, walked.synced);
@@ -332,7 +341,6 @@ impl<'a> Survey<'a> {
         if walked.sealed {
             return Ok(());
         }
-        let extent = file.extent(walked.end)?;
         if is_last && extent == walked.end && file.len == size {
             return Ok(());
         }

@@ -3,7 +3,8 @@
 //! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename. The
 //! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
 //! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
-//! which allocates and fills pages in one step, and a full disk is then an error of that write. It parks on a condition variable while there is nothing to do.
+//! which allocates and fills pages in one step, and a full disk is then an error of that write. Nor does it then keep
+//! what is given up, to be filled again. It parks on a condition variable while there is nothing to do.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -161,6 +162,12 @@ impl Spares {
         self.in_bulk.store(in_bulk, Ordering::Relaxed);
     }
 
+    /// What the writer has said last.
+    #[cfg(test)]
+    pub(super) fn is_in_bulk(&self) -> bool {
+        self.in_bulk.load(Ordering::Relaxed)
+    }
+
     /// Blocks until as many spares are ready as are kept, all of them on stable storage.
     ///
     /// # Errors
@@ -223,7 +230,9 @@ impl Spares {
     /// the preparing thread.
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment) -> Result<()> {
         let mut state = self.state.lock();
-        if state.files() >= self.keep {
+        // In bulk nothing is filled ahead; filling a used file and waiting until that is on the device would only hold
+        // up what is received.
+        if state.files() >= self.keep || self.in_bulk.load(Ordering::Relaxed) {
             drop(state);
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             self.state.lock().unmapped.push(segment);
@@ -343,13 +352,13 @@ impl Spares {
             sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
-        if is_new && self.in_bulk.load(Ordering::Relaxed) {
-            // There is nothing in it to be settled.
-            return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false, settled: true });
-        }
         let mut touch = is_new;
         let mut at = 0;
         while at < self.segment_size {
+            if is_new && self.in_bulk.load(Ordering::Relaxed) {
+                // There is nothing in it to be settled. What has been filled so far is overwritten.
+                return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false, settled: true });
+            }
             let to = (at + ZERO_STEP).min(self.segment_size);
             // Where that is not possible, for want of room say, writing zeros tells why.
             touch = touch && mapping.populate(at..to);
@@ -376,7 +385,8 @@ impl Spares {
             (state.taken > 0 && state.awaited == 0, state.ready.is_empty())
         };
         let nobody_waits = !self.sync_waited.swap(false, Ordering::Relaxed);
-        if is_new && taken && (none_left || nobody_waits) {
+        let in_bulk = self.in_bulk.load(Ordering::Relaxed);
+        if is_new && (in_bulk || taken && (none_left || nobody_waits)) {
             prepared.mapping.populate(0..self.populate_ahead.min(self.segment_size));
         } else {
             self.settle(&mut prepared)?;
@@ -402,4 +412,49 @@ fn spare_number(path: &Path) -> Option<u64> {
 
 fn spare_path(directory: &Path, number: u64) -> PathBuf {
     directory.join(format!("spare-{number}.wal.tmp"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Chain, Epoch, WalSegmentId};
+    use crate::wal::log_fixture::{IDENTITY, SIZE};
+    use crate::wal::segment::SegmentHeader;
+
+    /// A segment that nobody reads any more, and where its file is.
+    fn given_up(directory: &Path, first_lsn: u64) -> (PathBuf, Segment) {
+        let id = WalSegmentId { region: IDENTITY.region, shard: IDENTITY.shard, first_lsn: Lsn(first_lsn) };
+        let path = directory.join(id.to_string());
+        std::fs::write(&path, vec![7; usize::try_from(SIZE).unwrap()]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mapping = Mapping::new(&file, SIZE).unwrap();
+        let (cluster, epoch, chain_before) = (IDENTITY.cluster, Epoch(1), Chain(1));
+        let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: SIZE };
+        let (segment, writer) = Segment::new(header, path.clone(), file, mapping, SIZE, Some(Lsn(first_lsn)));
+        drop(writer);
+        (path, Arc::into_inner(segment).unwrap())
+    }
+
+    #[test]
+    fn in_bulk_new_files_are_not_filled_and_used_ones_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+        assert!(spares.prepare(&spare_path(directory.path(), 1)).unwrap().filled);
+        spares.set_bulk(true);
+        let spare = spares.prepare(&spare_path(directory.path(), 2)).unwrap();
+        assert!(!spare.filled, "it is overwritten as a whole");
+        assert_eq!(spare.file.metadata().unwrap().len(), SIZE);
+        let (path, segment) = given_up(directory.path(), 1);
+        spares.recycle(path.clone(), segment).unwrap();
+        assert!(!path.exists());
+        assert!(spares.state.lock().used.is_empty(), "to fill it again would hold up what is received");
+        spares.set_bulk(false);
+        let (path, segment) = given_up(directory.path(), 2);
+        spares.recycle(path.clone(), segment).unwrap();
+        assert!(!path.exists());
+        let used = spares.state.lock().used.clone();
+        assert_eq!(used.len(), 1);
+        assert!(spares.prepare(&used[0]).unwrap().filled);
+        assert!(std::fs::read(&used[0]).unwrap().iter().all(|&byte| byte == 0));
+    }
 }

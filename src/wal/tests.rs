@@ -243,6 +243,19 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
 }
 
 #[test]
+fn the_first_bytes_of_a_long_stream_say_that_it_comes_in_bulk() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { populate_ahead: 0, ..WalOptions::default() };
+    let (wal, mut sink) = Wal::open(directory.path(), identity(), options).unwrap();
+    sink.ingest_window(Lsn::FIRST, 0, 5000).unwrap();
+    assert!(!wal.log().spares().is_in_bulk());
+    sink.discard_partial();
+    let window = sink.ingest_window(Lsn::FIRST, 0, 256 * 1024).unwrap();
+    assert_eq!(window.len(), 4096, "the header page comes first");
+    assert_eq!(wal.log().spares().is_in_bulk(), cfg!(target_os = "linux"));
+}
+
+#[test]
 fn a_follower_resumes_wherever_its_log_was_cut() {
     let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (leader, mut source) = open(leader_dir.path());

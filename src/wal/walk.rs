@@ -11,6 +11,7 @@ use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, PAGE_LEN, RECORD_HEADER_L
 use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, BatchIter, Expected, FLAG_SEALING};
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader, read_at};
+use crate::wal::walk_ahead::WalkedAhead;
 
 #[allow(clippy::cast_possible_truncation, reason = "a small constant")]
 const HEADER: usize = BATCH_HEADER_LEN as usize;
@@ -18,8 +19,8 @@ const HEADER: usize = BATCH_HEADER_LEN as usize;
 const PAGE: usize = PAGE_LEN as usize;
 #[allow(clippy::cast_possible_truncation, reason = "a small constant")]
 const STEP: usize = BATCH_ALIGNMENT as usize;
-/// Bytes asked of the operating system at a time.
-const READ_LEN: usize = 1024 * 1024;
+/// Bytes asked of the operating system at a time: few enough to be checked while they are in the cache.
+const READ_LEN: usize = 256 * 1024;
 
 /// Segments by name, oldest first.
 pub(super) type Listing = Vec<(WalSegmentId, PathBuf)>;
@@ -67,8 +68,12 @@ pub(crate) struct SegmentFile {
     pub(super) len: u64,
     file: Box<dyn ReadAt>,
     buffer: Vec<u8>,
+    /// So many bytes of the buffer are the file's.
+    filled: usize,
     /// Where in the file `buffer` begins.
     buffered_from: u64,
+    /// What another thread has found out about its batches, for whoever looks at them next.
+    pub(super) ahead: Option<WalkedAhead>,
 }
 
 impl SegmentFile {
@@ -80,34 +85,32 @@ impl SegmentFile {
 
     /// The first `len` bytes of what need not be a file, under a name for errors.
     pub(crate) fn over(path: &Path, len: u64, file: Box<dyn ReadAt>) -> SegmentFile {
-        SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), buffered_from: 0 }
+        SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), filled: 0, buffered_from: 0, ahead: None }
     }
 
     /// The bytes from `at` on: `wanted` of them or more, fewer only where the file ends.
     pub(super) fn bytes(&mut self, at: u64, wanted: u64) -> Result<&[u8]> {
         let wanted = wanted.min(self.len.saturating_sub(at));
         if let Some(start) = self.position_in_buffer(at, wanted) {
-            return Ok(&self.buffer[start..]);
+            return Ok(&self.buffer[start..self.filled]);
         }
-        // What is in the buffer already moves to its beginning; the rest is read behind it.
-        let kept = match self.position_in_buffer(at, 0) {
-            Some(start) => {
-                self.buffer.drain(..start);
-                self.buffer.len()
-            }
-            None => 0,
-        };
         let wanted = usize::try_from(wanted).map_err(|_| {
             Error::corrupt(&self.path, at, None, "a batch is too large for this machine's memory".to_owned())
         })?;
+        // What is in the buffer already moves to its beginning; the rest is read behind it.
+        let kept = self.position_in_buffer(at, 0).unwrap_or(self.filled)..self.filled;
+        self.filled = kept.len();
+        self.buffer.copy_within(kept, 0);
         self.buffered_from = at;
         let ahead = usize::try_from(self.len.saturating_sub(at)).map_or(READ_LEN, |rest| rest.min(READ_LEN));
-        self.buffer.resize(wanted.max(ahead), 0);
-        let mut filled = kept;
-        while filled < self.buffer.len() {
+        let wanted = wanted.max(ahead);
+        if self.buffer.len() < wanted {
+            self.buffer.resize(wanted, 0);
+        }
+        while self.filled < wanted {
             let count = self
                 .file
-                .read_at(&mut self.buffer[filled..], at + filled as u64)
+                .read_at(&mut self.buffer[self.filled..wanted], at + self.filled as u64)
                 .or_else(
                     |error| if error.kind() == std::io::ErrorKind::Interrupted { Ok(usize::MAX) } else { Err(error) },
                 )
@@ -115,17 +118,16 @@ impl SegmentFile {
             match count {
                 0 => break,
                 usize::MAX => {}
-                count => filled += count,
+                count => self.filled += count,
             }
         }
-        self.buffer.truncate(filled);
-        Ok(&self.buffer)
+        Ok(&self.buffer[..self.filled])
     }
 
     /// Where `at` is in the buffer, if that and `wanted` bytes from there on are in it.
     fn position_in_buffer(&self, at: u64, wanted: u64) -> Option<usize> {
         let start = usize::try_from(at.checked_sub(self.buffered_from)?).ok()?;
-        let rest = self.buffer.len().checked_sub(start)?;
+        let rest = self.filled.checked_sub(start)?;
         (rest as u64 >= wanted).then_some(start)
     }
 

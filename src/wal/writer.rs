@@ -370,6 +370,8 @@ impl LogWriter {
         // A new stream may begin with the header page of a segment that the old one opened and left without batches.
         let again = offset == 0 && self.ingest_position() == (segment, SEGMENT_HEADER_LEN);
         self.header_due |= self.open.is_none() || again;
+        // A header page too tells how much comes: before the segment is opened for it.
+        let is_long = self.note_length(len);
         let due = self.ingest_position();
         if (segment, offset) != due {
             return Err(Error::invalid(format!(
@@ -391,14 +393,6 @@ impl LogWriter {
             return Err(Error::invalid(format!("the segment that begins with LSN {segment} has no room for more")));
         }
         self.window = to - self.arrived;
-        let is_long = self.stages && len >= STAGE_FROM;
-        if is_long && self.short_windows > 0 {
-            self.short_windows = 0;
-            self.log.spares().set_bulk(true);
-        } else if !is_long && self.short_windows < BULK_ENDS {
-            self.short_windows += 1;
-            self.log.spares().set_bulk(self.short_windows < BULK_ENDS);
-        }
         if self.arrived == 0 {
             self.is_staged = is_long || !open.takes_stores();
         } else if self.is_staged && self.arrived > STAGE_MOST {
@@ -416,6 +410,20 @@ impl LogWriter {
             self.staging.resize(limits::index(to), 0);
         }
         Ok(&mut self.staging[limits::index(self.arrived)..limits::index(to)])
+    }
+
+    /// Takes note of how much comes at a time: whether this follower is receiving in bulk. Returns whether this much is
+    /// to go in through the file.
+    fn note_length(&mut self, len: u64) -> bool {
+        let is_long = self.stages && len >= STAGE_FROM;
+        if is_long && self.short_windows > 0 {
+            self.short_windows = 0;
+            self.log.spares().set_bulk(true);
+        } else if !is_long && self.short_windows < BULK_ENDS {
+            self.short_windows += 1;
+            self.log.spares().set_bulk(self.short_windows < BULK_ENDS);
+        }
+        is_long
     }
 
     /// The segment (by its first LSN) and the offset in it of the next byte to come from the leader.

@@ -25,6 +25,8 @@ pub(super) struct Settings {
     pub(super) segment_size: u64,
     pub(super) wal: WalOptions,
     pub(super) commit: Commit,
+    /// Whether the leader keeps its whole log although no follower needs it.
+    pub(super) keeps_log: bool,
     /// Whether followers spin for what the leader sends.
     pub(super) spin_receive: bool,
     /// On which processors the leader and its followers run.
@@ -39,6 +41,7 @@ impl Settings {
             segment_size,
             wal: WalOptions::default(),
             commit: Commit::SYNCED,
+            keeps_log: false,
             spin_receive: false,
             place: Place::Anywhere,
         }
@@ -66,7 +69,11 @@ impl Nodes {
         let scratch = bench.scratch("nodes")?;
         // A leader's thread that reads acknowledgements sleeps, also where others spin: on two processors it would take
         // turns with the thread that waits for them.
-        let leader = builder(&scratch.path().join("leader"), &settings, TcpOptions::default())
+        let mut leader = builder(&scratch.path().join("leader"), &settings, TcpOptions::default());
+        if settings.keeps_log {
+            leader = leader.min_wal_bytes(u64::MAX);
+        }
+        let leader = leader
             .shards(settings.shards)
             .segment_size(settings.segment_size)
             .commit(settings.commit)
@@ -138,7 +145,7 @@ impl Nodes {
     }
 
     /// Waits until every node has as many spare segments as it keeps, so that none is made beside the clock.
-    fn wait_for_spares(&self) -> Result<()> {
+    pub(super) fn wait_for_spares(&self) -> Result<()> {
         let deadline = Some(Instant::now() + PATIENCE);
         for shard in (0..self.settings.shards).map(ShardId) {
             self.leader.log(shard)?.wait_for_spares(deadline)?;

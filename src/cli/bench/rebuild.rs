@@ -48,7 +48,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
             let path = scratch.path().join("to");
             let mut file = File::create(&path)?;
             let began = Instant::now();
-            streams::stream_to_file(from.bytes(), &mut file)?;
+            streams::stream_to_file(&[from.bytes()], &mut file)?;
             if synced {
                 file.sync_data()?;
             }

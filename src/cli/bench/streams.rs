@@ -57,24 +57,25 @@ fn both_ends(
     })
 }
 
-/// Sends `from` as it is.
-fn send(from: &[u8]) -> impl FnOnce(&TcpStream) -> io::Result<()> + '_ {
-    |mut near| from.chunks(PIECE).try_for_each(|piece| near.write_all(piece))
+/// Sends `from` as it is, one part after the other.
+fn send<'a>(from: &'a [&'a [u8]]) -> impl FnOnce(&TcpStream) -> io::Result<()> + 'a {
+    |mut near| from.iter().flat_map(|part| part.chunks(PIECE)).try_for_each(|piece| near.write_all(piece))
 }
 
 /// Memory to socket to memory.
 pub(super) fn stream(from: &[u8], to: &mut [u8]) -> io::Result<()> {
-    both_ends(send(from), |far| receive(far, to, false))
+    both_ends(send(&[from]), |far| receive(far, to, false))
 }
 
-/// The same with a checksum on arrival.
-pub(super) fn stream_checked(from: &[u8], to: &mut [u8]) -> io::Result<()> {
+/// The same with a checksum on arrival, and from several places in memory.
+pub(super) fn stream_checked(from: &[&[u8]], to: &mut [u8]) -> io::Result<()> {
     both_ends(send(from), |far| receive(far, to, true))
 }
 
 /// The same into a file that grows with each `write`.
-pub(super) fn stream_to_file(from: &[u8], to: &mut File) -> io::Result<()> {
-    both_ends(send(from), |far| receive_to_file(far, to, from.len()))
+pub(super) fn stream_to_file(from: &[&[u8]], to: &mut File) -> io::Result<()> {
+    let len = from.iter().map(|part| part.len()).sum();
+    both_ends(send(from), |far| receive_to_file(far, to, len))
 }
 
 /// Three steps: append records to `log`, a piece at a time; send each piece; receive into `to` with a checksum on
@@ -297,10 +298,11 @@ mod tests {
         stream(&log, &mut again).unwrap();
         assert_eq!(again, log);
         again.fill(0);
-        stream_checked(&log, &mut again).unwrap();
+        let (first, second) = log.split_at(PIECE + 1);
+        stream_checked(&[first, second], &mut again).unwrap();
         assert_eq!(again, log);
         let mut file = tempfile::tempfile().unwrap();
-        stream_to_file(&log, &mut file).unwrap();
+        stream_to_file(&[first, second], &mut file).unwrap();
         assert_eq!(file.metadata().unwrap().len(), log.len() as u64);
     }
 
