@@ -344,6 +344,50 @@ impl RebuildSession {
         Ok(true)
     }
 
+    /// Puts consecutive numbered blocks, except those that the log has written since. Returns how many were put.
+    ///
+    /// # Errors
+    ///
+    /// What the target gives: the session has failed then. [`Error::Invalid`] if no base is due, if its blocks have no
+    /// numbers, or if the bytes are not whole blocks with numbers below the end of the image.
+    pub fn apply_base_blocks(&mut self, first: BlockId, bytes: &[u8]) -> Result<u64> {
+        let base = self.base();
+        let (RebuildPhase::Accepted | RebuildPhase::Running, Some(sink)) = (self.phase, &mut self.sink) else {
+            return Err(self.out_of_place("a run of base blocks"));
+        };
+        let block_len = usize::try_from(base.block_len).unwrap_or(usize::MAX);
+        let count = bytes.len().checked_div(block_len).unwrap_or(0);
+        let end = first.0.checked_add(count as u64).filter(|&end| end <= base.block_count);
+        let (true, Some(end)) = (count != 0 && count * block_len == bytes.len(), end) else {
+            return Err(Error::invalid(format!(
+                "{} bytes from block {first} on are not some of {} blocks of {block_len} bytes",
+                bytes.len(),
+                base.block_count
+            )));
+        };
+        self.done += count as u64;
+        // Blocks come in ascending order; those passed over are blank.
+        self.next_block = self.next_block.max(end);
+        let (mut put, mut left, mut result) = (0, first.0..end, Ok(()));
+        while result.is_ok() && !left.is_empty() {
+            let wanted = |block: &u64| self.covered.should_apply_base(BlockId(*block));
+            let from = left.clone().find(wanted).unwrap_or(end);
+            let to = (from..end).find(|block| !wanted(block)).unwrap_or(end);
+            self.skipped += from - left.start;
+            if from < to {
+                let place = |block: u64| usize::try_from(block - first.0).unwrap_or(count) * block_len;
+                result = sink.put_blocks(BlockId(from), block_len, &bytes[place(from)..place(to)]);
+                put += to - from;
+            }
+            left.start = to;
+        }
+        self.fail_on_error(result)?;
+        if put != 0 && self.phase == RebuildPhase::Accepted {
+            self.enter(RebuildPhase::Running)?;
+        }
+        Ok(put)
+    }
+
     /// Notes that the leader has sent the whole base, of `blocks` blocks.
     ///
     /// # Errors
