@@ -668,6 +668,36 @@ mod tests {
     }
 
     #[test]
+    fn a_run_of_blocks_is_put_around_those_that_the_log_has_written() {
+        let mut pair = Pair::new();
+        pair.put(b"three", b"3");
+        let mut base = pair.start(1);
+        let block_len = usize::try_from(base.info().block_len).unwrap();
+        let mut blocks = vec![0; 8 * block_len];
+        let run = base.next_run(&mut blocks).unwrap().unwrap();
+        assert_eq!((run.first, run.len), (BlockId(0), 3 * block_len));
+        pair.put(b"two", b"newer");
+        pair.log_entry(4, 4).unwrap();
+        let count = base.info().block_count;
+        for (first, len) in [(0, 0), (0, block_len + 1), (count - 1, 2 * block_len), (u64::MAX, block_len)] {
+            assert!(
+                pair.session.apply_base_blocks(BlockId(first), &blocks[..len]).is_err(),
+                "{len} bytes from {first} on"
+            );
+            assert!(pair.session.active(), "nothing has changed");
+        }
+        assert_eq!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).unwrap(), 2);
+        let progress = pair.session.progress();
+        assert_eq!((progress.blocks_done, progress.blocks_skipped, pair.session.kept().blocks), (3, 1, 3));
+        pair.session.mark_base_complete(3).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(4)));
+        for (key, value) in [(&b"one"[..], &b"1"[..]), (b"two", b"newer"), (b"three", b"3")] {
+            assert_eq!(pair.follower.get(key).unwrap().as_deref(), Some(value));
+        }
+        assert!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).is_err(), "completed");
+    }
+
+    #[test]
     fn a_gap_in_the_log_lane_fails_the_session() {
         let mut pair = Pair::new();
         let _base = pair.start(1);

@@ -304,8 +304,8 @@ pub trait BaseSink: Send {
     ///
     /// As [`put_block`](Self::put_block). Blocks before the failing one may have been taken.
     fn put_blocks(&mut self, first: BlockId, block_len: usize, bytes: &[u8]) -> Result<()> {
-        let blocks = bytes.chunks(block_len.max(1)).zip(0..);
-        blocks.into_iter().try_for_each(|(block, index)| self.put_block(BlockId(first.0.saturating_add(index)), block))
+        let mut blocks = bytes.chunks(block_len.max(1)).zip(0..);
+        blocks.try_for_each(|(block, index)| self.put_block(BlockId(first.0.saturating_add(index)), block))
     }
 
     /// The LSN that must be applied before the image is a state that ever was: the newest record whose effect came

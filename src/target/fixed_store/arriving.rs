@@ -53,7 +53,8 @@ impl Shard {
         let count = blocks.len() / slot_len;
         let write = |from: usize, to: usize| {
             let at = self.layout.slot_offset(first + from as u64);
-            write_in_pages(&self.file, &blocks[from * slot_len..to * slot_len], at).map_err(Error::io("write", &self.path))
+            write_in_pages(&self.file, &blocks[from * slot_len..to * slot_len], at)
+                .map_err(Error::io("write", &self.path))
         };
         if first >= arriving.touched {
             write(0, count)?;
@@ -65,7 +66,9 @@ impl Shard {
             for ((block, there), slot) in pairs.zip(first..) {
                 let version = |bytes| Slot::decode_prefix(&self.layout, bytes).map(|slot| slot.lsn());
                 let damaged = |reason| self.damaged(slot, reason);
-                if version(there).map_err(damaged)? >= version(block).map_err(damaged)? {
+                let version_there = version(there).map_err(damaged)?;
+                // What is blank there may have no blocks of the file yet.
+                if version_there != Lsn::ZERO && version_there >= version(block).map_err(damaged)? {
                     let here = usize::try_from(slot - first).unwrap_or(count);
                     write(from, here)?;
                     from = here + 1;
@@ -167,5 +170,113 @@ impl Shard {
             Some(arriving) => self.take_blocks(arriving, first + in_map as u64, behind).map(|()| newest),
             None => Err(Error::invalid(format!("no base of shard {} is coming", self.id))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::tests::{Log, OPTIONS, contents};
+    use super::super::{FixedStore, shard_path};
+    use super::*;
+    use crate::target::fixed_store::format::Operation;
+    use crate::target::{BlockId, KeptBase, ReplicationTarget};
+    use crate::types::ShardId;
+    use crate::wal::Record;
+
+    const SHARD: ShardId = ShardId(0);
+
+    fn put(leader: &FixedStore, log: &Log, key: u64, value: &str) {
+        leader.put(&key.to_be_bytes(), value.as_bytes(), |shard, record| log.append(shard, record)).unwrap();
+    }
+
+    /// The whole base, run by run.
+    fn runs(leader: &FixedStore, blocks: usize) -> Vec<(BlockId, Vec<u8>)> {
+        let mut source = leader.open_base(SHARD).unwrap();
+        let mut buffer = vec![0; blocks * source.info().block_len as usize];
+        let mut runs = Vec::new();
+        while let Some(run) = source.next_run(&mut buffer).unwrap() {
+            runs.push((run.first, buffer[..run.len].to_vec()));
+        }
+        runs
+    }
+
+    #[test]
+    fn what_was_synced_of_a_base_stays_and_the_rest_is_cut_off() {
+        let directory = tempfile::tempdir().unwrap();
+        let (here, there) = (directory.path().join("leader"), directory.path().join("follower"));
+        let (leader, log) = (FixedStore::open(&here, &OPTIONS).unwrap(), Log::default());
+        (0..20_000).for_each(|key| put(&leader, &log, key, "base"));
+        let info = leader.open_base(SHARD).unwrap().info();
+        let block_len = info.block_len as usize;
+        let runs = runs(&leader, 500);
+        // Newer than the blocks above: one that is kept, one that comes later.
+        put(&leader, &log, 3, "live");
+        put(&leader, &log, 19_990, "live");
+        let head = log.head(SHARD);
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        let mut take = |runs: &[(BlockId, Vec<u8>)]| {
+            runs.iter().for_each(|(first, blocks)| sink.put_blocks(*first, block_len, blocks).unwrap());
+        };
+        take(&runs[..20]);
+        log.replay(&follower, SHARD, info.base_lsn, head).unwrap();
+        follower.sync(SHARD).unwrap();
+        let kept = KeptBase { blocks: runs[20].0.0, applied: head };
+        take(&runs[20..25]);
+        assert_eq!(follower.shards[0].map.slot_count(), 0, "nothing is mapped while it comes");
+        drop((sink, follower));
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.resume_base(SHARD, info, kept).unwrap();
+        let file_len = || fs::metadata(shard_path(&there, 0)).unwrap().len();
+        assert_eq!(file_len(), follower.shards[0].layout.slot_offset(kept.blocks), "the rest is blank again");
+        log.replay(&follower, SHARD, info.base_lsn, head).unwrap();
+        sink.check_kept().unwrap();
+        for (first, blocks) in &runs[20..] {
+            sink.put_blocks(*first, block_len, blocks).unwrap();
+        }
+        sink.complete(head).unwrap();
+        assert_eq!(contents(&follower), contents(&leader));
+        leader.close().unwrap();
+        follower.close().unwrap();
+        assert!(fs::read(shard_path(&here, 0)).unwrap()[4096..] == fs::read(shard_path(&there, 0)).unwrap()[4096..]);
+    }
+
+    #[test]
+    fn blank_blocks_become_zeros_around_those_that_records_have_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let (here, there) = (directory.path().join("leader"), directory.path().join("follower"));
+        let (leader, log) = (FixedStore::open(&here, &OPTIONS).unwrap(), Log::default());
+        let apply = |slot: u64| {
+            let mut record = Vec::new();
+            Operation { slot, key: &slot.to_le_bytes(), value: Some(b"v") }.encode(&mut record);
+            let lsn = log.append(SHARD, &record).unwrap();
+            leader.apply(SHARD, Record { lsn, bytes: &record }).unwrap();
+        };
+        [1, 2, 7].into_iter().for_each(apply);
+        let info = leader.open_base(SHARD).unwrap().info();
+        let runs = runs(&leader, 10);
+        assert_eq!(runs.len(), 2);
+        // Between two runs, in front of the first, behind the last, and where the leader's shard has grown since.
+        [4, 0, 5_000, info.block_count].into_iter().for_each(apply);
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        log.replay(&follower, SHARD, info.base_lsn, log.head(SHARD)).unwrap();
+        for (first, blocks) in &runs {
+            sink.put_blocks(*first, info.block_len as usize, blocks).unwrap();
+        }
+        let past = sink.put_blocks(BlockId(info.block_count), info.block_len as usize, &runs[1].1);
+        assert!(past.is_err() && sink.put_blocks(BlockId(u64::MAX), info.block_len as usize, &runs[1].1).is_err());
+        sink.complete(log.head(SHARD)).unwrap();
+        assert_eq!(contents(&follower).len(), 7);
+        assert_eq!(contents(&follower), contents(&leader));
+        assert_eq!(follower.shards[0].map.slot_count(), leader.shards[0].map.slot_count());
+        leader.close().unwrap();
+        follower.close().unwrap();
+        assert!(fs::read(shard_path(&here, 0)).unwrap()[4096..] == fs::read(shard_path(&there, 0)).unwrap()[4096..]);
     }
 }
