@@ -179,7 +179,6 @@ mod tests {
 
     use super::super::tests::{Log, OPTIONS, contents};
     use super::super::{FixedStore, shard_path};
-    use super::*;
     use crate::target::fixed_store::format::Operation;
     use crate::target::{BlockId, KeptBase, ReplicationTarget};
     use crate::types::ShardId;
