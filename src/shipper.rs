@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use crate::commit::{AckLevel, Commits, FollowerMarks};
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
-use crate::limits::MAX_WAL_DATA_LEN;
+use crate::limits::{BASE_RUN_LEN, MAX_WAL_DATA_LEN};
 use crate::protocol::FailureReason;
 use crate::rebuild::base_lane::{BaseLane, IssuedRebuild};
 use crate::rebuild::intake::while_beating;
@@ -61,8 +61,9 @@ pub(crate) struct Shipper {
     pub(crate) lane: Mutex<LogLane>,
 }
 
-/// Log bytes after which a run of the base is sent although more log has come.
-const LOG_BEFORE_BASE: u64 = 1 << 20;
+/// Log bytes after which a run of the base is sent although more log has come: as many as a run has, so that behind a
+/// writer that never rests either lane has half of the stream.
+const LOG_BEFORE_BASE: u64 = BASE_RUN_LEN as u64;
 /// Log bytes that a thread ships at most before it waits for a commit. More is the shipper's own work: it takes long
 /// enough for a wake-up not to matter.
 const AT_ONCE: u64 = 64 * 1024;

@@ -57,12 +57,13 @@ const SAVE_EVERY: u64 = 64 << 20;
 pub(crate) struct Arrived {
     bytes: Vec<u8>,
     checksum: crc32fast::Hasher,
-    blocks: u64,
+    /// Of an image without numbered blocks.
+    chunks: u64,
 }
 
 impl Arrived {
     pub(crate) fn new() -> Arrived {
-        Arrived { bytes: Vec::new(), checksum: crc32fast::Hasher::new(), blocks: 0 }
+        Arrived { bytes: Vec::new(), checksum: crc32fast::Hasher::new(), chunks: 0 }
     }
 }
 
@@ -294,18 +295,17 @@ impl Intake {
     fn put_blocks(&self, peer: &str, first: u64, arrived: &mut Arrived) -> Result<()> {
         let block_len = usize::try_from(self.contract.base.block_len).unwrap_or(usize::MAX);
         let is_chunk = block_len == 0;
-        let blocks = arrived.bytes.chunks(if is_chunk { arrived.bytes.len() } else { block_len });
-        for (bytes, index) in blocks.zip(0u64..) {
-            let block = first.saturating_add(index);
-            if !is_chunk && bytes.len() != block_len || is_chunk && block != arrived.blocks {
-                return Err(Error::protocol(
-                    peer,
-                    format!("block {block} has {} bytes or the wrong place", bytes.len()),
-                ));
-            }
-            // One block at a time, so that the applier comes in between.
-            self.session.lock().apply_base_block(BlockId(block), bytes).map_err(blame(peer))?;
-            arrived.blocks += 1;
+        let bytes = &arrived.bytes;
+        if !is_chunk && !bytes.len().is_multiple_of(block_len) || is_chunk && first != arrived.chunks {
+            return Err(Error::protocol(peer, format!("block {first} has {} bytes or the wrong place", bytes.len())));
+        }
+        // The applier comes in between one frame and the next.
+        let mut session = self.session.lock();
+        if is_chunk {
+            session.apply_base_block(BlockId(first), bytes).map_err(blame(peer))?;
+            arrived.chunks += 1;
+        } else {
+            session.apply_base_blocks(BlockId(first), bytes).map_err(blame(peer))?;
         }
         Ok(())
     }

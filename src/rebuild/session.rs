@@ -344,6 +344,50 @@ impl RebuildSession {
         Ok(true)
     }
 
+    /// Puts consecutive numbered blocks, except those that the log has written since. Returns how many were put.
+    ///
+    /// # Errors
+    ///
+    /// What the target gives: the session has failed then. [`Error::Invalid`] if no base is due, if its blocks have no
+    /// numbers, or if the bytes are not whole blocks with numbers below the end of the image.
+    pub fn apply_base_blocks(&mut self, first: BlockId, bytes: &[u8]) -> Result<u64> {
+        let base = self.base();
+        let (RebuildPhase::Accepted | RebuildPhase::Running, Some(sink)) = (self.phase, &mut self.sink) else {
+            return Err(self.out_of_place("a run of base blocks"));
+        };
+        let block_len = usize::try_from(base.block_len).unwrap_or(usize::MAX);
+        let count = bytes.len().checked_div(block_len).unwrap_or(0);
+        let end = first.0.checked_add(count as u64).filter(|&end| end <= base.block_count);
+        let (true, Some(end)) = (count != 0 && count * block_len == bytes.len(), end) else {
+            return Err(Error::invalid(format!(
+                "{} bytes from block {first} on are not some of {} blocks of {block_len} bytes",
+                bytes.len(),
+                base.block_count
+            )));
+        };
+        self.done += count as u64;
+        // Blocks come in ascending order; those passed over are blank.
+        self.next_block = self.next_block.max(end);
+        let (mut put, mut left, mut result) = (0, first.0..end, Ok(()));
+        while result.is_ok() && !left.is_empty() {
+            let wanted = |block: &u64| self.covered.should_apply_base(BlockId(*block));
+            let from = left.clone().find(wanted).unwrap_or(end);
+            let to = (from..end).find(|block| !wanted(block)).unwrap_or(end);
+            self.skipped += from - left.start;
+            if from < to {
+                let place = |block: u64| usize::try_from(block - first.0).unwrap_or(count) * block_len;
+                result = sink.put_blocks(BlockId(from), block_len, &bytes[place(from)..place(to)]);
+                put += to - from;
+            }
+            left.start = to;
+        }
+        self.fail_on_error(result)?;
+        if put != 0 && self.phase == RebuildPhase::Accepted {
+            self.enter(RebuildPhase::Running)?;
+        }
+        Ok(put)
+    }
+
     /// Notes that the leader has sent the whole base, of `blocks` blocks.
     ///
     /// # Errors
@@ -621,6 +665,36 @@ mod tests {
         assert_eq!(pair.follower.get(b"one").unwrap().as_deref(), Some(&b"newer"[..]));
         assert_eq!(pair.follower.get(b"two").unwrap(), None);
         assert!(!pair.session.active() && pair.session.is_completed());
+    }
+
+    #[test]
+    fn a_run_of_blocks_is_put_around_those_that_the_log_has_written() {
+        let mut pair = Pair::new();
+        pair.put(b"three", b"3");
+        let mut base = pair.start(1);
+        let block_len = usize::try_from(base.info().block_len).unwrap();
+        let mut blocks = vec![0; 8 * block_len];
+        let run = base.next_run(&mut blocks).unwrap().unwrap();
+        assert_eq!((run.first, run.len), (BlockId(0), 3 * block_len));
+        pair.put(b"two", b"newer");
+        pair.log_entry(4, 4).unwrap();
+        let count = base.info().block_count;
+        for (first, len) in [(0, 0), (0, block_len + 1), (count - 1, 2 * block_len), (u64::MAX, block_len)] {
+            assert!(
+                pair.session.apply_base_blocks(BlockId(first), &blocks[..len]).is_err(),
+                "{len} bytes from {first} on"
+            );
+            assert!(pair.session.active(), "nothing has changed");
+        }
+        assert_eq!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).unwrap(), 2);
+        let progress = pair.session.progress();
+        assert_eq!((progress.blocks_done, progress.blocks_skipped, pair.session.kept().blocks), (3, 1, 3));
+        pair.session.mark_base_complete(3).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(4)));
+        for (key, value) in [(&b"one"[..], &b"1"[..]), (b"two", b"newer"), (b"three", b"3")] {
+            assert_eq!(pair.follower.get(key).unwrap().as_deref(), Some(value));
+        }
+        assert!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).is_err(), "completed");
     }
 
     #[test]

@@ -304,6 +304,16 @@ pub trait BaseSink: Send {
     /// [`Error::Invalid`] if the bytes are no such block, or the sink has been superseded; I/O errors.
     fn put_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()>;
 
+    /// Takes consecutive numbered blocks, each of `block_len` bytes: one by one, unless a target knows better.
+    ///
+    /// # Errors
+    ///
+    /// As [`put_block`](Self::put_block). Blocks before the failing one may have been taken.
+    fn put_blocks(&mut self, first: BlockId, block_len: usize, bytes: &[u8]) -> Result<()> {
+        let mut blocks = bytes.chunks(block_len.max(1)).zip(0..);
+        blocks.try_for_each(|(block, index)| self.put_block(BlockId(first.0.saturating_add(index)), block))
+    }
+
     /// The LSN that must be applied before the image is a state that ever was: the newest record whose effect came
     /// with a block, and at least the base LSN. Grows with every block; final once all blocks are in.
     fn consistent_from(&self) -> Lsn;

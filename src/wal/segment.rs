@@ -130,6 +130,18 @@ pub(crate) fn zero_in_pages(file: &File, range: std::ops::Range<u64>) -> io::Res
     Ok(())
 }
 
+/// Writes bytes at an offset, one page at a time, for the reason that [`zero_in_pages`] has.
+pub(crate) fn write_in_pages(file: &File, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let len = limits::index(PAGE_LEN - at % PAGE_LEN).min(bytes.len());
+        let (page, rest) = bytes.split_at(len);
+        write_all_at(file, page, at)?;
+        at += page.len() as u64;
+        bytes = rest;
+    }
+    Ok(())
+}
+
 /// Writes a range of a file again as it is, one page at a time, so that the next sync puts it on stable storage even if
 /// an earlier one failed: the page cache then takes those pages for written although they are not.
 pub(crate) fn rewrite_in_pages(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
@@ -217,6 +229,16 @@ mod tests {
             damaged[bit / 8] ^= 1 << (bit % 8);
             assert!(SegmentHeader::decode(&damaged).is_err(), "bit {bit}");
         }
+    }
+
+    #[test]
+    fn writing_in_pages_writes_the_same_bytes() {
+        let file = tempfile::tempfile().unwrap();
+        let written: Vec<u8> = (0..9_001_u32).map(|at| at.to_le_bytes()[0] | 1).collect();
+        write_in_pages(&file, &written, 4_000).unwrap();
+        let mut bytes = vec![9; 14_000];
+        assert_eq!(read_at(&file, &mut bytes, 0).unwrap(), 13_001);
+        assert!(bytes[4_000..13_001] == written && bytes[..4_000].iter().all(|&byte| byte == 0));
     }
 
     #[test]

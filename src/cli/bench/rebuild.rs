@@ -34,7 +34,7 @@ const LOADED: &str = "mapped file to socket to file, synced, beside an append";
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[4096]) {
         let block_len = size.max(2 * BLOCK_OVERHEAD).next_multiple_of(8);
-        let blocks = bench.volume(1 << 30, 8 << 20) / block_len;
+        let blocks = bench.volume(1 << 30, 32 << 20) / block_len;
         let bytes = blocks * block_len;
         let scratch = bench.scratch("rebuild")?;
         let stage = Stage::new(bench, &scratch, block_len, blocks)?;

@@ -26,6 +26,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 
+use super::arriving::Arriving;
 use super::format::{Operation, Slot};
 use super::shard::Shard;
 use super::slots_map::SlotWriter;
@@ -41,6 +42,8 @@ pub(super) struct Writer {
     pub(super) rebuilds: u64,
     /// Slots that the leader's shard has, as far as known, while rebuilding.
     pub(super) slot_limit: u64,
+    /// The slots behind those mapped, while rebuilding.
+    pub(super) arriving: Option<Arriving>,
     /// Slots below `fresh` that hold no key and belong to no plan.
     free: BTreeSet<u64>,
     /// Slots from here on were never used.
@@ -51,7 +54,7 @@ pub(super) struct Writer {
     plans: Plans,
     marked_clean: bool,
     image: Vec<u8>,
-    front: Vec<u8>,
+    pub(super) front: Vec<u8>,
 }
 
 /// Proposed and not yet applied.
@@ -77,6 +80,7 @@ impl Writer {
             rebuild_session: 0,
             rebuilds: 0,
             slot_limit: 0,
+            arriving: None,
             free: BTreeSet::new(),
             fresh: 0,
             torn: BTreeSet::new(),
@@ -114,8 +118,11 @@ impl Writer {
         self.plans = Plans::default();
     }
 
-    /// The slot holds something, or is about to.
+    /// The slot holds something, or is about to. During a rebuild nobody asks, and its end looks at every slot.
     fn take(&mut self, slot: u64) {
+        if self.arriving.is_some() {
+            return;
+        }
         if slot < self.fresh {
             self.free.remove(&slot);
         } else {
@@ -126,15 +133,20 @@ impl Writer {
 }
 
 impl Shard {
-    /// Reads every slot: finds keys, free slots, torn ones, and those ahead of `applied`.
-    pub(super) fn load(&self, writer: &mut Writer) -> Result<()> {
+    /// Reads every slot: finds keys, free slots, torn ones, and those ahead of `applied`. Slots that `are_checked` by this
+    /// process already are only read up to the end of their keys.
+    pub(super) fn load(&self, writer: &mut Writer, are_checked: bool) -> Result<()> {
         writer.forget();
         self.index.clear();
         let (mut occupied, mut newest) = (0, Lsn::ZERO);
-        let mut bytes = vec![0; self.layout.slot_len()];
+        let mut bytes = vec![0; if are_checked { self.layout.prefix_len() } else { self.layout.slot_len() }];
         for slot in 0..self.map.slot_count() {
             self.map.read(slot, &mut bytes);
-            let Ok(found) = Slot::decode(&self.layout, slot, &bytes) else {
+            let found = match are_checked {
+                true => Slot::decode_prefix(&self.layout, &bytes),
+                false => Slot::decode(&self.layout, slot, &bytes),
+            };
+            let Ok(found) = found else {
                 writer.take(slot);
                 writer.torn.insert(slot);
                 continue;
@@ -174,9 +186,13 @@ impl Shard {
     }
 
     /// Version, status and key of a slot that validated before.
-    fn front_of<'a>(&self, slot: u64, front: &'a mut Vec<u8>) -> Result<Slot<'a>> {
+    pub(super) fn front_of<'a>(&self, slot: u64, front: &'a mut Vec<u8>) -> Result<Slot<'a>> {
         front.resize(self.layout.prefix_len(), 0);
-        self.map.read(slot, front);
+        if slot < self.map.slot_count() {
+            self.map.read(slot, front);
+        } else {
+            self.read_unmapped(slot, front)?;
+        }
         Slot::decode_prefix(&self.layout, front).map_err(|reason| self.damaged(slot, reason))
     }
 
@@ -243,7 +259,7 @@ impl Shard {
         if operation.value.is_some() {
             self.put_slot(writer, lsn, operation, was_occupied)?;
         } else {
-            self.delete_slot(writer, operation, was_occupied);
+            self.delete_slot(writer, operation, was_occupied)?;
         }
         if was_torn {
             writer.torn.remove(&slot);
@@ -268,7 +284,7 @@ impl Shard {
             return Err(self.contradicts(slot, lsn, "the record puts a key that is in another slot already"));
         }
         // The slot first: what the index names must be there.
-        self.map.write(&mut writer.slots, slot, &writer.image);
+        self.write_image(writer, slot)?;
         writer.take(slot);
         if !was_occupied && !elsewhere && !self.is_rebuilding() {
             self.index.insert(key, slot);
@@ -277,30 +293,44 @@ impl Shard {
         Ok(())
     }
 
-    fn delete_slot(&self, writer: &mut Writer, delete: &Operation<'_>, was_occupied: bool) {
+    fn delete_slot(&self, writer: &mut Writer, delete: &Operation<'_>, was_occupied: bool) -> Result<()> {
         let slot = delete.slot;
         // The index first: what it names must be there.
         if self.index.get(delete.key) == Some(slot) {
             self.index.remove(delete.key);
         }
-        self.map.write(&mut writer.slots, slot, &writer.image);
+        self.write_image(writer, slot)?;
         writer.take(slot);
         writer.free.insert(slot);
         self.occupied.fetch_sub(u64::from(was_occupied), Ordering::AcqRel);
+        Ok(())
     }
 
-    /// Grows until the slot exists. Slots are taken one after the other, so one far beyond the end makes no sense.
-    pub(super) fn ensure_slot(&self, writer: &mut Writer, slot: u64, lsn: Lsn) -> Result<()> {
-        if slot < self.map.slot_count() {
+    /// Replaces a slot by `writer.image`.
+    fn write_image(&self, writer: &mut Writer, slot: u64) -> Result<()> {
+        match &mut writer.arriving {
+            Some(arriving) if slot >= self.map.slot_count() => self.write_unmapped(arriving, slot, &writer.image),
+            _ => {
+                self.map.write(&mut writer.slots, slot, &writer.image);
+                Ok(())
+            }
+        }
+    }
+
+    /// Grows until the slot exists; during a rebuild, so far as the leader's shard has grown. Slots are taken one after the
+    /// other, so one far beyond the end makes no sense.
+    fn ensure_slot(&self, writer: &mut Writer, slot: u64, lsn: Lsn) -> Result<()> {
+        let end = self.map.slot_count().max(writer.slot_limit);
+        if slot < end {
             return Ok(());
         }
-        let mut limit = writer.slot_limit.max(self.layout.grown(self.map.slot_count()));
-        if slot >= limit && self.is_rebuilding() {
-            limit = self.layout.grown(limit);
-            writer.slot_limit = limit;
-        }
+        let limit = self.layout.grown(end);
         if slot >= limit {
             return Err(self.contradicts(slot, lsn, format!("slot {slot} is far beyond the end of the shard")));
+        }
+        if writer.arriving.is_some() {
+            writer.slot_limit = limit;
+            return Ok(());
         }
         while self.map.slot_count() <= slot {
             self.grow(&mut writer.slots)?;
@@ -422,17 +452,5 @@ impl Shard {
             writer.free.insert(plan.slot);
         }
         Ok(())
-    }
-
-    /// A block of a base: written if the slot is older. The index waits for the end of the rebuild.
-    pub(super) fn put_base_slot(&self, writer: &mut Writer, slot: u64, bytes: &[u8]) -> Result<Lsn> {
-        let found = Slot::decode(&self.layout, slot, bytes)
-            .map_err(|reason| Error::invalid(format!("block {slot} of the base is damaged: {reason}")))?;
-        self.check_sound()?;
-        self.ensure_slot(writer, slot, found.lsn())?;
-        if self.front_of(slot, &mut writer.front)?.lsn() < found.lsn() {
-            self.map.write(&mut writer.slots, slot, bytes);
-        }
-        Ok(found.lsn())
     }
 }

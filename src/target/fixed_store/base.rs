@@ -136,7 +136,7 @@ pub(super) fn begin_base(shard: &Arc<Shard>, info: BaseInfo) -> Result<Box<dyn B
         )));
     }
     set_mark(shard)?;
-    Ok(open_sink(shard, &mut writer, info, KeptBase { blocks: 0, applied: info.base_lsn }))
+    open_sink(shard, &mut writer, info, KeptBase { blocks: 0, applied: info.base_lsn })
 }
 
 /// Keeps what an interrupted rebuild has left, empties the rest of the shard and opens it for blocks.
@@ -150,7 +150,7 @@ pub(super) fn resume_base(shard: &Arc<Shard>, info: BaseInfo, kept: KeptBase) ->
             shard.id, info.block_count, kept.blocks
         )));
     }
-    Ok(open_sink(shard, &mut writer, info, kept))
+    open_sink(shard, &mut writer, info, kept)
 }
 
 fn check_fits(shard: &Shard, info: BaseInfo) -> Result<()> {
@@ -168,17 +168,23 @@ fn check_fits(shard: &Shard, info: BaseInfo) -> Result<()> {
 }
 
 /// The shard carries its mark: empties every slot but those kept.
-fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: KeptBase) -> Box<dyn BaseSink> {
+fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: KeptBase) -> Result<Box<dyn BaseSink>> {
+    // Whatever comes of it, an older sink is superseded.
+    writer.rebuild_session = 0;
     shard.index.clear();
     writer.forget();
     writer.set_marked_clean(false);
     writer.slot_limit = info.block_count;
-    writer.rebuilds += 1;
-    writer.rebuild_session = writer.rebuilds;
+    shard.begin_arriving(writer, kept.blocks)?;
     let (mut torn, mut occupied, mut newest) = (0, 0, info.base_lsn.max(kept.applied));
     let mut bytes = vec![0; shard.layout.slot_len()];
-    for slot in 0..shard.map.slot_count() {
-        shard.map.read(slot, &mut bytes);
+    let mapped = shard.map.slot_count();
+    for slot in 0..mapped.max(kept.blocks) {
+        if slot < mapped {
+            shard.map.read(slot, &mut bytes);
+        } else {
+            shard.read_unmapped(slot, &mut bytes)?;
+        }
         if slot < kept.blocks {
             match Slot::decode(&shard.layout, slot, &bytes) {
                 Ok(found) => {
@@ -199,8 +205,10 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
     shard.occupied.store(occupied, Ordering::Release);
     shard.applied.store(info.base_lsn.min(kept.applied).0, Ordering::Release);
     shard.consistent_from.store(newest.0, Ordering::Release);
+    writer.rebuilds += 1;
+    writer.rebuild_session = writer.rebuilds;
     let session = writer.rebuild_session;
-    Box::new(SlotSink { shard: Arc::clone(shard), session, block_count: info.block_count })
+    Ok(Box::new(SlotSink { shard: Arc::clone(shard), session, block_count: info.block_count }))
 }
 
 impl SlotSink {
@@ -214,15 +222,23 @@ impl SlotSink {
 
 impl BaseSink for SlotSink {
     fn put_block(&mut self, block: BlockId, bytes: &[u8]) -> Result<()> {
+        self.put_blocks(block, bytes.len(), bytes)
+    }
+
+    fn put_blocks(&mut self, first: BlockId, block_len: usize, bytes: &[u8]) -> Result<()> {
         let mut writer = self.shard.writer.lock();
         if writer.rebuild_session != self.session {
             return Err(self.superseded());
         }
-        if block.0 >= self.block_count {
-            return Err(Error::invalid(format!("block {block} of a base of {} blocks", self.block_count)));
+        let count = bytes.len().checked_div(block_len).unwrap_or(0) as u64;
+        if first.0.checked_add(count).is_none_or(|end| end > self.block_count) {
+            return Err(Error::invalid(format!("{count} blocks from {first} on of a base of {}", self.block_count)));
         }
-        let lsn = self.shard.put_base_slot(&mut writer, block.0, bytes)?;
-        self.shard.consistent_from.fetch_max(lsn.0, Ordering::AcqRel);
+        if block_len != self.shard.layout.slot_len() {
+            return Err(Error::invalid(format!("block {first} of the base has {block_len} bytes")));
+        }
+        let newest = self.shard.put_base_slots(&mut writer, first.0, bytes)?;
+        self.shard.consistent_from.fetch_max(newest.0, Ordering::AcqRel);
         Ok(())
     }
 
@@ -243,16 +259,18 @@ impl BaseSink for SlotSink {
                 shard.id
             )));
         }
-        while shard.map.slot_count() < writer.slot_limit {
-            shard.grow(&mut writer.slots)?;
+        if let Some(slot) = writer.first_torn() {
+            return Err(shard.damaged(slot, "the slot was damaged before the rebuild, which has not written it again"));
         }
-        shard.load(&mut writer)?;
+        shard.end_arriving(&mut writer)?;
+        // Blocks were checked when they came, kept ones when they were taken on, and the others were written here.
+        shard.load(&mut writer, true)?;
         if let Some(slot) = writer.first_torn() {
             return Err(shard.damaged(slot, "the slot was damaged during the rebuild"));
         }
-        shard.sync_slots()?;
         shard.update_header(|header| {
             header.rebuilding = false;
+            header.slot_count = shard.map.slot_count();
             header.applied = applied;
         })?;
         writer.rebuild_session = 0;

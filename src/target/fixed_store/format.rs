@@ -5,7 +5,8 @@
 //! # Shard file, version 1
 //!
 //! One file for each shard, `slots-0003.tfs`: a header page of 4096 bytes, then `slot_count` slots of `slot_size` bytes
-//! without gaps. The file may be longer; what is behind the last slot was never used.
+//! without gaps. The file may be longer; what is behind the last slot was never used, or belongs to a rebuild that has
+//! not been completed.
 //!
 //! The header page holds two copies of the header, at offsets 0 and 2048, zeros elsewhere. A header is written over the
 //! *older* copy and synced, so one whole copy is there whatever a crash cuts off. The valid copy with the larger

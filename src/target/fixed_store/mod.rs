@@ -6,7 +6,8 @@
 //! `format.rs` specifies: a header page, then slots of one size. A slot is free, or holds a key and its value, or
 //! remembers that its key was deleted. A [`ShardRouter`] says which shard a key belongs to; an index in memory, rebuilt
 //! when the store is opened, says in which slot it is. Files grow by an eighth at a time, filled with real zeros before
-//! they are mapped, so a full disk is an error and never a fault.
+//! they are mapped, so a full disk is an error and never a fault; during a rebuild they grow by the blocks of the base,
+//! which are mapped at its end.
 //!
 //! # Writing
 //!
@@ -34,6 +35,7 @@
 //! damage from a crash in what is reported.
 
 mod apply;
+mod arriving;
 mod base;
 mod format;
 mod index;

@@ -208,7 +208,7 @@ fn read_again<'a>(
 }
 
 /// Fills the buffer from an offset; what lies past the end of the file is zeros.
-fn fill(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+pub(super) fn fill(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
         match read_at(file, bytes, offset) {
             Ok(0) => {

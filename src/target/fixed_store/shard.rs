@@ -45,7 +45,7 @@ pub(super) struct Shard {
     pub(super) occupied: AtomicU64,
     /// Slots that do not validate and have not been written again yet.
     pub(super) torn: AtomicU64,
-    file: File,
+    pub(super) file: File,
     header: Mutex<Header>,
     syncing: Mutex<()>,
     poisoned: OnceLock<String>,
@@ -83,7 +83,7 @@ impl Shard {
             _lock: lock,
         };
         if !header.rebuilding {
-            shard.load(&mut shard.writer.lock())?;
+            shard.load(&mut shard.writer.lock(), false)?;
             shard.report_damage(&header);
         }
         Ok(shard)
@@ -222,7 +222,8 @@ impl Shard {
     /// Everything written to slots before the call is on stable storage after it.
     pub(super) fn sync_slots(&self) -> Result<()> {
         self.check_sound()?;
-        self.map.sync().map_err(|source| self.poison("sync", source))
+        let unmapped = || if self.is_rebuilding() { self.file.sync_data() } else { Ok(()) };
+        self.map.sync().and_then(|()| unmapped()).map_err(|source| self.poison("sync", source))
     }
 
     /// Syncs, and leaves the mark of a shard closed in order, unless something is left to repair.

@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //!
-//! 1. **Length.** A mapped extent lies within its file, on blocks that were filled with real zeros and synced before it
-//!    was mapped. Nobody shortens the file: the store's lock keeps other writers out. So no access can fault, not even
+//! 1. **Length.** A mapped extent lies within its file, on blocks that were written, with real zeros or with slots, and
+//!    synced before it was mapped. Nobody shortens the file: the store's lock keeps other writers out. So no access can fault, not even
 //!    on a full disk.
 //! 2. **Alignment.** Extents begin at whole pages of the file and slots are whole words of 8 bytes, so every word
 //!    accessed is aligned.
@@ -80,7 +80,7 @@ impl SlotsMap {
         self.slot_count.load(Ordering::Acquire)
     }
 
-    /// Maps further slots, up to `slot_count` in all. The file has them, filled and synced (invariant 1).
+    /// Maps further slots, up to `slot_count` in all. The file has them, written and synced (invariant 1).
     pub(super) fn extend(&self, writer: &mut SlotWriter, file: &File, slot_count: u64) -> io::Result<()> {
         let first_slot = self.slot_count();
         if slot_count <= first_slot {

@@ -1,0 +1,281 @@
+//! Slots behind those that are mapped, while a base comes: they are reached through the file.
+//!
+//! A file grows by real zeros, which are synced before they are mapped. A base that came into such slots would be written
+//! to the device twice, so while one comes nothing more is mapped: its blocks make the file longer as they come, and
+//! records of the log lane go to where they belong in the file as well. Nobody reads the shard meanwhile. At the end
+//! what is blank gets its real zeros, everything is synced once, and then mapped.
+//!
+//! What a slot has before its block comes stands in the file too: what a record left there, or nothing, which reads as
+//! zeros, as a free slot does. So nothing is kept in memory for each slot.
+//!
+//! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
+//! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
+
+use super::apply::Writer;
+use super::format::Slot;
+use super::reader::fill;
+use super::shard::Shard;
+use crate::error::{Error, Result};
+use crate::types::Lsn;
+use crate::wal::segment::{write_in_pages, zero_in_pages};
+
+/// Bytes looked at together where blanks are searched for.
+const LOOK_LEN: usize = 256 * 1024;
+
+/// How far the file is written behind the mapped slots.
+pub(super) struct Arriving {
+    /// Every slot below is on blocks that were written.
+    filled: u64,
+    /// No slot from here on was written.
+    touched: u64,
+    /// What the file has where blocks are to go.
+    there: Vec<u8>,
+}
+
+impl Shard {
+    /// Begins to take a base. Of the slots that are not mapped, those below `kept` stay, and all others are blank.
+    pub(super) fn begin_arriving(&self, writer: &mut Writer, kept: u64) -> Result<()> {
+        let mapped = self.map.slot_count();
+        let touched = mapped.max(kept);
+        let end = self.layout.slot_offset(touched);
+        let len = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
+        if len > end {
+            self.file.set_len(end).map_err(Error::io("cut", &self.path))?;
+        }
+        let arriving = writer.arriving.insert(Arriving { filled: mapped, touched, there: Vec::new() });
+        self.fill_blanks(arriving, kept)
+    }
+
+    /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay.
+    pub(super) fn take_blocks(&self, arriving: &mut Arriving, first: u64, blocks: &[u8]) -> Result<()> {
+        self.fill_blanks(arriving, first)?;
+        let slot_len = self.layout.slot_len();
+        let count = blocks.len() / slot_len;
+        let write = |from: usize, to: usize| {
+            let at = self.layout.slot_offset(first + from as u64);
+            write_in_pages(&self.file, &blocks[from * slot_len..to * slot_len], at)
+                .map_err(Error::io("write", &self.path))
+        };
+        if first >= arriving.touched {
+            write(0, count)?;
+        } else {
+            arriving.there.resize(blocks.len(), 0);
+            self.read_unmapped(first, &mut arriving.there)?;
+            let mut from = 0;
+            let pairs = blocks.chunks_exact(slot_len).zip(arriving.there.chunks_exact(slot_len));
+            for ((block, there), slot) in pairs.zip(first..) {
+                let version = |bytes| Slot::decode_prefix(&self.layout, bytes).map(|slot| slot.lsn());
+                let damaged = |reason| self.damaged(slot, reason);
+                let version_there = version(there).map_err(damaged)?;
+                // What is blank there may have no blocks of the file yet.
+                if version_there != Lsn::ZERO && version_there >= version(block).map_err(damaged)? {
+                    let here = usize::try_from(slot - first).unwrap_or(count);
+                    write(from, here)?;
+                    from = here + 1;
+                }
+            }
+            write(from.min(count), count)?;
+        }
+        let end = first + count as u64;
+        arriving.filled = arriving.filled.max(end);
+        arriving.touched = arriving.touched.max(end);
+        Ok(())
+    }
+
+    /// Writes the whole of a slot that is not mapped.
+    pub(super) fn write_unmapped(&self, arriving: &mut Arriving, slot: u64, bytes: &[u8]) -> Result<()> {
+        write_in_pages(&self.file, bytes, self.layout.slot_offset(slot)).map_err(Error::io("write", &self.path))?;
+        arriving.touched = arriving.touched.max(slot + 1);
+        Ok(())
+    }
+
+    /// Reads from the beginning of a slot that is not mapped on; what was never written is zeros.
+    pub(super) fn read_unmapped(&self, slot: u64, to: &mut [u8]) -> Result<()> {
+        fill(&self.file, to, self.layout.slot_offset(slot)).map_err(Error::io("read", &self.path))
+    }
+
+    /// Ends taking a base: as many slots as the leader has are written, synced and mapped. Their number is to be put into
+    /// the header.
+    pub(super) fn end_arriving(&self, writer: &mut Writer) -> Result<()> {
+        // By the steps that the leader has taken.
+        let mut count = self.map.slot_count();
+        while count < writer.slot_limit {
+            let grown = self.layout.grown(count);
+            if grown == count {
+                return Err(Error::invalid(format!("shard {} has {count} slots and cannot have more", self.id)));
+            }
+            count = grown;
+        }
+        if let Some(arriving) = &mut writer.arriving {
+            self.fill_blanks(arriving, count)?;
+        }
+        self.sync_slots()?;
+        self.map.extend(&mut writer.slots, &self.file, count).map_err(Error::io("map", &self.path))?;
+        writer.arriving = None;
+        Ok(())
+    }
+
+    /// Real zeros for every slot below `end` that was not written.
+    fn fill_blanks(&self, arriving: &mut Arriving, end: u64) -> Result<()> {
+        let slot_len = self.layout.slot_len();
+        let zero = |from: u64, to: u64| {
+            let range = self.layout.slot_offset(from)..self.layout.slot_offset(to);
+            zero_in_pages(&self.file, range).map_err(Error::io("extend", &self.path))
+        };
+        let written_to = end.min(arriving.touched);
+        while arriving.filled < written_to {
+            let most = (LOOK_LEN / slot_len).max(1);
+            let count = usize::try_from(written_to - arriving.filled).unwrap_or(most).min(most);
+            arriving.there.resize(count * slot_len, 0);
+            self.read_unmapped(arriving.filled, &mut arriving.there)?;
+            for (slot, bytes) in (arriving.filled..).zip(arriving.there.chunks_exact(slot_len)) {
+                if bytes.iter().all(|&byte| byte == 0) {
+                    zero(slot, slot + 1)?;
+                }
+            }
+            arriving.filled += count as u64;
+        }
+        if arriving.filled < end {
+            zero(arriving.filled, end)?;
+            arriving.filled = end;
+        }
+        arriving.touched = arriving.touched.max(arriving.filled);
+        Ok(())
+    }
+
+    /// Blocks of a base, from slot `first` on: each is checked, and written if its slot is older. The index waits for the
+    /// end of the rebuild. Returns the newest version among them.
+    pub(super) fn put_base_slots(&self, writer: &mut Writer, first: u64, blocks: &[u8]) -> Result<Lsn> {
+        self.check_sound()?;
+        let slot_len = self.layout.slot_len();
+        let mut newest = Lsn::ZERO;
+        for (slot, block) in (first..).zip(blocks.chunks(slot_len)) {
+            let found = Slot::decode(&self.layout, slot, block)
+                .map_err(|reason| Error::invalid(format!("block {slot} of the base is damaged: {reason}")))?;
+            newest = newest.max(found.lsn());
+        }
+        let mapped = self.map.slot_count();
+        let in_map = usize::try_from(mapped.saturating_sub(first)).unwrap_or(usize::MAX).min(blocks.len() / slot_len);
+        let (here, behind) = blocks.split_at(in_map * slot_len);
+        for (slot, block) in (first..).zip(here.chunks_exact(slot_len)) {
+            let version = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?.lsn();
+            if self.front_of(slot, &mut writer.front)?.lsn() < version {
+                self.map.write(&mut writer.slots, slot, block);
+            }
+        }
+        if behind.is_empty() {
+            return Ok(newest);
+        }
+        match &mut writer.arriving {
+            Some(arriving) => self.take_blocks(arriving, first + in_map as u64, behind).map(|()| newest),
+            None => Err(Error::invalid(format!("no base of shard {} is coming", self.id))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::tests::{Log, OPTIONS, contents};
+    use super::super::{FixedStore, shard_path};
+    use crate::target::fixed_store::format::Operation;
+    use crate::target::{BlockId, KeptBase, ReplicationTarget};
+    use crate::types::ShardId;
+    use crate::wal::Record;
+
+    const SHARD: ShardId = ShardId(0);
+
+    fn put(leader: &FixedStore, log: &Log, key: u64, value: &str) {
+        leader.put(&key.to_be_bytes(), value.as_bytes(), |shard, record| log.append(shard, record)).unwrap();
+    }
+
+    /// The whole base, run by run.
+    fn runs(leader: &FixedStore, blocks: usize) -> Vec<(BlockId, Vec<u8>)> {
+        let mut source = leader.open_base(SHARD).unwrap();
+        let mut buffer = vec![0; blocks * source.info().block_len as usize];
+        let mut runs = Vec::new();
+        while let Some(run) = source.next_run(&mut buffer).unwrap() {
+            runs.push((run.first, buffer[..run.len].to_vec()));
+        }
+        runs
+    }
+
+    #[test]
+    fn what_was_synced_of_a_base_stays_and_the_rest_is_cut_off() {
+        let directory = tempfile::tempdir().unwrap();
+        let (here, there) = (directory.path().join("leader"), directory.path().join("follower"));
+        let (leader, log) = (FixedStore::open(&here, &OPTIONS).unwrap(), Log::default());
+        (0..20_000).for_each(|key| put(&leader, &log, key, "base"));
+        let info = leader.open_base(SHARD).unwrap().info();
+        let block_len = info.block_len as usize;
+        let runs = runs(&leader, 500);
+        // Newer than the blocks above: one that is kept, one that comes later.
+        put(&leader, &log, 3, "live");
+        put(&leader, &log, 19_990, "live");
+        let head = log.head(SHARD);
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        let mut take = |runs: &[(BlockId, Vec<u8>)]| {
+            runs.iter().for_each(|(first, blocks)| sink.put_blocks(*first, block_len, blocks).unwrap());
+        };
+        take(&runs[..20]);
+        log.replay(&follower, SHARD, info.base_lsn, head).unwrap();
+        follower.sync(SHARD).unwrap();
+        let kept = KeptBase { blocks: runs[20].0.0, applied: head };
+        take(&runs[20..25]);
+        assert_eq!(follower.shards[0].map.slot_count(), 0, "nothing is mapped while it comes");
+        drop((sink, follower));
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.resume_base(SHARD, info, kept).unwrap();
+        let file_len = || fs::metadata(shard_path(&there, 0)).unwrap().len();
+        assert_eq!(file_len(), follower.shards[0].layout.slot_offset(kept.blocks), "the rest is blank again");
+        log.replay(&follower, SHARD, info.base_lsn, head).unwrap();
+        sink.check_kept().unwrap();
+        for (first, blocks) in &runs[20..] {
+            sink.put_blocks(*first, block_len, blocks).unwrap();
+        }
+        sink.complete(head).unwrap();
+        assert_eq!(contents(&follower), contents(&leader));
+        leader.close().unwrap();
+        follower.close().unwrap();
+        assert!(fs::read(shard_path(&here, 0)).unwrap()[4096..] == fs::read(shard_path(&there, 0)).unwrap()[4096..]);
+    }
+
+    #[test]
+    fn blank_blocks_become_zeros_around_those_that_records_have_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let (here, there) = (directory.path().join("leader"), directory.path().join("follower"));
+        let (leader, log) = (FixedStore::open(&here, &OPTIONS).unwrap(), Log::default());
+        let apply = |slot: u64| {
+            let mut record = Vec::new();
+            Operation { slot, key: &slot.to_le_bytes(), value: Some(b"v") }.encode(&mut record);
+            let lsn = log.append(SHARD, &record).unwrap();
+            leader.apply(SHARD, Record { lsn, bytes: &record }).unwrap();
+        };
+        [1, 2, 7].into_iter().for_each(apply);
+        let info = leader.open_base(SHARD).unwrap().info();
+        let runs = runs(&leader, 10);
+        assert_eq!(runs.len(), 2);
+        // Between two runs, in front of the first, behind the last, and where the leader's shard has grown since.
+        [4, 0, 5_000, info.block_count].into_iter().for_each(apply);
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        log.replay(&follower, SHARD, info.base_lsn, log.head(SHARD)).unwrap();
+        for (first, blocks) in &runs {
+            sink.put_blocks(*first, info.block_len as usize, blocks).unwrap();
+        }
+        let past = sink.put_blocks(BlockId(info.block_count), info.block_len as usize, &runs[1].1);
+        assert!(past.is_err() && sink.put_blocks(BlockId(u64::MAX), info.block_len as usize, &runs[1].1).is_err());
+        sink.complete(log.head(SHARD)).unwrap();
+        assert_eq!(contents(&follower).len(), 7);
+        assert_eq!(contents(&follower), contents(&leader));
+        assert_eq!(follower.shards[0].map.slot_count(), leader.shards[0].map.slot_count());
+        leader.close().unwrap();
+        follower.close().unwrap();
+        assert!(fs::read(shard_path(&here, 0)).unwrap()[4096..] == fs::read(shard_path(&there, 0)).unwrap()[4096..]);
+    }
+}
