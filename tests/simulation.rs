@@ -21,7 +21,7 @@
 //! whether
 //!
 //! - anything acknowledged is lost: from the log of a new leader, of any node at the end, or by two acknowledgements of
-//!   one LSN;
+//!   one LSN; or is not on as many disks as it is said to be;
 //! - a batch in any log is the one that some leader wrote there, and what was synced outlives a power cut;
 //! - marks move back; two leaders commit under one epoch; a record is applied twice or out of order;
 //! - a target is in another state than its log's, after a rebuild too;

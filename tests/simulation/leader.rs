@@ -161,7 +161,7 @@ impl World {
         }
         let within = |mark: &&Mark| mark.lsn() > leading.acknowledged && mark.lsn() <= durable;
         let marks: Vec<Mark> = node.log.marks.iter().filter(within).copied().collect();
-        oracle.acknowledge(id, leading.epoch, &marks);
+        oracle.acknowledge(id, leading.epoch, *k, &marks);
         leading.acknowledged = durable;
     }
 
