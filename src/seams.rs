@@ -170,7 +170,8 @@ impl CommitRule {
     ///
     /// As above.
     pub fn acknowledge(&self, node: NodeId, [received, durable, applied]: [Lsn; 3]) -> Result<()> {
-        self.0.acknowledge(&*self.0.follower(node)?, received, durable, applied, 0);
+        let follower = self.0.follower(node)?;
+        self.0.acknowledge(&follower, received, durable, applied, 0);
         Ok(())
     }
 
@@ -180,7 +181,8 @@ impl CommitRule {
     ///
     /// As above.
     pub fn rebuilt(&self, node: NodeId, agreed: Lsn) -> Result<()> {
-        self.0.rebuilt(&*self.0.follower(node)?, agreed, 0);
+        let follower = self.0.follower(node)?;
+        self.0.rebuilt(&follower, agreed, 0);
         Ok(())
     }
 

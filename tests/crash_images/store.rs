@@ -128,7 +128,8 @@ pub fn run(seed: u64, count: &Count) {
     let mut random = node.random.split();
     drop(node);
     for crash in crashes {
-        for _ in 0..if crash.is_growing { 8 } else { 3 } {
+        let images = if crash.is_growing { 8 } else { 3 };
+        for _ in 0..images {
             check(&crash, &mut random.split(), 2, count);
         }
     }
