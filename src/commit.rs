@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
@@ -235,6 +235,13 @@ impl FollowerMarks {
         self.counts.load(Ordering::Acquire)
     }
 
+    fn set_marks(&self, received: Lsn, durable: Lsn, applied: Lsn, now_ms: u64) {
+        self.received.store(received.0, Ordering::Release);
+        self.durable.store(durable.0, Ordering::Release);
+        self.applied.store(applied.0, Ordering::Release);
+        self.acked_at_ms.store(now_ms, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_counts(&self, counts: bool) {
         self.counts.store(counts, Ordering::Release);
     }
@@ -266,16 +273,11 @@ impl FollowerMarks {
 pub struct Commits {
     log: Arc<Log>,
     policy: Commit,
-    /// The mark in `reached` that the policy asks for, at hand without the lock.
+    /// The mark that the policy asks for, at hand without a lock.
     policy_reached: Option<Arc<Watermark>>,
-    followers: RwLock<Vec<Arc<FollowerMarks>>>,
-    /// For each (level, count) that somebody has asked for: up to where at least that many have acknowledged. Moved
-    /// by the threads that read acknowledgements. Never moves back, not even when a follower goes.
-    reached: RwLock<Vec<(AckLevel, usize, Arc<Watermark>)>>,
+    acknowledged: Acknowledged,
     /// The streams to followers that stand now. Changed when one begins or ends.
     shippers: RwLock<Vec<Arc<Shipper>>>,
-    /// One at a time computes what is reached, so that each computation sees all marks moved before it.
-    computing: Mutex<()>,
     /// The newest LSN that somebody waits for at the durable or the applied level. Moved by waiters; shippers wait on
     /// it to ask followers for haste.
     durable_wanted: Watermark,
@@ -288,14 +290,12 @@ impl Commits {
             log,
             policy,
             policy_reached: None,
-            followers: RwLock::default(),
-            reached: RwLock::default(),
+            acknowledged: Acknowledged::default(),
             shippers: RwLock::default(),
-            computing: Mutex::default(),
             durable_wanted: Watermark::new(Lsn::ZERO),
             applied_wanted: Watermark::new(Lsn::ZERO),
         };
-        commits.policy_reached = policy.followers.map(|(level, count)| commits.reached(level, count));
+        commits.policy_reached = policy.followers.map(|(level, count)| commits.acknowledged.reached(level, count));
         commits
     }
 
@@ -316,7 +316,7 @@ impl Commits {
     /// The marks of every follower seen so far.
     #[must_use]
     pub fn followers(&self) -> Vec<Arc<FollowerMarks>> {
-        self.followers.read().clone()
+        self.acknowledged.followers.read().clone()
     }
 
     /// Appends records as one batch and waits until they are committed as `commit` says, or the deadline passes: what
@@ -375,7 +375,7 @@ impl Commits {
             return outcome_of(error);
         }
         let Some((level, count)) = commit.followers else { return Outcome::Committed };
-        let reached = self.reached(level, count);
+        let reached = self.acknowledged.reached(level, count);
         let conditions = [Until { mark: &reached, at_least: lsn }, self.log.until_ended()];
         match wait_any(&conditions, self.log.options().wait, deadline) {
             Waited::Reached(0) => Outcome::Committed,
@@ -409,6 +409,24 @@ impl Commits {
         &self.applied_wanted
     }
 
+    /// What the followers have acknowledged.
+    pub(crate) fn acknowledged(&self) -> &Acknowledged {
+        &self.acknowledged
+    }
+}
+
+/// What the followers of one shard have acknowledged, and what follows from that: the rule alone, without log and streams.
+#[derive(Default)]
+pub(crate) struct Acknowledged {
+    followers: RwLock<Vec<Arc<FollowerMarks>>>,
+    /// For each (level, count) that somebody has asked for: up to where at least that many have acknowledged. Moved
+    /// by the threads that read acknowledgements. Never moves back, not even when a follower goes.
+    reached: RwLock<Vec<(AckLevel, usize, Arc<Watermark>)>>,
+    /// One at a time computes what is reached, so that each computation sees all marks moved before it.
+    computing: Mutex<()>,
+}
+
+impl Acknowledged {
     /// The marks of a follower, made when it is first seen.
     pub(crate) fn follower(&self, node: NodeId) -> Result<Arc<FollowerMarks>> {
         let mut followers = self.followers.write();
@@ -425,20 +443,50 @@ impl Commits {
         Ok(marks)
     }
 
+    /// A stream to a follower begins, which has what it said when it asked for it. During a rebuild that is nothing, and
+    /// it does not count. What it had acknowledged on an earlier stream is void before it counts again.
+    pub(crate) fn stream_begins(
+        &self,
+        follower: &FollowerMarks,
+        is_rebuild: bool,
+        received: Lsn,
+        durable: Lsn,
+        applied: Lsn,
+        now_ms: u64,
+    ) {
+        let received = if is_rebuild { Lsn::ZERO } else { received };
+        let one_at_a_time = self.computing.lock();
+        follower.set_counts(false);
+        follower.set_marks(received, durable.min(received), applied.min(received), now_ms);
+        follower.set_counts(!is_rebuild);
+        self.compute(&one_at_a_time);
+    }
+
+    /// A follower has completed its rebuild and counts from now on: with what it has acknowledged meanwhile, or up to
+    /// `agreed` if that is more.
+    pub(crate) fn rebuilt(&self, follower: &FollowerMarks, agreed: Lsn, now_ms: u64) {
+        let at_least = |level| follower.at(level).max(agreed);
+        let one_at_a_time = self.computing.lock();
+        let [received, durable, applied] = [AckLevel::Received, AckLevel::Durable, AckLevel::Applied].map(at_least);
+        follower.set_marks(received, durable, applied, now_ms);
+        follower.set_counts(true);
+        self.compute(&one_at_a_time);
+    }
+
     /// Takes in what a follower says of itself, and wakes those whose commit it completes.
     pub(crate) fn acknowledge(&self, follower: &FollowerMarks, received: Lsn, durable: Lsn, applied: Lsn, now_ms: u64) {
-        follower.received.store(received.0, Ordering::Release);
-        follower.durable.store(durable.0, Ordering::Release);
-        follower.applied.store(applied.0, Ordering::Release);
-        follower.acked_at_ms.store(now_ms, Ordering::Relaxed);
-        let _one_at_a_time = self.computing.lock();
+        follower.set_marks(received, durable, applied, now_ms);
+        self.compute(&self.computing.lock());
+    }
+
+    fn compute(&self, _one_at_a_time: &MutexGuard<'_, ()>) {
         for (level, count, mark) in self.reached.read().iter() {
             mark.advance(self.count_th(*level, *count));
         }
     }
 
     /// The mark for (level, count), made when it is first asked for.
-    fn reached(&self, level: AckLevel, count: usize) -> Arc<Watermark> {
+    pub(crate) fn reached(&self, level: AckLevel, count: usize) -> Arc<Watermark> {
         let find = |marks: &[(AckLevel, usize, Arc<Watermark>)]| {
             marks.iter().find(|mark| (mark.0, mark.1) == (level, count)).map(|mark| Arc::clone(&mark.2))
         };
@@ -485,5 +533,44 @@ fn outcome_of(error: Error) -> Outcome {
         Error::StaleEpoch { .. } => Outcome::Deposed,
         Error::ShutDown => Outcome::ShutDown,
         other => Outcome::Poisoned(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reached(acknowledged: &Acknowledged) -> Lsn {
+        acknowledged.reached(AckLevel::Durable, 1).load()
+    }
+
+    #[test]
+    fn the_count_th_highest_mark_is_reached_and_never_moves_back() {
+        let acknowledged = Acknowledged::default();
+        let [a, b] = [1, 2].map(|node| acknowledged.follower(NodeId(node)).unwrap());
+        let two = acknowledged.reached(AckLevel::Durable, 2);
+        acknowledged.acknowledge(&a, Lsn(9), Lsn(7), Lsn(0), 0);
+        assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn::ZERO), "one follower is not two");
+        acknowledged.acknowledge(&b, Lsn(5), Lsn(5), Lsn(5), 0);
+        assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn(5)));
+        assert_eq!(acknowledged.reached(AckLevel::Received, 1).load(), Lsn(9));
+        acknowledged.stream_begins(&a, false, Lsn(2), Lsn(2), Lsn(2), 0);
+        assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn(5)));
+    }
+
+    #[test]
+    fn what_a_rebuild_acknowledges_counts_once_it_is_complete_and_not_on_the_next_stream() {
+        let acknowledged = Acknowledged::default();
+        let follower = acknowledged.follower(NodeId(1)).unwrap();
+        acknowledged.stream_begins(&follower, true, Lsn(4), Lsn(4), Lsn(4), 0);
+        acknowledged.acknowledge(&follower, Lsn(9), Lsn(8), Lsn(8), 0);
+        assert_eq!(reached(&acknowledged), Lsn::ZERO);
+        // It was given another disk, and all of the log is still there for it.
+        acknowledged.stream_begins(&follower, false, Lsn(1), Lsn(1), Lsn(1), 0);
+        assert_eq!(reached(&acknowledged), Lsn(1));
+        acknowledged.stream_begins(&follower, true, Lsn(1), Lsn(1), Lsn(1), 0);
+        acknowledged.acknowledge(&follower, Lsn(12), Lsn(11), Lsn(10), 0);
+        acknowledged.rebuilt(&follower, Lsn(10), 0);
+        assert_eq!(reached(&acknowledged), Lsn(11));
     }
 }

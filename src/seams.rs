@@ -8,11 +8,12 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use crate::commit::{AckLevel, Acknowledged};
 use crate::error::Result;
 use crate::parting::{self, OwnHistory};
 use crate::retention::{RetentionFacts, RetentionOptions};
-use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
-use crate::wal::{KnownSynced, LogIdentity, SegmentHeader, TornTail, recovery, walk};
+use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, NodeId, WalSegmentId};
+use crate::wal::{KnownSynced, Log, LogIdentity, SegmentHeader, TornTail, recovery, walk};
 use crate::wire::{CommonPoint, EpochHistory, PROTOCOL_VERSIONS, SyncRequest};
 
 /// One segment of a log that may be opened.
@@ -145,6 +146,60 @@ pub fn give_up_through(log: &KeptLog<'_>) -> Option<Lsn> {
     let file_bytes = retained_bytes;
     let facts = RetentionFacts { sealed, unneeded, synced, applied, retained_bytes, file_bytes, segment_size };
     options.plan(&facts).through
+}
+
+/// What the followers of one shard have acknowledged, and up to where enough of them have.
+#[derive(Default)]
+pub struct CommitRule(Acknowledged);
+
+impl CommitRule {
+    /// A stream to a follower begins.
+    ///
+    /// # Errors
+    ///
+    /// If there are too many followers; the others as well.
+    pub fn stream_begins(&self, node: NodeId, is_rebuild: bool, [received, durable, applied]: [Lsn; 3]) -> Result<()> {
+        let follower = self.0.follower(node)?;
+        self.0.stream_begins(&follower, is_rebuild, received, durable, applied, 0);
+        Ok(())
+    }
+
+    /// A follower acknowledges.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn acknowledge(&self, node: NodeId, [received, durable, applied]: [Lsn; 3]) -> Result<()> {
+        let follower = self.0.follower(node)?;
+        self.0.acknowledge(&follower, received, durable, applied, 0);
+        Ok(())
+    }
+
+    /// A follower has completed its rebuild, and its log was found to be the leader's up to `agreed`.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn rebuilt(&self, node: NodeId, agreed: Lsn) -> Result<()> {
+        let follower = self.0.follower(node)?;
+        self.0.rebuilt(&follower, agreed, 0);
+        Ok(())
+    }
+
+    /// Up to where so many followers have acknowledged at this level.
+    #[must_use]
+    pub fn reached(&self, level: AckLevel, count: usize) -> Lsn {
+        self.0.reached(level, count).load()
+    }
+}
+
+/// Gives up segments whose records are all at or below `lsn`, synced or not, as a log that has outgrown its bound does.
+///
+/// # Errors
+///
+/// If a file cannot be removed.
+pub fn give_up_unsynced(log: &Log, lsn: Lsn) -> Result<usize> {
+    log.drop_through(lsn, "the log has outgrown its bound")
 }
 
 /// Reads the content of a node's list of followers, and gives it as it would be written again.

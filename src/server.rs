@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::RwLock;
 
 use crate::admission;
-use crate::commit::{AckLevel, Commits, FollowerMarks};
+use crate::commit::{Commits, FollowerMarks};
 use crate::data_dir::DataDir;
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
@@ -441,7 +441,7 @@ impl Server {
                 ),
             ));
         }
-        self.shard(request.shard).map_err(internal)?.commits.follower(request.node).map_err(internal)?;
+        self.shard(request.shard).map_err(internal)?.commits.acknowledged().follower(request.node).map_err(internal)?;
         Ok(())
     }
 
@@ -534,7 +534,7 @@ impl Stream<'_> {
     ) -> Result<()> {
         let SyncRequest { node, shard, .. } = self.request;
         let commits = &self.of_shard.commits;
-        let follower = commits.follower(node)?;
+        let follower = commits.acknowledged().follower(node)?;
         log::info!(
             "node {node}, shard {shard}: following from LSN {} of {} ({:?}, session {}, {})",
             self.info.start,
@@ -575,14 +575,12 @@ impl Stream<'_> {
         result
     }
 
-    /// What the follower has by its request. During a rebuild that is nothing, and it does not count.
+    /// What the follower has by its request.
     fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
         let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
-        follower.set_counts(!is_rebuild);
         follower.set_divergence(None);
         let SyncRequest { received, durable, applied, .. } = self.request;
-        let received = if is_rebuild { Lsn::ZERO } else { received };
-        commits.acknowledge(follower, received, durable.min(received), applied.min(received), unix_ms());
+        commits.acknowledged().stream_begins(follower, is_rebuild, received, durable, applied, unix_ms());
     }
 
     fn shipper(
@@ -700,7 +698,7 @@ impl Stream<'_> {
             ));
         }
         self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
-        commits.acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
+        commits.acknowledged().acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
         Ok(())
     }
@@ -770,15 +768,7 @@ impl Stream<'_> {
         if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
             // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
             let agreed = ack.achieved.min(self.history.agreed());
-            let at_least = |level| follower.at(level).max(agreed);
-            follower.set_counts(true);
-            commits.acknowledge(
-                follower,
-                at_least(AckLevel::Received),
-                at_least(AckLevel::Durable),
-                at_least(AckLevel::Applied),
-                unix_ms(),
-            );
+            commits.acknowledged().rebuilt(follower, agreed, unix_ms());
             log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
             self.agreement.accept();
         }

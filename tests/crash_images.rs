@@ -2,7 +2,9 @@
 //! by the code that would open it, and checked.
 //!
 //! **What breaks.** Until a sync, the device holds any mixture of what a file has held since the sync before, in pieces
-//! of 512 bytes or of 4 KiB; and of the names made, changed and removed in a directory since it was synced, any subset.
+//! of 512 bytes or of 4 KiB; and of the names made, changed and removed in a directory since it was synced, any subset. A
+//! log with a bound on its size gives up what is not synced, and relies on names changing in order: for such a run, a
+//! beginning of the changes instead.
 //!
 //! **How an image is made.** `calls.rs` sees every sync, rename and removal of this process; `disk.rs` keeps what was
 //! durable after each, and makes images of it and of what the files hold in the page cache. A run is a workload, cut off
@@ -21,7 +23,8 @@
 //! by one; a recycled file renamed without a sync of the directory; a log's first segment named and not made durable
 //! before the second; a segment released before its successor was durable; a torn tail not told. By the test of the
 //! store: the clean mark written before the slots were synced, or left in place by the next change; the applied mark
-//! written before the slots were synced. By the others: the mark of a rebuild set after the slots were emptied; a small
+//! written before the slots were synced; a header that tells of new slots written before the file's growth was synced. By
+//! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; a small
 //! file renamed before it was synced, or its name not synced; a manifest made before its shards' directories were
 //! durable. Not noticed: the chain of a batch not compared, as long as cut and recycled bytes
 //! are zeroed. Found in the code by these tests when they were new: the removals, the first segment's name, and a store

@@ -3,9 +3,14 @@
 //! # What is real
 //!
 //! The protocol engine, the rebuild session with its bitmap, the wire codec, batches and segment headers, what recovery
-//! makes of the bytes on a disk, and what retention gives up. They are called as the crate itself calls them; the two that
-//! sit behind files and threads come through `towline::seams`. Written for the simulation are the threads' part: moving
+//! makes of the bytes on a disk, what retention gives up, where two logs part, and the rule by which acknowledgements make
+//! a record committed. They are called as the crate itself calls them; what sits behind files and threads comes through
+//! `towline::seams`. Written for the simulation are the threads' part: moving
 //! bytes (`log`, `leader`, `follower`), the disk, the network, and the authority that says who leads (`scenario`).
+//!
+//! Not modelled: several shards of a node, which share nothing but its manifest and its threads; followers that feed
+//! followers; commits at the received and the applied level; a log that gives up what is not synced (`crash_images` does
+//! that on real files).
 //!
 //! # What a run is
 //!
@@ -16,7 +21,7 @@
 //! whether
 //!
 //! - anything acknowledged is lost: from the log of a new leader, of any node at the end, or by two acknowledgements of
-//!   one LSN;
+//!   one LSN; or is not on as many disks as it is said to be;
 //! - a batch in any log is the one that some leader wrote there, and what was synced outlives a power cut;
 //! - marks move back; two leaders commit under one epoch; a record is applied twice or out of order;
 //! - a target is in another state than its log's, after a rebuild too;
@@ -151,7 +156,7 @@ const FOUND_WITHIN: u64 = 1500;
 #[test]
 fn every_planted_defect_is_found() {
     let words = |plant| match plant {
-        Plant::AcknowledgeUnsynced | Plant::ElectLongest => "acknowledged",
+        Plant::AcknowledgeUnsynced | Plant::ElectLongest | Plant::CountRebuilding | Plant::CountCut => "acknowledged",
         Plant::DiskLies => "on stable storage",
         Plant::TrustChain => "than its writer",
         Plant::ApplyTwice => "applies LSN",

@@ -10,7 +10,8 @@
 //!
 //! Each piece of a file, of 512 bytes or of 4 KiB, may be what it is now, or what it was at any moment since it was
 //! last synced; those moments are the [looks](Disk::look) taken. The length may be any that the file had, or one in
-//! between. Of the changes of names since a directory was synced, any subset may be there, a rename as a whole.
+//! between. Of the changes of names since a directory was synced, any subset may be there, a rename as a whole; on a
+//! disk that [keeps them in order](Disk::keep_names_in_order), a beginning of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -97,6 +98,9 @@ struct State {
     names: u64,
     events: u64,
     trap: Option<u64>,
+    names_in_order: bool,
+    /// A trap that waits for a file to grow.
+    growth_trap: Option<u64>,
     caught: Option<Moment>,
 }
 
@@ -234,12 +238,23 @@ impl State {
 
     fn moment(&mut self) -> Moment {
         self.look();
-        Moment { nodes: self.nodes.clone() }
+        Moment { nodes: self.nodes.clone(), names_in_order: self.names_in_order }
+    }
+
+    /// Whether a file is longer than what is durable of it. A new one is not: nothing of it is durable.
+    fn has_grown(&self) -> bool {
+        self.named.values().any(|id| {
+            let Some(Node { path, content: Content::File(file) }) = self.nodes.get(id) else { return false };
+            !file.durable.is_empty() && fs::metadata(path).is_ok_and(|found| found.len() > file.durable.len() as u64)
+        })
     }
 
     /// One more call that changes what a power cut leaves.
     fn event(&mut self) {
         self.events += 1;
+        if self.growth_trap.is_some() && self.has_grown() {
+            self.trap = self.growth_trap.take();
+        }
         if let Some(left) = self.trap {
             self.trap = left.checked_sub(1);
             if left == 0 {
@@ -273,6 +288,11 @@ impl Disk {
         self.state.lock().unwrap()
     }
 
+    /// From now on changes of names reach the disk in their order.
+    pub fn keep_names_in_order(&self) {
+        self.state().names_in_order = true;
+    }
+
     /// Everything as it is now may reach the disk, whatever is written later.
     pub fn look(&self) {
         self.state().look();
@@ -286,8 +306,13 @@ impl Disk {
     /// Keeps what a power cut could leave just before the sync, rename or removal that comes after `events` others.
     pub fn trap(&self, events: u64) {
         let mut state = self.state();
-        state.trap = Some(events);
-        state.caught = None;
+        (state.trap, state.growth_trap, state.caught) = (Some(events), None, None);
+    }
+
+    /// The same, counted from the next sync, rename or removal that finds a file longer than what is durable of it.
+    pub fn trap_growth(&self, events: u64) {
+        let mut state = self.state();
+        (state.trap, state.growth_trap, state.caught) = (None, Some(events), None);
     }
 
     pub fn caught(&self) -> Option<Moment> {
@@ -379,6 +404,7 @@ impl Disk {
 /// What a power cut could leave at one moment.
 pub struct Moment {
     nodes: BTreeMap<u64, Node>,
+    names_in_order: bool,
 }
 
 /// How much of what is not durable an image has.
@@ -420,7 +446,7 @@ impl Moment {
 
     fn add_directory(&self, id: u64, at: &Path, random: &mut Random, image: &mut Image) {
         let Content::Directory(directory) = &self.nodes[&id].content else { return };
-        for (name, node) in names(directory, random) {
+        for (name, node) in names(directory, self.names_in_order, random) {
             let path = at.join(name);
             match &self.nodes[&node].content {
                 Content::Directory(_) => {
@@ -435,12 +461,15 @@ impl Moment {
     }
 }
 
-/// A subset of the changes. No file has two names, so a change finds its file wherever it is.
-fn names(directory: &Directory, random: &mut Random) -> BTreeMap<OsString, u64> {
+/// A subset of the changes, or a beginning. No file has two names, so a change finds its file wherever it is.
+fn names(directory: &Directory, in_order: bool, random: &mut Random) -> BTreeMap<OsString, u64> {
     let mut names = directory.durable.clone();
     let luck = Luck::new(random);
     for change in &directory.changes {
         if !luck.has(random) {
+            if in_order {
+                break;
+            }
             continue;
         }
         match change {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
+use towline::seams::give_up_unsynced;
 use towline::wal::{KnownSynced, LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions, WrittenHere, scan};
 use towline::{ClusterId, Epoch, Lsn, RegionId, ShardId};
 
@@ -54,6 +55,8 @@ struct Life<'a> {
     is_orderly: bool,
     /// Steps in which nobody waits for a sync.
     careless: u64,
+    /// It has a bound on its size: what is beyond goes, synced or not.
+    is_bounded: bool,
 }
 
 /// Where a follower's bytes come from.
@@ -103,6 +106,11 @@ pub fn run(seed: u64, count: &Count) {
         writer.set_epoch(Epoch(1)).unwrap();
     }
     let known = Known { written: Vec::new(), synced: 0, released: 0, epoch: Epoch(1) };
+    let is_bounded = random.percent(30);
+    if is_bounded {
+        // Such a log relies on the order of removals.
+        observed.disk.keep_names_in_order();
+    }
     let steps = 30 + random.below(90);
     let careless = if random.percent(30) { steps * 2 / 3 } else { 0 };
     let mut life = Life {
@@ -115,13 +123,14 @@ pub fn run(seed: u64, count: &Count) {
         trapped: None,
         is_orderly,
         careless,
+        is_bounded,
     };
     let crashes = life.live(steps, 5);
     let mut random = life.random.split();
     drop(life);
     for crash in crashes {
         for _ in 0..4 {
-            check(&crash, &mut random.split(), leader.clone(), DEPTH, count);
+            check(&crash, &mut random.split(), leader.clone(), is_bounded, DEPTH, count);
         }
     }
 }
@@ -196,6 +205,9 @@ impl Life<'_> {
     }
 
     fn step(&mut self) {
+        if self.is_bounded && self.random.percent(8) {
+            return self.drop_unsynced();
+        }
         if self.careless > 0 {
             self.careless -= 1;
             self.write();
@@ -226,6 +238,14 @@ impl Life<'_> {
         let lsn = self.random.below(self.known.synced + 1);
         self.known.released = self.known.released.max(lsn);
         self.wal.log().release_through(Lsn(lsn), "the test does not need it").unwrap();
+    }
+
+    /// As when the log has outgrown its bound: nobody waits for a sync.
+    fn drop_unsynced(&mut self) {
+        self.known.synced = self.synced();
+        let lsn = self.random.below(self.wal.log().head().get() + 1);
+        self.known.released = self.known.released.max(lsn);
+        give_up_unsynced(self.wal.log(), Lsn(lsn)).unwrap();
     }
 
     fn write(&mut self) {
@@ -262,12 +282,22 @@ impl Life<'_> {
 }
 
 /// Opens one image of a crash and says whether it is what it should be; then goes on with it, and crashes it again.
-fn check(crash: &Crash, random: &mut Random, leader: Option<Rc<RefCell<Leader>>>, depth: u32, count: &Count) {
+fn check(
+    crash: &Crash,
+    random: &mut Random,
+    leader: Option<Rc<RefCell<Leader>>>,
+    is_bounded: bool,
+    depth: u32,
+    count: &Count,
+) {
     if count.is_reached() {
         return;
     }
     let image = crash.moment.image(random);
     let observed = Observed::with(&image);
+    if is_bounded {
+        observed.disk.keep_names_in_order();
+    }
     count.one(crash.known.written.len() as u64 > crash.known.synced);
     if depth > 0 && random.percent(30) {
         observed.disk.trap(random.below(8));
@@ -286,7 +316,7 @@ fn check(crash: &Crash, random: &mut Random, leader: Option<Rc<RefCell<Leader>>>
 
     if let Some(moment) = during_recovery {
         let again = Crash { moment, known: crash.known.clone() };
-        check(&again, random, leader.clone(), depth - 1, count);
+        check(&again, random, leader.clone(), is_bounded, depth - 1, count);
     }
     if random.percent(if depth > 0 { 40 } else { 10 }) {
         let mut known = crash.known.clone();
@@ -308,6 +338,7 @@ fn check(crash: &Crash, random: &mut Random, leader: Option<Rc<RefCell<Leader>>>
             trapped: None,
             is_orderly: true,
             careless: 0,
+            is_bounded,
         };
         life.write();
         life.write();
@@ -323,7 +354,7 @@ fn check(crash: &Crash, random: &mut Random, leader: Option<Rc<RefCell<Leader>>>
         drop((wal, writer));
         for crash in &found {
             for _ in 0..2 {
-                check(crash, &mut random, leader.clone(), depth - 1, count);
+                check(crash, &mut random, leader.clone(), is_bounded, depth - 1, count);
             }
         }
     }
@@ -350,7 +381,8 @@ fn check_recovered(known: &Known, image: &Image, path: &Path, wal: &Wal, writer:
         }
     }
     for (name, bytes) in &image.0 {
-        let Ok(id) = name.to_str().unwrap().parse::<towline::WalSegmentId>() else { continue };
+        let name = name.to_str().unwrap();
+        let Ok(id) = name.trim_start_matches("aside-").parse::<towline::WalSegmentId>() else { continue };
         let from = match id.first_lsn.cmp(&end.segment) {
             std::cmp::Ordering::Less => continue,
             std::cmp::Ordering::Equal => end.offset.max(4096),

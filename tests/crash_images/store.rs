@@ -38,6 +38,8 @@ struct Known {
 struct Crash {
     moment: Moment,
     known: Known,
+    /// The store was growing: what is left of the file's length counts as well.
+    is_growing: bool,
 }
 
 struct Node<'a> {
@@ -52,6 +54,8 @@ struct Node<'a> {
     proposes: bool,
     /// What was known when the trap was set.
     trapped: Option<(u64, u64)>,
+    /// The trap waits for the store to grow.
+    is_growing: bool,
 }
 
 fn home(observed: &Observed) -> PathBuf {
@@ -73,7 +77,8 @@ fn key(random: &mut Random) -> Vec<u8> {
 }
 
 fn value(random: &mut Random, options: &FixedStoreOptions) -> Vec<u8> {
-    let len = random.index(options.value_len as usize + 1);
+    // A record fits in a segment.
+    let len = random.index(options.value_len.min(50_000) as usize + 1);
     let byte = random.next().to_le_bytes()[0];
     vec![byte; len]
 }
@@ -107,17 +112,24 @@ pub fn run(seed: u64, count: &Count) {
     drop(DataDir::create(&home, manifest).unwrap());
     let (wal, mut writer) = open_log(&home).unwrap();
     writer.set_epoch(Epoch(1)).unwrap();
-    let value_len = random.pick(&[100, 3_000, 50_000]);
+    // The longest make the store grow every few keys.
+    let value_len = random.pick(&[100, 3_000, 100_000]);
     let options = FixedStoreOptions { key_len: 16, value_len, shard_count: 1, prefix_bits: 0 };
     let store = Some(FixedStore::open(home.join(STORE), &options).unwrap());
     let known = Known { models: vec![Rc::default()], synced: 0, applied: 0, options };
     let proposes = random.percent(50);
-    let mut node = Node { random, observed: &observed, wal, writer, store, known, proposes, trapped: None };
+    let mut node =
+        Node { random, observed: &observed, wal, writer, store, known, proposes, trapped: None, is_growing: false };
+    if node.random.percent(60) {
+        // An empty store has no slots: it grows with the first write.
+        node.trap_growth();
+    }
     let crashes = node.live(80, 4);
     let mut random = node.random.split();
     drop(node);
     for crash in crashes {
-        for _ in 0..3 {
+        let images = if crash.is_growing { 8 } else { 3 };
+        for _ in 0..images {
             check(&crash, &mut random.split(), 2, count);
         }
     }
@@ -142,21 +154,35 @@ impl Node<'_> {
             self.step();
             if let Some(moment) = self.disk().caught() {
                 let (synced, applied) = self.trapped.take().unwrap();
-                found.push(Crash { moment, known: Known { synced, applied, ..self.known.clone() } });
+                let (known, is_growing) = (Known { synced, applied, ..self.known.clone() }, self.is_growing);
+                found.push(Crash { moment, known, is_growing });
             }
             let left = (crashes - found.len().min(crashes)) as u64;
             if self.random.below(steps - step) < left {
                 self.note();
                 if self.random.percent(50) {
-                    found.push(Crash { moment: self.disk().moment(), known: self.known.clone() });
+                    let (moment, known) = (self.disk().moment(), self.known.clone());
+                    found.push(Crash { moment, known, is_growing: false });
+                } else if self.trapped.is_none() && self.random.percent(30) {
+                    self.trap_growth();
                 } else if self.trapped.is_none() {
                     self.trapped = Some((self.known.synced, self.known.applied));
+                    self.is_growing = false;
                     let events = self.random.below(6);
                     self.disk().trap(events);
                 }
             }
         }
         found
+    }
+
+    /// The power is to go while the store grows next: between the new slots and the header that tells of them, too.
+    fn trap_growth(&mut self) {
+        self.note();
+        self.trapped = Some((self.known.synced, self.known.applied));
+        self.is_growing = true;
+        let events = self.random.below(2);
+        self.disk().trap_growth(events);
     }
 
     fn note(&mut self) {
@@ -287,7 +313,7 @@ fn check(crash: &Crash, random: &mut Random, depth: u32, count: &Count) {
     assert!(contents(&store) == **due, "{context}");
 
     if let Some(moment) = observed.disk.caught() {
-        let again = Crash { moment, known: known.clone() };
+        let again = Crash { moment, known: known.clone(), is_growing: false };
         check(&again, random, depth - 1, count);
     }
     observed.disk.trap(u64::MAX);
@@ -296,8 +322,17 @@ fn check(crash: &Crash, random: &mut Random, depth: u32, count: &Count) {
         known.models.truncate(usize::try_from(head).unwrap() + 1);
         writer.set_epoch(Epoch(writer.end().epoch.0 + 1)).unwrap();
         let (random, proposes) = (random.split(), random.percent(50));
-        let mut node =
-            Node { random, observed: &observed, wal, writer, store: Some(store), known, proposes, trapped: None };
+        let mut node = Node {
+            random,
+            observed: &observed,
+            wal,
+            writer,
+            store: Some(store),
+            known,
+            proposes,
+            trapped: None,
+            is_growing: false,
+        };
         node.note();
         let found = if depth > 0 { node.live(20, 1) } else { node.live(5, 0) };
         node.apply();

@@ -113,8 +113,12 @@ impl World {
     fn ask(&mut self, id: u64, leader: u64) {
         let now = self.queue.now;
         let connection = self.network.connect(id, leader);
-        let node = self.node(id);
+        let World { nodes, oracle, .. } = &mut *self;
+        let node = &mut nodes[usize::try_from(id - 1).unwrap()];
         let incomplete = node.blocks.is_incomplete();
+        if !incomplete {
+            oracle.keeps(id, &node.log);
+        }
         let (received, chain) =
             if node.log.is_empty() { (Lsn::ZERO, genesis()) } else { (node.log.head(), node.log.chain) };
         let request = SyncRequest {
@@ -327,6 +331,7 @@ impl World {
         };
         let (connection, word) = (stream.connection, word(rebuild, SessionPhase::Completed, achieved));
         oracle.stands(id, &node.log, achieved, &node.blocks.state());
+        oracle.keeps(id, &node.log);
         self.line(id, format_args!("is rebuilt at LSN {achieved}"));
         self.send(connection, End::Caller, word);
     }
@@ -365,6 +370,9 @@ impl World {
         (stream.sent, stream.sent_at) = (Some(ack), now);
         let connection = stream.connection;
         oracle.shows(id, received, durable, applied);
+        if !is_rebuilding {
+            oracle.keeps(id, &node.log);
+        }
         self.send(connection, End::Caller, frame(&Message::Ack(ack)));
     }
 

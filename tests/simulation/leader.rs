@@ -8,14 +8,14 @@ use std::collections::{BTreeMap, VecDeque};
 use towline::protocol::{
     Command, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Session, SessionKind, SyncAck,
 };
-use towline::seams::{Parting, ask_where_logs_part, check_where_logs_part, is_beginning_of};
+use towline::seams::{CommitRule, Parting, ask_where_logs_part, check_where_logs_part, is_beginning_of};
 use towline::target::{BaseInfo, BaseSource, ReplicationTarget};
 use towline::wire::{
     Ack, BaseComplete, BaseDataHeader, CaughtUp, ErrorMessage, FrameHeader, FrameKind, Heartbeat, Message,
     PROTOCOL_VERSIONS, SessionAck, SessionAction, SessionControl, SessionId as WireSession, SessionKind as WireKind,
     SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
 };
-use towline::{Epoch, Lsn, NodeId, RefusalCode};
+use towline::{AckLevel, Epoch, Lsn, NodeId, RefusalCode};
 
 use super::clock::Time;
 use super::disk::SEGMENT_SIZE;
@@ -34,6 +34,8 @@ pub struct Leading {
     acknowledged: Lsn,
     streams: BTreeMap<u64, Stream>,
     followers: BTreeMap<u64, Known>,
+    /// What counts as acknowledged widely enough, by the crate's own rule.
+    pub commits: CommitRule,
     /// Who has been asked where the logs part.
     asked: BTreeMap<ConnectionId, SyncRequest>,
 }
@@ -55,6 +57,8 @@ struct Stream {
     cursor: (Lsn, u64),
     caught_up: bool,
     base: Option<Base>,
+    /// Up to where the follower's log was found to be the leader's.
+    agreed: Lsn,
     heard_at: Time,
     sent_at: Time,
 }
@@ -72,7 +76,8 @@ struct Base {
 impl Leading {
     pub fn new(epoch: Epoch, began: Lsn, others: &[u64]) -> Leading {
         let followers = others.iter().map(|other| (*other, Known::default())).collect();
-        Leading { epoch, acknowledged: began, streams: BTreeMap::new(), followers, asked: BTreeMap::new() }
+        let (streams, commits, asked) = (BTreeMap::new(), CommitRule::default(), BTreeMap::new());
+        Leading { epoch, acknowledged: began, streams, followers, commits, asked }
     }
 
     /// Up to here nobody needs anything.
@@ -143,15 +148,20 @@ impl World {
         }
     }
 
-    /// What the engine counts as durable: the records of this epoch among it are acknowledged to those who wrote them. An
-    /// older epoch's are as safe as the first of this one behind them, and no safer.
+    /// What waiting for a commit would count as durable, or what the engine publishes as such, whichever is more: the
+    /// records of this epoch among it are acknowledged to those who wrote them. An older epoch's are as safe as the first of
+    /// this one behind them, and no safer.
     fn take_committed(&mut self, id: u64, durable: Lsn) {
-        let World { nodes, oracle, .. } = self;
+        let World { nodes, oracle, k, .. } = self;
         let node = &mut nodes[usize::try_from(id - 1).unwrap()];
-        let Some(leading) = node.leading.as_mut().filter(|leading| leading.acknowledged < durable) else { return };
+        let Some(leading) = &mut node.leading else { return };
+        let durable = leading.commits.reached(AckLevel::Durable, usize::from(*k)).max(durable);
+        if durable <= leading.acknowledged {
+            return;
+        }
         let within = |mark: &&Mark| mark.lsn() > leading.acknowledged && mark.lsn() <= durable;
         let marks: Vec<Mark> = node.log.marks.iter().filter(within).copied().collect();
-        oracle.acknowledge(id, leading.epoch, &marks);
+        oracle.acknowledge(id, leading.epoch, *k, &marks);
         leading.acknowledged = durable;
     }
 
@@ -495,6 +505,11 @@ impl World {
             prefix_bits: 0,
         };
         self.send(connection, End::Called, frame(&Message::ShardInfo(info)));
+        let (counts_rebuilding, counts_cut) =
+            (self.plant == Some(Plant::CountRebuilding), self.plant == Some(Plant::CountCut));
+        // A follower that is to cut its log stands where it will then stand.
+        let stays = session.cut.filter(|_| !counts_cut).unwrap_or(Lsn::MAX);
+        let marks = [request.received, request.durable, request.applied].map(|mark| mark.min(stays));
         let stream = Stream {
             connection,
             session: session.id.0,
@@ -502,12 +517,17 @@ impl World {
             cursor: (start_segment, start_offset),
             caught_up: false,
             base: None,
+            agreed: Lsn::ZERO,
             heard_at: now,
             sent_at: now,
         };
         if let Some(leading) = self.leading(id) {
             leading.streams.insert(follower, stream);
+            let is_rebuild = kind == WireKind::Rebuild && !counts_rebuilding;
+            leading.commits.stream_begins(request.node, is_rebuild, marks).unwrap();
         }
+        let durable = self.node(id).engine.durable();
+        self.take_committed(id, durable);
         if kind == WireKind::Rebuild { self.start_rebuild(id, follower, connection) } else { Ok(()) }
     }
 
@@ -593,6 +613,15 @@ impl World {
                 ..LeaderFacts::default()
             },
         };
+        // What has another chain counts for nothing, as far as there is something to compare.
+        if facts.leader.chain_at_received.is_none_or(|chain| chain == ack.chain) {
+            if let Some(stream) = leading.streams.get_mut(&follower)
+                && facts.leader.chain_at_received.is_some()
+            {
+                stream.agreed = ack.received;
+            }
+            leading.commits.acknowledge(NodeId(follower), [ack.received, ack.durable, ack.applied]).unwrap();
+        }
         self.apply(id, Event::SyncAckReceived(facts));
         let session = self.node(id).engine.session(NodeId(follower)).filter(|session| session.phase.is_live());
         let Some(Session { id: session, epoch, kind, target, progress, .. }) = session else { return Ok(()) };
@@ -654,9 +683,9 @@ impl World {
                 }
                 let (achieved, info) = (ack.achieved, base.info);
                 self.apply(id, Event::SessionCompleted { epoch, replica, session, achieved, durable: achieved, head });
-                let Some(stream) = self.leading(id).and_then(|leading| leading.streams.get(&follower)) else {
-                    return Ok(());
-                };
+                let Some(leading) = self.leading(id) else { return Ok(()) };
+                let Some(stream) = leading.streams.get(&follower) else { return Ok(()) };
+                leading.commits.rebuilt(replica, achieved.min(stream.agreed)).unwrap();
                 let control = SessionControl {
                     session: ack.session,
                     epoch,
@@ -670,6 +699,8 @@ impl World {
                 };
                 let connection = stream.connection;
                 self.send(connection, End::Called, frame(&Message::SessionControl(control)));
+                let durable = self.node(id).engine.durable();
+                self.take_committed(id, durable);
             }
         }
         Ok(())

@@ -34,6 +34,10 @@ pub struct Oracle {
     /// The last LSN of each acknowledged batch, with the chain after it.
     acknowledged: BTreeMap<Lsn, Chain>,
     acknowledgers: BTreeMap<Epoch, u64>,
+    /// Who has had each batch on stable storage, and could say so: a bit a node.
+    kept: HashMap<Place, u64>,
+    /// Up to where a node's log has been replaced by the state that it led to.
+    based: BTreeMap<u64, Lsn>,
     shown: BTreeMap<u64, Shown>,
     /// The last record that each target was offered.
     offered: BTreeMap<u64, Lsn>,
@@ -53,6 +57,8 @@ impl Oracle {
             written: HashMap::from([((Lsn::ZERO, genesis()), root)]),
             acknowledged: BTreeMap::new(),
             acknowledgers: BTreeMap::new(),
+            kept: HashMap::new(),
+            based: BTreeMap::new(),
             shown: BTreeMap::new(),
             offered: BTreeMap::new(),
             violation: None,
@@ -96,14 +102,41 @@ impl Oracle {
         }
     }
 
-    /// A node is told that these batches of its log are committed, and tells its client.
-    pub fn acknowledge(&mut self, node: u64, epoch: Epoch, marks: &[Mark]) {
+    /// A node that is not being rebuilt has all this on stable storage, and is about to say where it stands.
+    pub fn keeps(&mut self, node: u64, log: &Log) {
+        let based = self.based.entry(node).or_default();
+        *based = (*based).max(log.origin().0);
+        for mark in log.marks.iter().rev().filter(|mark| mark.lsn() <= log.synced) {
+            let nodes = self.kept.entry((mark.lsn(), mark.chain())).or_default();
+            if *nodes & (1 << node) != 0 {
+                return;
+            }
+            *nodes |= 1 << node;
+        }
+    }
+
+    /// How many others have had it on stable storage.
+    fn keepers(&self, node: u64, mark: &Mark) -> usize {
+        let nodes = self.kept.get(&(mark.lsn(), mark.chain())).copied().unwrap_or_default();
+        let based = |other: u64| self.based.get(&other).is_some_and(|based| *based >= mark.lsn());
+        (0..u64::from(u64::BITS)).filter(|&other| other != node && (nodes & (1 << other) != 0 || based(other))).count()
+    }
+
+    /// A node is told that these batches of its log are committed, durable on `k` others, and tells its client.
+    pub fn acknowledge(&mut self, node: u64, epoch: Epoch, k: u16, marks: &[Mark]) {
         let other = *self.acknowledgers.entry(epoch).or_insert(node);
         if other != node {
             return self.violated(format!("nodes {other} and {node} both commit under epoch {epoch}"));
         }
         for mark in marks.iter().filter(|mark| mark.header.record_count > 0) {
             self.acknowledged_count += 1;
+            let keepers = self.keepers(node, mark);
+            if keepers < usize::from(k) {
+                return self.violated(format!(
+                    "LSN {} is acknowledged by node {node}, and {keepers} of {k} followers have it on stable storage",
+                    mark.lsn()
+                ));
+            }
             let chain = *self.acknowledged.entry(mark.lsn()).or_insert(mark.chain());
             if chain != mark.chain() {
                 return self.violated(format!(

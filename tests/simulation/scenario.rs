@@ -14,8 +14,8 @@
 
 use std::panic::AssertUnwindSafe;
 
-use towline::Epoch;
 use towline::protocol::{Phase, SessionKind};
+use towline::{AckLevel, Epoch};
 
 use super::clock::{Chance, Queue, Time};
 use super::network::{End, Network};
@@ -157,7 +157,12 @@ impl World {
             (replica.kind, replica.phase) == (Some(SessionKind::KeepUp), Phase::Running)
                 && replica.facts.durable == head
         });
-        (!keeps_up || leader.engine.durable() != head).then(|| format!("the leader sees {projection}"))
+        if !keeps_up || leader.engine.durable() != head {
+            return Some(format!("the leader sees {projection}"));
+        }
+        let count = usize::from(self.k);
+        let reached = leader.leading.as_ref().map(|leading| leading.commits.reached(AckLevel::Durable, count));
+        (reached != Some(head)).then(|| format!("{reached:?} is committed, of a log up to {head}"))
     }
 
     fn check_end(&mut self) {

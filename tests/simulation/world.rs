@@ -64,10 +64,14 @@ pub enum Plant {
     TakeAcceptedEpoch,
     /// A follower's log is cut behind what it knows to be applied, though more had been when it went down.
     CutBehindApplied,
+    /// What a follower acknowledges while it is being rebuilt counts.
+    CountRebuilding,
+    /// What a follower is about to cut counts.
+    CountCut,
 }
 
 impl Plant {
-    pub const ALL: [Plant; 13] = [
+    pub const ALL: [Plant; 15] = [
         Plant::AcknowledgeUnsynced,
         Plant::DiskLies,
         Plant::TrustChain,
@@ -81,6 +85,8 @@ impl Plant {
         Plant::BelieveSynced,
         Plant::TakeAcceptedEpoch,
         Plant::CutBehindApplied,
+        Plant::CountRebuilding,
+        Plant::CountCut,
     ];
 }
 
