@@ -206,6 +206,7 @@ impl Shipper {
 
     /// Waits for a place, opens the base, and tells the follower what is to come. `None` if the stream or the node ends
     /// first.
+    #[inline(never)]
     fn start_rebuild(&self, rebuild: IssuedRebuild, lane: &mut LogLane) -> Result<Option<BaseLane>> {
         let place = rebuild.places.ask();
         if !place.is_granted() {
@@ -269,6 +270,7 @@ impl Shipper {
 
     /// Sends the next run of the base, or the acceptance of what the follower made of it. Returns whether it sent
     /// anything.
+    #[inline(never)]
     fn ship_base(&self, base: &mut Option<BaseLane>, lane: &mut LogLane) -> Result<bool> {
         let Some(open) = base else { return Ok(false) };
         if open.is_accepted() {

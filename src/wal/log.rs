@@ -62,7 +62,7 @@ pub struct Log {
     /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
-    spares: Spares,
+    spares: Arc<Spares>,
     health: Health,
 }
 
@@ -95,7 +95,7 @@ impl Log {
         options: WalOptions,
         segments: Vec<Arc<Segment>>,
         head: Lsn,
-        spares: Spares,
+        spares: Arc<Spares>,
     ) -> Log {
         let opened = segments.last().map_or(Lsn::ZERO, |segment| segment.id().first_lsn);
         let next_sync = segments.first().map_or(head.next(), |segment| segment.id().first_lsn);
