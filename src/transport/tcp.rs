@@ -520,6 +520,17 @@ mod tests {
     }
 
     #[test]
+    fn numeric_addresses_need_no_names() {
+        let numeric = ["127.0.0.1:7400", "[::1]:7400"];
+        for address in numeric {
+            assert_eq!(resolve(address).unwrap(), [address.parse().unwrap()]);
+        }
+        for wrong in ["127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "::1"] {
+            assert!(matches!(resolve(wrong), Err(Error::Invalid { .. })), "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_frame_is_sent_whole_however_little_is_taken_at_a_time() {
         let (mut taken, mut calls) = (Vec::new(), 0);
         let mut parts = [IoSlice::new(b""), IoSlice::new(b"header"), IoSlice::new(b""), IoSlice::new(b"body")];

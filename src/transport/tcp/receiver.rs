@@ -4,8 +4,9 @@
 //! the buffer yet is read straight into the caller's memory, and the same system call takes what is behind it into the
 //! buffer.
 //!
-//! A stream on which nothing but signs of life comes has a small buffer. The first read that finds more than it takes
-//! gives it a large one, which goes again when so little came for a number of reads that the small one would have done.
+//! A stream on which nothing but signs of life comes has a small buffer. It gets a large one when some reads in a row have
+//! found more than that takes, and loses it when so little came for a number of reads that the small one would have done.
+//! One large frame now and then needs none: most of it does not go through the buffer.
 
 use std::io::{self, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -23,6 +24,8 @@ use crate::transport::{
 };
 use crate::wire::{BodyCheck, FrameHeader};
 
+/// Reads in a row that took the small buffer to its end, after which there is a large one.
+const FULL_READS: u32 = 4;
 /// Reads in a row that the small buffer would have taken whole, after which it is enough again.
 const QUIET_READS: u32 = 8;
 
@@ -34,6 +37,8 @@ pub(super) struct TcpReceiver {
     end: usize,
     /// Reads in a row that the small buffer would have taken.
     quiet_reads: u32,
+    /// Reads in a row that took the buffer to its end.
+    full_reads: u32,
     /// The current frame, and how many bytes of its body have not been received.
     frame: Option<BodyCheck>,
     left: u32,
@@ -52,6 +57,7 @@ impl TcpReceiver {
             start: 0,
             end: 0,
             quiet_reads: 0,
+            full_reads: 0,
             frame: None,
             left: 0,
             unfinished: None,
@@ -94,7 +100,8 @@ impl TcpReceiver {
     /// After a read that put so many bytes into the buffer: one that it took to its end left more behind, most likely.
     fn fit_buffer(&mut self, read: usize) {
         self.quiet_reads = if read < QUIET_RECEIVE_BUFFER_LEN { self.quiet_reads.saturating_add(1) } else { 0 };
-        if self.end == self.buffer.len() && self.buffer.len() < RECEIVE_BUFFER_LEN {
+        self.full_reads = if self.end == self.buffer.len() { self.full_reads.saturating_add(1) } else { 0 };
+        if self.full_reads >= FULL_READS && self.buffer.len() < RECEIVE_BUFFER_LEN {
             self.resize_buffer(RECEIVE_BUFFER_LEN);
         }
     }
@@ -103,7 +110,7 @@ impl TcpReceiver {
     #[cold]
     fn resize_buffer(&mut self, len: usize) {
         let buffered = self.start..self.end;
-        self.quiet_reads = 0;
+        (self.quiet_reads, self.full_reads) = (0, 0);
         if self.buffer.len() == len {
             self.buffer.copy_within(buffered.clone(), 0);
         } else {
@@ -313,5 +320,60 @@ impl FrameReceiver for TcpReceiver {
 
     fn peer(&self) -> &str {
         &self.socket.peer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::error::RefusalCode;
+    use crate::transport::{FrameSender, TcpTransport};
+    use crate::types::Lsn;
+    use crate::wire::{ErrorMessage, Message, Sync};
+
+    #[test]
+    fn the_buffer_is_large_only_while_much_arrives() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        let mut sending = TcpTransport::default().connection(near, "there".to_owned());
+        let shared = Shared { stream, peer: peer.to_string(), closed: AtomicBool::new(false) };
+        let mut receiver = TcpReceiver::new(Arc::new(shared), false);
+        let mut exchange = |receiver: &mut TcpReceiver, message: &Message| {
+            sending.sender.send_message(message).unwrap();
+            assert_eq!(receiver.receive_message().unwrap(), *message);
+        };
+        let little = Message::Sync(Sync { lsn: Lsn(7) });
+        let much = Message::Error(ErrorMessage::new(RefusalCode::Internal, "x".repeat(2 * QUIET_RECEIVE_BUFFER_LEN)));
+        for _ in 0..3 {
+            exchange(&mut receiver, &little);
+            assert_eq!(receiver.buffer.len(), QUIET_RECEIVE_BUFFER_LEN);
+            exchange(&mut receiver, &much);
+            assert_eq!(receiver.buffer.len(), RECEIVE_BUFFER_LEN);
+            // Each takes one read at least, and the buffer changes before the read that follows.
+            (0..=QUIET_READS).for_each(|_| exchange(&mut receiver, &little));
+            exchange(&mut receiver, &little);
+        }
+    }
+
+    #[test]
+    fn what_is_buffered_survives_a_change_of_buffers() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        let mut sending = TcpTransport::default().connection(near, "there".to_owned());
+        let shared = Shared { stream, peer: peer.to_string(), closed: AtomicBool::new(false) };
+        let mut receiver = TcpReceiver::new(Arc::new(shared), false);
+        // So many at once that the small buffer ends within a frame, again and again.
+        let messages: Vec<_> = (1..200).map(|lsn| Message::Sync(Sync { lsn: Lsn(lsn) })).collect();
+        for _ in 0..5 {
+            messages.iter().for_each(|message| sending.sender.send_message(message).unwrap());
+            for message in &messages {
+                assert_eq!(receiver.receive_message().unwrap(), *message);
+            }
+        }
     }
 }
