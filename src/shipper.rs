@@ -167,7 +167,14 @@ impl Shipper {
                 self.superseded.until(),
                 ended,
             ];
-            if wait_any_as(self.name, &conditions, log.options().wait, deadline) == Waited::TimedOut {
+            let waited = wait_any_as(self.name, &conditions, log.options().wait, deadline);
+            if waited == Waited::Reached(0) {
+                // Where more threads are ready than there are processors, whoever appends goes on first, and one frame takes
+                // what several would have. On a processor that nobody else wants this returns at once; who waits for a
+                // commit has shipped by itself.
+                std::thread::yield_now();
+            }
+            if waited == Waited::TimedOut {
                 let mut lane = self.lane.lock();
                 // Somebody else may have sent something meanwhile.
                 if lane.last_sent.elapsed() >= self.heartbeat {
