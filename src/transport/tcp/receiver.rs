@@ -330,7 +330,7 @@ mod tests {
 
     use super::*;
     use crate::error::RefusalCode;
-    use crate::transport::{FrameSender, TcpTransport};
+    use crate::transport::TcpTransport;
     use crate::types::Lsn;
     use crate::wire::{ErrorMessage, Message, Sync};
 
