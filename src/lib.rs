@@ -54,6 +54,7 @@ mod admission;
 mod applier;
 mod atomic_file;
 mod backoff;
+mod checkpointer;
 pub mod commit;
 pub mod data_dir;
 mod divergence;

@@ -49,6 +49,8 @@ pub const MAX_ERROR_TEXT_LEN: usize = 1024;
 /// Bytes that a TCP receiver reads ahead: frame headers and small frames arrive through this buffer, many with one
 /// system call; bodies that are larger go straight to the memory that the caller chooses.
 pub const RECEIVE_BUFFER_LEN: usize = 16 * 1024;
+/// The same on a stream on which little comes.
+pub const QUIET_RECEIVE_BUFFER_LEN: usize = 512;
 /// Epochs of a leader's history that a follower is told whose log is another one: more than anybody misses.
 pub const MAX_EPOCH_ENDS: usize = 50;
 /// Frames that an in-process stream holds before its sender waits.
@@ -91,5 +93,7 @@ const _: () = assert!(BATCH_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
 const _: () = assert!(MIN_SEGMENT_SIZE.is_multiple_of(PAGE_LEN), "segments are whole pages");
 const _: () = assert!(MIN_SEGMENT_SIZE > 2 * SEGMENT_HEADER_LEN, "a segment has room for batches");
 const _: () = assert!(MAX_SEGMENT_SIZE <= u32::MAX as u64, "offsets and record lengths fit in 32 bits");
+const _: () = assert!(FRAME_HEADER_LEN < QUIET_RECEIVE_BUFFER_LEN, "a header is buffered whole");
+const _: () = assert!(QUIET_RECEIVE_BUFFER_LEN < RECEIVE_BUFFER_LEN);
 const _: () = assert!(MAX_CONTROL_LEN as usize + FRAME_HEADER_LEN <= RECEIVE_BUFFER_LEN, "a message is buffered whole");
 const _: () = assert!(MAX_ERROR_TEXT_LEN + 64 < MAX_CONTROL_LEN as usize, "an error fits in a control frame");

@@ -3,7 +3,10 @@
 //! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
 //! all; how a follower recovers is decided by the shard's [`Host`] alone. A follower's thread then starts the shipper and
 //! goes on reading acknowledgements. Nothing that a peer sends makes a node do more than its limits allow: frames have a
-//! maximum length by type, connections a maximum number, in all and from one address ([`admission`]).
+//! maximum length by type, connections a maximum number, in all and from one address ([`admission`]). What happens on a
+//! connection once its request has been answered is in [`stream`].
+
+mod stream;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,30 +15,28 @@ use std::time::{Duration, Instant};
 use parking_lot::RwLock;
 
 use crate::admission;
-use crate::commit::{Commits, FollowerMarks};
+use crate::commit::Commits;
 use crate::data_dir::DataDir;
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
-use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, reason_of, rebuild_goes_on};
+use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, rebuild_goes_on};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
 use crate::parting::ask_where_logs_part;
 use crate::protocol::{FailureReason, SessionKind as Recovery};
-use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
 use crate::rebuild::places::Places;
-use crate::shipper::{LogLane, Shipper};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
-use crate::target::{BlockId, ReplicationTarget};
-use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer, segment};
+use crate::target::ReplicationTarget;
+use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
-use crate::wal::{ChainCursor, Log, LogPosition, LogReader, unix_ms};
-use crate::watermark::{Waited, WaiterName, wait_any};
+use crate::wal::{ChainCursor, Log, LogPosition, LogReader};
+use crate::watermark::WaiterName;
 use crate::wire::{
-    Ack, ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionAck, SessionId, SessionKind,
-    SessionPhase, ShardInfo, SyncRequest,
+    ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
 };
+use stream::{Agreed, LeaveStream, Stream};
 
 /// One shard as the server sees it.
 pub(crate) struct ServerShard {
@@ -187,20 +188,36 @@ impl Server {
     }
 
     /// One connection, from its request to its end.
-    fn serve(server: &Arc<Server>, connection: Connection, mut place: admission::Place) -> Result<()> {
-        let Connection { peer, mut sender, mut receiver, closer } = connection;
+    fn serve(server: &Arc<Server>, connection: Connection, place: admission::Place) -> Result<()> {
+        let Connection { peer, sender, receiver, closer } = connection;
         let over = server.stop.child();
         let _close_at_stop = over.on_shutdown(move || closer.close());
+        // What it takes to agree is gone from the stack before the long time of reading what the peer says begins.
+        match Server::agree(server, &peer, (sender, receiver), over, place)? {
+            Some(agreed) => agreed.serve(),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads the request and answers it. `None` if that was all.
+    #[inline(never)]
+    fn agree<'a>(
+        server: &'a Arc<Server>,
+        peer: &'a str,
+        (mut sender, mut receiver): (Box<dyn FrameSender>, Box<dyn FrameReceiver>),
+        over: ShutdownSignal,
+        mut place: admission::Place,
+    ) -> Result<Option<Box<Agreed<'a>>>> {
         receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
         let header = match receiver.receive_header() {
             Ok(header) => header,
             // Whoever has not spoken yet makes room for others without a word.
-            Err(_) if place.is_taken() => return Ok(()),
+            Err(_) if place.is_taken() => return Ok(None),
             Err(error) => return Err(error),
         };
         if header.kind == FrameKind::StatusRequest {
             receiver.receive_message_body(header)?;
-            return server.answer_status(sender.as_mut());
+            return server.answer_status(sender.as_mut()).map(|()| None);
         }
         let mut request = match receiver.receive_message_body(header) {
             Ok(Message::SyncRequest(request)) => request,
@@ -215,15 +232,15 @@ impl Server {
             }
         };
         if !place.keep() {
-            return Ok(());
+            return Ok(None);
         }
-        let signals = StreamSignals { over: over.clone(), superseded: ShutdownSignal::new() };
+        let signals = StreamSignals { over, superseded: ShutdownSignal::new() };
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
                 server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
             }
             Purpose::Follow => {
-                server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), &peer, &signals)
+                server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), peer, &signals)
             }
             Purpose::Tail => server.start_tail(&request, version),
             Purpose::Segment if request.from == Lsn::ZERO => {
@@ -236,10 +253,10 @@ impl Server {
             Err(refusal) => {
                 log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
                 refuse(sender.as_mut(), refusal);
-                return Ok(());
+                return Ok(None);
             }
         };
-        let _leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
+        let leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
         receiver.set_deadline(None)?;
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
@@ -248,13 +265,8 @@ impl Server {
             _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
         };
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
-        let agreed = Stream { server, peer: &peer, request, info, signals, of_shard, history, agreement };
-        match (stream, lanes) {
-            (_, Lanes::None) => Ok(()),
-            (_, Lanes::Ranges) => agreed.serve_ranges(sender, receiver.as_mut()),
-            (Some(stream), lanes) => agreed.serve_follower(stream, lanes, sender, receiver.as_mut()),
-            (None, lanes) => agreed.serve_tail(lanes, sender, receiver.as_mut()),
-        }
+        let stream = Stream { server, peer, request, info, signals, of_shard, history, agreement };
+        Ok(Some(Box::new(Agreed { stream, lanes, leave, sender, receiver, _place: place })))
     }
 
     /// What every request must have right. Gives the protocol version to speak.
@@ -506,314 +518,6 @@ impl Server {
                 over.wait_timeout(deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now())));
         }
         self.stop.shutdown();
-    }
-}
-
-/// A stream that has been agreed on.
-struct Stream<'a> {
-    server: &'a Arc<Server>,
-    peer: &'a str,
-    request: SyncRequest,
-    info: ShardInfo,
-    signals: StreamSignals,
-    of_shard: Arc<ServerShard>,
-    /// How its history compares with this one.
-    history: Arc<HistoryCheck>,
-    /// About the rebuild, if it is one.
-    agreement: Arc<Agreement>,
-}
-
-impl Stream<'_> {
-    /// Starts the shipper and reads acknowledgements until the stream ends.
-    fn serve_follower(
-        &self,
-        stream: StreamKey,
-        lanes: Lanes,
-        sender: Box<dyn FrameSender>,
-        receiver: &mut dyn FrameReceiver,
-    ) -> Result<()> {
-        let SyncRequest { node, shard, .. } = self.request;
-        let commits = &self.of_shard.commits;
-        let follower = commits.acknowledged().follower(node)?;
-        log::info!(
-            "node {node}, shard {shard}: following from LSN {} of {} ({:?}, session {}, {})",
-            self.info.start,
-            self.info.head,
-            self.info.session_kind,
-            self.info.session,
-            self.peer
-        );
-        self.take_initial_marks(commits, &follower);
-        let (shipper, rebuild) = self.shipper(lanes, sender, Some((stream, Arc::clone(&follower))))?;
-        let shipper = Arc::new(shipper);
-        commits.add_shipper(&shipper);
-        follower.stream_began();
-        let over = self.signals.over.clone();
-        let name = format!("tl-ship-s{shard}");
-        let result = self
-            .server
-            .threads
-            .spawn(name, {
-                let shipper = Arc::clone(&shipper);
-                move || {
-                    if let Err(error) = shipper.run(rebuild)
-                        && !over.is_shutdown()
-                    {
-                        log::warn!("node {node}, shard {shard}: shipping ended: {error}");
-                        over.shutdown();
-                    }
-                }
-            })
-            .and_then(|()| self.read_acknowledgements(stream, commits, &follower, receiver));
-        if let Err(error) = &result {
-            let timeout = self.server.options.handshake_timeout;
-            self.history.end_for(error, (shard, &follower), &self.signals.over, receiver, timeout);
-        }
-        self.signals.over.shutdown();
-        commits.remove_shipper(&shipper);
-        follower.stream_ended();
-        result
-    }
-
-    /// What the follower has by its request.
-    fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
-        let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
-        follower.set_divergence(None);
-        let SyncRequest { received, durable, applied, .. } = self.request;
-        commits.acknowledged().stream_begins(follower, is_rebuild, received, durable, applied, unix_ms());
-    }
-
-    fn shipper(
-        &self,
-        lanes: Lanes,
-        sender: Box<dyn FrameSender>,
-        follower: Option<(StreamKey, Arc<FollowerMarks>)>,
-    ) -> Result<(Shipper, Option<IssuedRebuild>)> {
-        let (stream, follower) = follower.unzip();
-        let (reader, rebuild) = match (lanes, stream) {
-            (Lanes::Log(place), _) => (self.of_shard.log.reader_at(place), None),
-            (Lanes::Rebuild(reader, log_goes_on, store), Some(stream)) => (
-                reader,
-                Some(IssuedRebuild {
-                    session: self.info.session,
-                    epoch: self.info.epoch,
-                    target: self.info.target,
-                    shard: self.request.shard,
-                    log_goes_on,
-                    store,
-                    places: Arc::clone(&self.server.rebuild_places),
-                    agreement: Arc::clone(&self.agreement),
-                    host: Arc::clone(&self.of_shard.host),
-                    stream,
-                }),
-            ),
-            (Lanes::None | Lanes::Ranges | Lanes::Rebuild(..), _) => {
-                return Err(Error::invalid("a stream with nothing to ship to anybody"));
-            }
-        };
-        let shipper = Shipper {
-            log: Arc::clone(&self.of_shard.log),
-            name: self.server.waiter_name(),
-            lane: LogLane::new(reader, sender),
-            commits: Arc::clone(&self.of_shard.commits),
-            history: follower.is_some().then(|| Arc::clone(&self.history)),
-            follower,
-            epoch: self.info.epoch,
-            heartbeat: self.server.options.heartbeat,
-            stream_over: self.signals.over.clone(),
-            superseded: self.signals.superseded.clone(),
-            draining: self.server.draining.clone(),
-            target: self.info.target,
-        };
-        Ok((shipper, rebuild))
-    }
-
-    fn read_acknowledgements(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        receiver: &mut dyn FrameReceiver,
-    ) -> Result<()> {
-        receiver.set_timeout(Some(self.server.options.peer_timeout))?;
-        loop {
-            let header = match receiver.receive_header() {
-                Ok(header) => header,
-                // The stream was ended from this side, or the follower left between two frames.
-                Err(_) if self.signals.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
-                Err(error) => return Err(error),
-            };
-            match header.kind {
-                FrameKind::Ack => match receiver.receive_message_body(header)? {
-                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
-                    other => return Err(crate::receiver::refusal(self.peer, other)),
-                },
-                FrameKind::SessionAck => match receiver.receive_message_body(header)? {
-                    Message::SessionAck(ack) => self.take_session_acknowledgement(stream, commits, follower, ack)?,
-                    other => return Err(crate::receiver::refusal(self.peer, other)),
-                },
-                FrameKind::Heartbeat => {
-                    receiver.receive_message_body(header)?;
-                }
-                FrameKind::Error => {
-                    return Err(crate::receiver::refusal(self.peer, receiver.receive_message_body(header)?));
-                }
-                other => return Err(Error::protocol(self.peer, format!("{other:?} is not for a leader"))),
-            }
-        }
-    }
-
-    fn take_acknowledgement(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        ack: Ack,
-    ) -> Result<()> {
-        if self.signals.superseded.is_shutdown() {
-            // What the follower has now, its newer stream tells.
-            return Ok(());
-        }
-        if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
-            return Err(Error::protocol(
-                self.peer,
-                format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
-            ));
-        }
-        let ServerShard { log, host, .. } = self.of_shard.as_ref();
-        // Bytes are published just before the mark says so: an acknowledgement can be here first.
-        let written = [log.written().until(ack.received), self.signals.over.until()];
-        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
-        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
-        if !is_written || ack.durable > ack.received || ack.applied > ack.received {
-            return Err(Error::protocol(
-                self.peer,
-                format!(
-                    "it acknowledges received {}, durable {}, applied {} of a log that ends at {}",
-                    ack.received,
-                    ack.durable,
-                    ack.applied,
-                    log.head()
-                ),
-            ));
-        }
-        self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
-        commits.acknowledged().acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
-        host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
-        Ok(())
-    }
-
-    /// What the follower says about its rebuild. About another session it changes nothing.
-    fn take_session_acknowledgement(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        ack: SessionAck,
-    ) -> Result<()> {
-        let SyncRequest { node, shard, .. } = self.request;
-        if self.info.session_kind != SessionKind::Rebuild
-            || (ack.session, ack.epoch) != (self.info.session, self.info.epoch)
-        {
-            log::debug!("node {node}, shard {shard}: a word about session {}, which this is not", ack.session);
-            return Ok(());
-        }
-        let (host, session) = (&self.of_shard.host, self.info.session.0);
-        match ack.phase {
-            SessionPhase::Accepted => {
-                host.rebuild_progress(stream, session, 0);
-                self.agreement.begin(BlockId(ack.blocks));
-            }
-            SessionPhase::Running | SessionPhase::BaseComplete => {
-                let all = ack.phase == SessionPhase::BaseComplete;
-                let blocks = self.agreement.take_run(all).ok_or_else(|| {
-                    Error::protocol(self.peer, format!("it has taken more of session {session} than was sent"))
-                })?;
-                host.rebuild_progress(stream, session, blocks);
-            }
-            SessionPhase::MakingDurable => host.rebuild_makes_durable(stream, session),
-            SessionPhase::Failed => {
-                log::warn!("node {node}, shard {shard}: it gave up session {session}: {:?}", ack.reason);
-                host.rebuild_failed(stream, session, reason_of(ack.reason));
-            }
-            SessionPhase::Completed => self.complete_rebuild(stream, commits, follower, ack)?,
-        }
-        Ok(())
-    }
-
-    /// The follower stands where it says: it counts from now on, and the stream goes on as any other.
-    fn complete_rebuild(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        ack: SessionAck,
-    ) -> Result<()> {
-        let SyncRequest { node, shard, .. } = self.request;
-        let log = &self.of_shard.log;
-        let written = [log.written().until(ack.achieved), self.signals.over.until()];
-        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
-        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
-        if !self.agreement.is_base_sent() || !is_written || ack.achieved < self.info.target {
-            return Err(Error::protocol(
-                self.peer,
-                format!(
-                    "it says that it completed a session at LSN {}, of a log that ends at {}, with {} to be reached",
-                    ack.achieved,
-                    log.head(),
-                    self.info.target
-                ),
-            ));
-        }
-        if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
-            // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
-            let agreed = ack.achieved.min(self.history.agreed());
-            commits.acknowledged().rebuilt(follower, agreed, unix_ms());
-            log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
-            self.agreement.accept();
-        }
-        Ok(())
-    }
-
-    /// Serves ranges of the log to a node that repairs its own.
-    fn serve_ranges(&self, mut sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
-        let idle = self.server.options.peer_timeout;
-        segment::serve_ranges(&self.of_shard.log, sender.as_mut(), receiver, idle)
-    }
-
-    /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
-    fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
-        let (shipper, rebuild) = self.shipper(lanes, sender, None)?;
-        let over = self.signals.over.clone();
-        let shard = self.request.shard;
-        self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
-            if let Err(error) = shipper.run(rebuild) {
-                log::debug!("shard {shard}: a reader's stream ended: {error}");
-            }
-            over.shutdown();
-        })?;
-        receiver.set_timeout(None)?;
-        let result = receiver.receive_header();
-        self.signals.over.shutdown();
-        match result {
-            Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
-            Err(_) => Ok(()),
-        }
-    }
-}
-
-/// Tells the shard's host that a stream is over when its thread ends, however it ends.
-struct LeaveStream<'a> {
-    server: &'a Server,
-    shard: ShardId,
-    stream: StreamKey,
-}
-
-impl Drop for LeaveStream<'_> {
-    fn drop(&mut self) {
-        if let Ok(shard) = self.server.shard(self.shard) {
-            shard.host.stream_ended(self.stream);
-        }
     }
 }
 

@@ -168,7 +168,14 @@ impl Shipper {
                 self.superseded.until(),
                 ended,
             ];
-            if wait_any_as(self.name, &conditions, log.options().wait, deadline) == Waited::TimedOut {
+            let waited = wait_any_as(self.name, &conditions, log.options().wait, deadline);
+            if waited == Waited::Reached(0) {
+                // Where more threads are ready than there are processors, whoever appends goes on first, and one frame takes
+                // what several would have. On a processor that nobody else wants this returns at once; who waits for a
+                // commit has shipped by itself.
+                std::thread::yield_now();
+            }
+            if waited == Waited::TimedOut {
                 let mut lane = self.lane.lock();
                 // Somebody else may have sent something meanwhile.
                 if lane.last_sent.elapsed() >= self.heartbeat {
@@ -207,6 +214,7 @@ impl Shipper {
 
     /// Waits for a place, opens the base, and tells the follower what is to come. `None` if the stream or the node ends
     /// first.
+    #[inline(never)]
     fn start_rebuild(&self, rebuild: IssuedRebuild, lane: &mut LogLane) -> Result<Option<BaseLane>> {
         let place = rebuild.places.ask();
         if !place.is_granted() {
@@ -270,6 +278,7 @@ impl Shipper {
 
     /// Sends the next run of the base, or the acceptance of what the follower made of it. Returns whether it sent
     /// anything.
+    #[inline(never)]
     fn ship_base(&self, base: &mut Option<BaseLane>, lane: &mut LogLane) -> Result<bool> {
         let Some(open) = base else { return Ok(false) };
         if open.is_accepted() {

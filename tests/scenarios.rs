@@ -239,7 +239,7 @@ impl ReplicationTarget for Indifferent {
     }
 
     fn apply(&self, _: ShardId, _: Record<'_>) -> towline::Result<()> {
-        Err(Error::Invalid { reason: "it takes no records".to_owned() })
+        Err(Error::Invalid { reason: "it takes no records".into() })
     }
 
     fn sync(&self, _: ShardId) -> towline::Result<()> {

@@ -1,12 +1,11 @@
 //! Streams over TCP: blocking sockets, configured through `socket2`.
 //!
 //! Both halves use one socket, which closes when both are gone; a closer holds it only weakly. Sending is one vectored
-//! system call for header, prefix and body. Receiving goes through a small buffer that takes headers and small frames,
-//! many at a time; what of a larger body is not in the buffer yet is read straight into the caller's memory, and the
-//! same system call takes what is behind it into the buffer.
+//! system call for header, prefix and body; how the other half reads is told in [`receiver`].
 
-use std::io::{self, IoSlice, IoSliceMut, Read};
-use std::mem::MaybeUninit;
+mod receiver;
+
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,14 +14,15 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::error::{Error, Result};
-use crate::limits::{FRAME_HEADER_LEN, MAX_CONTROL_LEN, MAX_PENDING_CONNECTIONS, RECEIVE_BUFFER_LEN};
+use crate::limits::MAX_PENDING_CONNECTIONS;
 use crate::shutdown::ShutdownSignal;
 use crate::transport::connecting::connect_unless_stopped;
 use crate::transport::{
-    Body, Closer, Connection, FrameReceiver, FrameSender, Listener, SentAtOnce, Transport, closed_by_peer, closed_here,
-    misused, outgoing_header, receive_error, receive_timed_out, refuse_zero_timeout,
+    Body, Closer, Connection, FrameSender, Listener, SentAtOnce, Transport, closed_here, outgoing_header,
+    refuse_zero_timeout,
 };
-use crate::wire::{BodyCheck, FrameHeader, FrameKind};
+use crate::wire::FrameKind;
+use receiver::TcpReceiver;
 
 /// How sockets are set up. [`Default`] is right for replication within and between data centres.
 #[derive(Clone, Debug)]
@@ -224,8 +224,13 @@ impl TcpTransport {
 
 /// The addresses that a name stands for, at least one.
 fn resolve(address: &str) -> Result<Vec<SocketAddr>> {
-    let port = address.rsplit_once(':').map(|(_, port)| port);
-    if port.is_none_or(|port| port.parse::<u16>().is_err()) {
+    // Without the system's resolver, which takes many times the stack that anything else here does.
+    if let Ok(numeric) = address.parse() {
+        return Ok(vec![numeric]);
+    }
+    // A host with a colon of its own is numeric and needs brackets, without which nobody knows where its port begins.
+    let is_usual = |(host, port): (&str, &str)| !host.contains(':') && port.parse::<u16>().is_ok();
+    if !address.rsplit_once(':').is_some_and(is_usual) {
         return Err(Error::invalid(format!("{address:?} is not an address; use host:port, as in db1.example:7400")));
     }
     let failed = |why: String| Error::Network {
@@ -471,157 +476,6 @@ impl FrameSender for TcpSender {
     }
 }
 
-struct TcpReceiver {
-    socket: Arc<Shared>,
-    /// Bytes `start..end` have been read and not been received.
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-    /// The current frame, and how many bytes of its body have not been received.
-    frame: Option<BodyCheck>,
-    left: u32,
-    /// A `receive_exact` that timed out: the length asked for, and how much of it is filled.
-    unfinished: Option<(usize, usize)>,
-    timeout: Option<Duration>,
-    deadline: Option<Instant>,
-    spin: bool,
-}
-
-impl TcpReceiver {
-    fn new(socket: Arc<Shared>, spin: bool) -> TcpReceiver {
-        TcpReceiver {
-            socket,
-            // Not by way of the stack, whose pages a receiver that waits would then keep.
-            buffer: vec![0; RECEIVE_BUFFER_LEN].into_boxed_slice(),
-            start: 0,
-            end: 0,
-            frame: None,
-            left: 0,
-            unfinished: None,
-            timeout: None,
-            deadline: None,
-            spin: spin && MSG_DONTWAIT.is_some(),
-        }
-    }
-
-    fn buffered(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
-    }
-
-    /// Waits until at least `len` bytes, no more than the buffer holds, are buffered.
-    fn buffer_at_least(&mut self, len: usize) -> Result<()> {
-        if self.start + len > RECEIVE_BUFFER_LEN || self.start == self.end {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
-        while self.end - self.start < len {
-            self.arm()?;
-            self.wait_spinning()?;
-            match (&self.socket.stream).read(&mut self.buffer[self.end..]) {
-                Ok(0) => return Err(self.ended(0)),
-                Ok(read) => self.end += read,
-                Err(error) => self.judge(error)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets the next read wait no longer than until the deadline, if there is one.
-    fn arm(&self) -> Result<()> {
-        let Some(deadline) = self.deadline else { return Ok(()) };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(receive_timed_out(&self.socket.peer));
-        }
-        let wait = self.timeout.map_or(left, |timeout| timeout.min(left));
-        let set = self.socket.stream.set_read_timeout(Some(wait));
-        set.map_err(Error::network("set the time-out for", &self.socket.peer))
-    }
-
-    /// Fills `into` behind its first `filled` bytes, keeping count in `filled`.
-    fn fill(&mut self, into: &mut [u8], filled: &mut usize) -> Result<()> {
-        let take = (self.end - self.start).min(into.len() - *filled);
-        into[*filled..*filled + take].copy_from_slice(&self.buffer[self.start..self.start + take]);
-        self.start += take;
-        *filled += take;
-        while *filled < into.len() {
-            // Here the buffer is empty: what arrives behind the bytes asked for goes there, with the same call.
-            self.arm()?;
-            self.wait_spinning()?;
-            let room = into.len() - *filled;
-            let mut parts = [IoSliceMut::new(&mut into[*filled..]), IoSliceMut::new(&mut self.buffer[..])];
-            match (&self.socket.stream).read_vectored(&mut parts) {
-                Ok(0) => return Err(self.ended(*filled)),
-                Ok(read) => {
-                    *filled += read.min(room);
-                    (self.start, self.end) = (0, read.saturating_sub(room));
-                }
-                Err(error) => self.judge(error)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// What a failed read means; interruptions mean nothing.
-    fn judge(&self, error: io::Error) -> Result<()> {
-        match error.kind() {
-            io::ErrorKind::Interrupted => Ok(()),
-            _ if self.socket.is_closed_here() => Err(closed_here("receive from", &self.socket.peer)),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if self.timeout.is_some() => {
-                Err(receive_timed_out(&self.socket.peer))
-            }
-            _ => Err(receive_error(&self.socket.peer, error)),
-        }
-    }
-
-    /// The stream has ended: by whom, and where, with `filled` bytes in the caller's memory already.
-    fn ended(&self, filled: usize) -> Error {
-        let peer = &self.socket.peer;
-        if self.socket.is_closed_here() {
-            return closed_here("receive from", peer);
-        }
-        let buffered = self.end - self.start + filled;
-        let text = match self.frame.as_ref().map(BodyCheck::header) {
-            Some(frame) if self.left > 0 => {
-                format!(
-                    "closed by peer in the middle of a {} frame, with {} of {} bytes still to come",
-                    frame.kind,
-                    (self.left as usize).saturating_sub(buffered),
-                    frame.len
-                )
-            }
-            _ if buffered > 0 => format!("closed by peer in the middle of a frame header, after {buffered} bytes"),
-            _ => return closed_by_peer(peer),
-        };
-        receive_error(peer, io::Error::new(io::ErrorKind::ConnectionAborted, text))
-    }
-
-    /// Where spinning was asked for: returns when a read will not block. Elsewhere at once.
-    fn wait_spinning(&self) -> Result<()> {
-        if !self.spin {
-            return Ok(());
-        }
-        let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        loop {
-            match peek(&self.socket.stream) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // Bytes, the end, or an error that the read will tell.
-                _ => return Ok(()),
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err(receive_timed_out(&self.socket.peer));
-            }
-            // Others may be spinning too, on no more processors than there are.
-            std::thread::yield_now();
-        }
-    }
-
-    fn misused(&self, asked: &str) -> Error {
-        misused(self.frame.as_ref().map(|frame| frame.header().kind), self.left, asked)
-    }
-}
-
 /// The flag by which one call raises no signal when the peer is gone, where it takes a flag for that.
 const MSG_NOSIGNAL: i32 = if cfg!(any(target_os = "linux", target_os = "android")) { 0x4000 } else { 0 };
 
@@ -639,107 +493,6 @@ const MSG_DONTWAIT: Option<i32> = if cfg!(any(target_os = "linux", target_os = "
 } else {
     None
 };
-
-/// Whether a byte is there (1), or the end of the stream (0), without blocking and without taking it.
-fn peek(stream: &TcpStream) -> io::Result<usize> {
-    const MSG_PEEK: i32 = 2;
-    match MSG_DONTWAIT {
-        Some(flag) => SockRef::from(stream).recv_with_flags(&mut [MaybeUninit::uninit()], MSG_PEEK | flag),
-        None => Err(io::ErrorKind::WouldBlock.into()),
-    }
-}
-
-/// Checks the next bytes of a body, as far as the frame's checksum covers them.
-fn check(frame: Option<&mut BodyCheck>, bytes: &[u8], peer: &str) -> Result<()> {
-    frame.map_or(Ok(()), |frame| frame.take(bytes)).map_err(|error| error.from_peer(peer))
-}
-
-impl FrameReceiver for TcpReceiver {
-    fn receive_header(&mut self) -> Result<FrameHeader> {
-        if self.left > 0 {
-            return Err(self.misused("receive the next frame"));
-        }
-        self.buffer_at_least(FRAME_HEADER_LEN)?;
-        let Some(bytes) = self.buffered().first_chunk() else { return Err(self.misused("receive a header")) };
-        let header = FrameHeader::decode(bytes).map_err(|error| error.from_peer(&self.socket.peer))?;
-        self.start += FRAME_HEADER_LEN;
-        self.frame = Some(BodyCheck::new(header));
-        self.left = header.len;
-        Ok(header)
-    }
-
-    fn receive_exact(&mut self, into: &mut [u8]) -> Result<()> {
-        let (asked, mut filled) = self.unfinished.unwrap_or((into.len(), 0));
-        let Some(left) = u32::try_from(asked).ok().and_then(|asked| self.left.checked_sub(asked)) else {
-            return Err(self.misused(&format!("receive {asked} bytes")));
-        };
-        if asked != into.len() {
-            return Err(self.misused(&format!("receive {} bytes while {asked} are half received", into.len())));
-        }
-        let result = self.fill(into, &mut filled);
-        if result.is_err() {
-            self.unfinished = Some((asked, filled));
-            return result;
-        }
-        self.unfinished = None;
-        self.left = left;
-        check(self.frame.as_mut(), into, &self.socket.peer)
-    }
-
-    fn receive_body(&mut self) -> Result<&[u8]> {
-        let len = self.left as usize;
-        if self.left > MAX_CONTROL_LEN || self.unfinished.is_some() {
-            return Err(self.misused("receive a body as a message"));
-        }
-        if len == 0 {
-            return Ok(&[]);
-        }
-        self.buffer_at_least(len)?;
-        let start = self.start;
-        self.start += len;
-        self.left = 0;
-        let body = &self.buffer[start..start + len];
-        check(self.frame.as_mut(), body, &self.socket.peer)?;
-        Ok(body)
-    }
-
-    fn remaining(&self) -> u32 {
-        self.left
-    }
-
-    fn current(&self) -> Option<FrameHeader> {
-        self.frame.as_ref().map(BodyCheck::header).filter(|_| self.left > 0)
-    }
-
-    fn has_buffered(&self) -> bool {
-        self.start < self.end || peek(&self.socket.stream).is_ok_and(|bytes| bytes > 0)
-    }
-
-    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
-        refuse_zero_timeout(timeout)?;
-        if timeout != self.timeout {
-            // Spinning looks at the time itself, and its reads never block.
-            let set = self.socket.stream.set_read_timeout(timeout);
-            set.map_err(Error::network("set the time-out for", &self.socket.peer))?;
-            self.timeout = timeout;
-        }
-        Ok(())
-    }
-
-    fn set_deadline(&mut self, deadline: Option<Instant>) -> Result<()> {
-        self.deadline = deadline;
-        if deadline.is_none() {
-            // Each wait was cut short to what was left; now the whole time-out counts again.
-            let set = self.socket.stream.set_read_timeout(self.timeout);
-            set.map_err(Error::network("set the time-out for", &self.socket.peer))?;
-        }
-        Ok(())
-    }
-
-    fn peer(&self) -> &str {
-        &self.socket.peer
-    }
-}
 
 #[cfg(test)]
 mod tests {
@@ -766,6 +519,17 @@ mod tests {
                 assert!(thread.join().unwrap().is_shutdown());
             }
         });
+    }
+
+    #[test]
+    fn numeric_addresses_need_no_names() {
+        let numeric = ["127.0.0.1:7400", "[::1]:7400"];
+        for address in numeric {
+            assert_eq!(resolve(address).unwrap(), [address.parse().unwrap()]);
+        }
+        for wrong in ["127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "::1"] {
+            assert!(matches!(resolve(wrong), Err(Error::Invalid { .. })), "{wrong}");
+        }
     }
 
     #[test]

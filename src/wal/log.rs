@@ -34,7 +34,7 @@ use crate::wal::health::{Health, ScrubStatus};
 use crate::wal::landmarks::Landmarks;
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
-use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at};
+use crate::wal::segment::{HEADER_FIELDS, SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
 use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
@@ -63,7 +63,7 @@ pub struct Log {
     /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
-    spares: Spares,
+    spares: Arc<Spares>,
     health: Health,
     landmarks: Landmarks,
 }
@@ -97,7 +97,7 @@ impl Log {
         options: WalOptions,
         segments: Vec<Arc<Segment>>,
         head: Lsn,
-        spares: Spares,
+        spares: Arc<Spares>,
     ) -> Log {
         let opened = segments.last().map_or(Lsn::ZERO, |segment| segment.id().first_lsn);
         let next_sync = segments.first().map_or(head.next(), |segment| segment.id().first_lsn);
@@ -383,7 +383,8 @@ impl Log {
         let is_first = self.segments.read().is_empty();
         let begins_log = is_first && header.id.first_lsn > Lsn::FIRST;
         if begins_log || !prepared.filled {
-            let written = write_all_at(&prepared.file, &header.encode(), 0);
+            // Behind the fields the file is zero already.
+            let written = write_all_at(&prepared.file, &header.encode_fields(), 0);
             let durable = written.and_then(|()| if begins_log { prepared.file.sync_data() } else { Ok(()) });
             durable.map_err(Error::io("write the header of", &prepared.path))?;
         }
@@ -395,7 +396,9 @@ impl Log {
         let filled = prepared.filled;
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
         if filled {
-            writer.unpublished(0..SEGMENT_HEADER_LEN).copy_from_slice(&header.encode());
+            let (fields, rest) = writer.unpublished(0..SEGMENT_HEADER_LEN).split_at_mut(HEADER_FIELDS);
+            fields.copy_from_slice(&header.encode_fields());
+            rest.fill(0);
         } else {
             writer.use_file_only();
         }

@@ -130,7 +130,7 @@ impl Default for WalOptions {
 #[derive(Debug)]
 pub struct Wal {
     log: Arc<Log>,
-    threads: Vec<JoinHandle<()>>,
+    syncer: Option<JoinHandle<()>>,
     /// Held by the writer too: nobody else opens the directory while either could write to it.
     _lock: Arc<File>,
 }
@@ -195,7 +195,7 @@ impl Wal {
         let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares));
         log.sync_all()?;
         given_up::remove_set_aside(directory)?;
-        let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log), _lock: Arc::clone(&lock) };
+        let wal = Self::start(&log, &lock)?;
         let writer = LogWriter::new(log, lock, open, end, recovered.timestamp, recovered.torn);
         Ok((wal, writer))
     }
@@ -240,7 +240,7 @@ impl Wal {
         let head = next_lsn.previous();
         let log = Arc::new(Log::new(directory, identity, options, Vec::new(), head, spares));
         log.sync_all()?;
-        let wal = Wal { threads: Self::start_threads(&log)?, log: Arc::clone(&log), _lock: Arc::clone(&lock) };
+        let wal = Self::start(&log, &lock)?;
         let end = LogEnd { head, chain: identity.genesis(), epoch: Epoch::ZERO, segment: next_lsn, offset: 0 };
         let mut writer = LogWriter::new(log, lock, None, end, HybridTimestamp::default(), None);
         if next_lsn > Lsn::FIRST {
@@ -249,17 +249,18 @@ impl Wal {
         Ok((wal, writer))
     }
 
-    fn start_threads(log: &Arc<Log>) -> Result<Vec<JoinHandle<()>>> {
+    /// Starts the sync thread, and has the first spares prepared.
+    fn start(log: &Arc<Log>, lock: &Arc<File>) -> Result<Wal> {
         let shard = log.shard();
-        let spawn = |name: &str, run: fn(&Log)| {
-            let log = Arc::clone(log);
-            std::thread::Builder::new()
-                .name(format!("tl-{name}-s{shard}"))
-                .stack_size(THREAD_STACK)
-                .spawn(move || run(&log))
-                .map_err(Error::io("start a thread for", log_directory(shard)))
-        };
-        Ok(vec![spawn("prep", |log| log.spares().run())?, spawn("sync", Log::run_syncer)?])
+        let syncing = Arc::clone(log);
+        let thread = std::thread::Builder::new()
+            .name(format!("tl-sync-s{shard}"))
+            .stack_size(THREAD_STACK)
+            .spawn(move || syncing.run_syncer())
+            .map_err(Error::io("start a thread for", log_directory(shard)))?;
+        let wal = Wal { log: Arc::clone(log), syncer: Some(thread), _lock: Arc::clone(lock) };
+        log.spares().begin()?;
+        Ok(wal)
     }
 
     /// The shared side of it.
@@ -284,10 +285,9 @@ impl Wal {
 
     fn stop(&mut self) {
         self.log.end();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                ::log::error!("a thread of shard {} panicked", self.log.shard());
-            }
+        self.log.spares().wait_ended();
+        if self.syncer.take().is_some_and(|thread| thread.join().is_err()) {
+            ::log::error!("the sync thread of shard {} panicked", self.log.shard());
         }
     }
 }

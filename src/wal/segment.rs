@@ -34,6 +34,8 @@ const MAGIC: [u8; 8] = *b"TOWLINE\0";
 pub const SEGMENT_VERSION: u16 = 2;
 /// Bytes of the header page.
 pub const HEADER_PAGE: usize = limits::index(SEGMENT_HEADER_LEN);
+/// Bytes of its fields; the rest is zero.
+pub(crate) const HEADER_FIELDS: usize = 64;
 
 /// What the header page of a segment says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,15 @@ impl SegmentHeader {
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_PAGE] {
         let mut page = [0; HEADER_PAGE];
+        page[..HEADER_FIELDS].copy_from_slice(&self.encode_fields());
+        page
+    }
+
+    /// The fields at the beginning of the header page, behind which everything is zero: what a thread that stays for long
+    /// encodes, as it keeps the pages of its stack that a whole header page would take.
+    #[must_use]
+    pub(crate) fn encode_fields(&self) -> [u8; HEADER_FIELDS] {
+        let mut page = [0; HEADER_FIELDS];
         page[0..8].copy_from_slice(&MAGIC);
         page[8..10].copy_from_slice(&SEGMENT_VERSION.to_le_bytes());
         page[10..12].copy_from_slice(&self.id.region.0.to_le_bytes());

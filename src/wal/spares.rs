@@ -1,17 +1,20 @@
-//! Segments prepared ahead of need, on a thread of their own.
+//! Segments prepared ahead of need, on a thread of their own that is there while there is something to prepare.
 //!
 //! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename. The
 //! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
 //! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
 //! which allocates and fills pages in one step, and a full disk is then an error of that write. Nor does it then keep
-//! what is given up, to be filled again. It parks on a condition variable while there is nothing to do.
+//! what is given up, to be filled again.
+//!
+//! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
+//! nothing has been wanted for a while: an idle log has no such thread.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -23,6 +26,12 @@ use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
+
+/// Room of the preparing thread. More than it needs: the C library keeps the stacks of threads that have ended, with the
+/// pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
+const PREPARING_STACK: usize = 1 << 20;
+/// How long the preparing thread stays without anything to do.
+const STAYS: Duration = Duration::from_secs(1);
 
 /// Removed files whose mappings may wait while the writer has no spare.
 const MOST_UNMAPPED: usize = 2;
@@ -42,6 +51,8 @@ pub(super) struct Prepared {
 /// The spares of one log. The log writer takes (and may wait, for want of a spare); retention gives back; the shard's
 /// preparing thread makes.
 pub(super) struct Spares {
+    /// For the thread, which keeps them.
+    this: Weak<Spares>,
     directory: PathBuf,
     shard: ShardId,
     segment_size: u64,
@@ -58,6 +69,8 @@ pub(super) struct Spares {
     wanted: Condvar,
     /// A spare, an error or the end.
     made: Condvar,
+    /// The preparing thread has ended.
+    ended: Condvar,
 }
 
 #[derive(Default)]
@@ -84,6 +97,8 @@ struct State {
     /// Spares that have become segments.
     taken: u64,
     next_name: u64,
+    /// The preparing thread is there.
+    running: bool,
     stopped: bool,
 }
 
@@ -103,11 +118,17 @@ enum Work {
 
 impl Spares {
     /// Spares in `directory`; `used` are left-over files there that may be filled again.
-    pub(super) fn new(directory: &Path, identity: &LogIdentity, options: &WalOptions, used: Vec<PathBuf>) -> Spares {
+    pub(super) fn new(
+        directory: &Path,
+        identity: &LogIdentity,
+        options: &WalOptions,
+        used: Vec<PathBuf>,
+    ) -> Arc<Spares> {
         // New names must not be those of left-over files.
         let next_name = used.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
         let state = State { used, next_name, ..State::default() };
-        Spares {
+        Arc::new_cyclic(|this| Spares {
+            this: Weak::clone(this),
             directory: directory.to_owned(),
             shard: identity.shard,
             segment_size: identity.segment_size,
@@ -118,6 +139,38 @@ impl Spares {
             in_bulk: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
+            ended: Condvar::new(),
+        })
+    }
+
+    /// Begins to prepare the first spares.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if there can be no thread for it.
+    pub(super) fn begin(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        self.want(&mut state);
+        state.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Has the preparing thread look at what is wanted; starts it if it has ended.
+    fn want(&self, state: &mut State) {
+        if state.running {
+            self.wanted.notify_one();
+            return;
+        }
+        let Some(this) = self.this.upgrade().filter(|_| !state.stopped) else { return };
+        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(PREPARING_STACK);
+        // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
+        match thread.spawn(move || this.run()) {
+            Ok(_) => state.running = true,
+            Err(error) => {
+                log::warn!("shard {}: cannot start a thread to prepare segments: {error}", self.shard);
+                state.failure = Some(Error::io("start a thread for", &self.directory)(error));
+                state.failed = true;
+                self.made.notify_all();
+            }
         }
     }
 
@@ -134,7 +187,7 @@ impl Spares {
             if let Some(prepared) = state.ready.pop_front() {
                 state.waiting = false;
                 state.taken += 1;
-                self.wanted.notify_one();
+                self.want(&mut state);
                 return Ok(prepared);
             }
             if state.stopped {
@@ -145,8 +198,10 @@ impl Spares {
                 return Err(failure);
             }
             state.waiting = true;
-            self.wanted.notify_one();
-            self.made.wait(&mut state);
+            self.want(&mut state);
+            if state.failure.is_none() {
+                self.made.wait(&mut state);
+            }
         }
     }
 
@@ -194,7 +249,10 @@ impl Spares {
                 break Err(Error::TimedOut { what: what.into() });
             }
             state.refilling = true;
-            self.wanted.notify_one();
+            self.want(&mut state);
+            if state.failure.is_some() {
+                continue;
+            }
             match deadline {
                 Some(deadline) => expired = self.made.wait_until(&mut state, deadline).timed_out(),
                 None => self.made.wait(&mut state),
@@ -215,7 +273,7 @@ impl Spares {
         if from < to {
             state.populated = (first_lsn, to);
             state.populate = Some((Arc::clone(segment), from..to));
-            self.wanted.notify_one();
+            self.want(&mut state);
         }
         end.saturating_add(ahead / 2)
     }
@@ -235,20 +293,22 @@ impl Spares {
         if state.files() >= self.keep || self.in_bulk.load(Ordering::Relaxed) {
             drop(state);
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            self.state.lock().unmapped.push(segment);
-            self.wanted.notify_one();
+            let mut state = self.state.lock();
+            state.unmapped.push(segment);
+            self.want(&mut state);
             return Ok(());
         }
         state.next_name += 1;
         let aside = spare_path(&self.directory, state.next_name);
         drop(state);
         std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
-        self.state.lock().used.push(aside);
-        self.wanted.notify_one();
+        let mut state = self.state.lock();
+        state.used.push(aside);
+        self.want(&mut state);
         Ok(())
     }
 
-    /// Ends the thread and every wait.
+    /// Ends every wait, and the thread when it has done what it is at.
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.stopped = true;
@@ -257,8 +317,17 @@ impl Spares {
         self.made.notify_all();
     }
 
+    /// Blocks until the thread has ended, after [`stop`](Self::stop) or by itself.
+    pub(super) fn wait_ended(&self) {
+        let mut state = self.state.lock();
+        while state.running {
+            self.ended.wait(&mut state);
+        }
+    }
+
     /// The preparing thread.
-    pub(super) fn run(&self) {
+    fn run(&self) {
+        let _running = Running(self);
         loop {
             match self.next_work() {
                 Work::Stop => return,
@@ -298,8 +367,10 @@ impl Spares {
 
     fn next_work(&self) -> Work {
         let mut state = self.state.lock();
+        let mut idle = false;
         loop {
             if state.stopped {
+                self.is_over(&mut state);
                 return Work::Stop;
             }
             if let Some((segment, range)) = state.populate.take() {
@@ -334,8 +405,18 @@ impl Spares {
                 state.preparing = true;
                 return Work::Prepare(path);
             }
-            self.wanted.wait(&mut state);
+            if idle {
+                // Looked at once more after the wait. Whoever wants something from here on starts another thread.
+                self.is_over(&mut state);
+                return Work::Stop;
+            }
+            idle = self.wanted.wait_for(&mut state, STAYS).timed_out();
         }
+    }
+
+    fn is_over(&self, state: &mut State) {
+        state.running = false;
+        self.ended.notify_all();
     }
 
     /// Fills a file with zeros, new or not, and maps it; makes that durable unless it is better done later.
@@ -402,6 +483,18 @@ impl Spares {
         spare.mapping.populate(0..self.populate_ahead.min(self.segment_size));
         spare.settled = true;
         Ok(())
+    }
+}
+
+/// The preparing thread while it runs: should it panic, those who wait for its end do not wait for ever.
+struct Running<'a>(&'a Spares);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            log::error!("the preparing thread of shard {} panicked", self.0.shard);
+            self.0.is_over(&mut self.0.state.lock());
+        }
     }
 }
 

@@ -559,6 +559,29 @@ fn spares_can_be_waited_for_after_some_were_taken() {
 }
 
 #[test]
+fn the_preparing_thread_is_there_while_something_is_wanted() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    wal.log().wait_for_spares(None).unwrap();
+    // By itself: nobody stops the log.
+    wal.log().spares().wait_ended();
+    let spares = || std::fs::read_dir(directory.path()).unwrap().filter(is_spare).count();
+    let ready = spares();
+    append(&mut writer, 1..=500);
+    assert!(wal.log().segments().len() > ready, "more segments were opened than spares were ready");
+    wal.log().wait_for_spares(None).unwrap();
+    assert_eq!(spares(), ready);
+    wal.log().spares().wait_ended();
+    drop(writer);
+    wal.close().unwrap();
+    assert_eq!(spares(), ready);
+}
+
+fn is_spare(entry: &std::io::Result<std::fs::DirEntry>) -> bool {
+    entry.as_ref().unwrap().file_name().to_str().unwrap().starts_with("spare-")
+}
+
+#[test]
 fn whoever_waits_for_spares_learns_why_none_come() {
     let directory = tempfile::tempdir().unwrap();
     let (wal, mut writer) = open(directory.path());

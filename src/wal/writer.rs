@@ -528,7 +528,8 @@ impl LogWriter {
         self.header_due = false;
         self.populate_at = self.log.populate_at_start();
         self.landmark_at = LANDMARK_EVERY;
-        self.header_page.clear();
+        // Segments are opened now and then only, and the page would be kept in between.
+        self.header_page = Vec::new();
         Ok(())
     }
 

@@ -9,24 +9,41 @@ use crate::wire::{FrameKind, SessionId, VersionRange, WireError};
 /// Bytes of the longest message: an error with all the text it may have.
 pub(crate) const MAX_MESSAGE_LEN: usize = 2 + MAX_ERROR_TEXT_LEN;
 
-/// The bytes of one message, kept on the stack: sending a message allocates nothing.
-pub(crate) struct MessageBytes {
-    bytes: [u8; MAX_MESSAGE_LEN],
-    len: usize,
+/// Bytes of the longest message whose length is fixed: all but errors and histories.
+pub(crate) const MAX_FIXED_LEN: usize = 192;
+
+/// The bytes of one message. Those of fixed length are kept on the stack: sending one allocates nothing, and threads that
+/// only send signs of life keep no pages for the longest message that there is.
+pub(crate) enum MessageBytes {
+    Fixed([u8; MAX_FIXED_LEN], usize),
+    Long(Vec<u8>),
 }
 
 impl MessageBytes {
-    /// What `write` writes, which is at most [`MAX_MESSAGE_LEN`] bytes.
-    pub(crate) fn of(write: impl FnOnce(&mut Writer<'_>)) -> MessageBytes {
-        let mut bytes = [0; MAX_MESSAGE_LEN];
+    /// What `write` writes, which is at most [`MAX_FIXED_LEN`] bytes.
+    pub(crate) fn fixed(write: impl FnOnce(&mut Writer<'_>)) -> MessageBytes {
+        let mut bytes = [0; MAX_FIXED_LEN];
         let mut to = Writer::new(&mut bytes);
         write(&mut to);
         let len = to.len;
-        MessageBytes { bytes, len }
+        MessageBytes::Fixed(bytes, len)
+    }
+
+    /// What `write` writes, which is at most [`MAX_MESSAGE_LEN`] bytes.
+    pub(crate) fn long(write: impl FnOnce(&mut Writer<'_>)) -> MessageBytes {
+        let mut bytes = vec![0; MAX_MESSAGE_LEN];
+        let mut to = Writer::new(&mut bytes);
+        write(&mut to);
+        let len = to.len;
+        bytes.truncate(len);
+        MessageBytes::Long(bytes)
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
-        &self.bytes[..self.len]
+        match self {
+            MessageBytes::Fixed(bytes, len) => &bytes[..*len],
+            MessageBytes::Long(bytes) => bytes,
+        }
     }
 }
 
@@ -212,7 +229,7 @@ macro_rules! message {
             }
         }
 
-        const _: () = assert!($name::LEN <= $crate::wire::codec::MAX_MESSAGE_LEN, "a message fits in its buffer");
+        const _: () = assert!($name::LEN <= $crate::wire::codec::MAX_FIXED_LEN, "a message fits in its buffer");
     };
 }
 

@@ -328,7 +328,7 @@ impl ErrorMessage {
 
     /// Appends its bytes.
     pub fn encode(&self, to: &mut Vec<u8>) {
-        to.extend_from_slice(MessageBytes::of(|to| self.write(to)).as_slice());
+        to.extend_from_slice(MessageBytes::long(|to| self.write(to)).as_slice());
     }
 
     /// Its bytes in a vector of their own.
@@ -487,9 +487,12 @@ impl From<ErrorMessage> for Message {
 }
 
 impl Message {
-    /// Its bytes on the stack: what a stream sends.
+    /// Its bytes, on the stack unless it may be long: what a stream sends.
     pub(crate) fn to_message_bytes(&self) -> MessageBytes {
-        MessageBytes::of(|to| self.write(to))
+        match self {
+            Message::Error(_) | Message::EpochHistory(_) => MessageBytes::long(|to| self.write(to)),
+            _ => MessageBytes::fixed(|to| self.write(to)),
+        }
     }
 
     /// Appends its bytes.

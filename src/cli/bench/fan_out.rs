@@ -23,7 +23,7 @@ const CASES: [(u16, &str, &str); 4] = [
     (4, "4 followers", "append beside 4 streams"),
 ];
 /// Records a second of the steady load.
-const STEADY_RATE: u64 = 300_000;
+const STEADY_RATE: u128 = 300_000;
 const STEADY: [(u16, &str); 4] = [
     (0, "steady load, no followers"),
     (1, "steady load, 1 follower"),
@@ -106,8 +106,8 @@ fn append_steadily(writer: &mut LogWriter, record: &[u8], count: u64) -> Result<
     let began = Instant::now();
     let mut written = 0;
     while written < count {
-        let due = (began.elapsed().as_secs_f64() * STEADY_RATE as f64) as u64;
-        while written < due.min(count) {
+        let due = began.elapsed().as_micros() * STEADY_RATE / 1_000_000;
+        while u128::from(written) < due && written < count {
             writer.append(record)?;
             written += 1;
         }

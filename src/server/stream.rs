@@ -1,0 +1,376 @@
+//! One connection after its request has been answered: the shipper is started, and its acknowledgements are read.
+//!
+//! This is where the connection's thread spends its life. What came before, agreeing on what to send from where, is over
+//! and off its stack: a thread keeps every page of its stack that it once touched, and a node has one for each stream.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Lanes, Server, ServerShard};
+use crate::admission;
+use crate::commit::{Commits, FollowerMarks};
+use crate::divergence::HistoryCheck;
+use crate::error::{Error, Result};
+use crate::host::{StreamKey, StreamSignals, reason_of};
+use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
+use crate::shipper::{LogLane, Shipper};
+use crate::target::BlockId;
+use crate::transport::{FrameReceiver, FrameSender, segment};
+use crate::types::ShardId;
+use crate::wal::unix_ms;
+use crate::watermark::{Waited, wait_any};
+use crate::wire::{Ack, FrameKind, Message, SessionAck, SessionKind, SessionPhase, ShardInfo, SyncRequest};
+
+/// What a stream needs that has been agreed on. Dropped from top to bottom: the stream is over before the shard's host
+/// hears of it.
+pub(super) struct Agreed<'a> {
+    pub(super) stream: Stream<'a>,
+    pub(super) leave: Option<LeaveStream<'a>>,
+    pub(super) lanes: Lanes,
+    pub(super) sender: Box<dyn FrameSender>,
+    pub(super) receiver: Box<dyn FrameReceiver>,
+    /// Among those who may be connected.
+    pub(super) _place: admission::Place,
+}
+
+impl Agreed<'_> {
+    /// Serves it until it ends.
+    pub(super) fn serve(mut self: Box<Self>) -> Result<()> {
+        let (lanes, sender) = (self.lanes, self.sender);
+        let (stream, receiver) = (&self.stream, self.receiver.as_mut());
+        match (self.leave.as_ref().map(|leave| leave.stream), lanes) {
+            (_, Lanes::None) => Ok(()),
+            (_, Lanes::Ranges) => stream.serve_ranges(sender, receiver),
+            (Some(key), lanes) => stream.serve_follower(key, lanes, sender, receiver),
+            (None, lanes) => stream.serve_tail(lanes, sender, receiver),
+        }
+    }
+}
+
+/// A stream that has been agreed on.
+pub(super) struct Stream<'a> {
+    pub(super) server: &'a Arc<Server>,
+    pub(super) peer: &'a str,
+    pub(super) request: SyncRequest,
+    pub(super) info: ShardInfo,
+    pub(super) signals: StreamSignals,
+    pub(super) of_shard: Arc<ServerShard>,
+    /// How its history compares with this one.
+    pub(super) history: Arc<HistoryCheck>,
+    /// About the rebuild, if it is one.
+    pub(super) agreement: Arc<Agreement>,
+}
+
+impl Stream<'_> {
+    /// Starts the shipper and reads acknowledgements until the stream ends.
+    fn serve_follower(
+        &self,
+        stream: StreamKey,
+        lanes: Lanes,
+        sender: Box<dyn FrameSender>,
+        receiver: &mut dyn FrameReceiver,
+    ) -> Result<()> {
+        let commits = &self.of_shard.commits;
+        let follower = commits.acknowledged().follower(self.request.node)?;
+        let shipper = self.start_shipper(stream, lanes, sender, &follower)?;
+        let result = self.read_acknowledgements(stream, commits, &follower, receiver);
+        if let Err(error) = &result {
+            let timeout = self.server.options.handshake_timeout;
+            let shard = self.request.shard;
+            self.history.end_for(error, (shard, &follower), &self.signals.over, receiver, timeout);
+        }
+        self.end_shipper(&shipper);
+        result
+    }
+
+    /// Starts the follower's shipper, once its marks say what its request did.
+    #[inline(never)]
+    fn start_shipper(
+        &self,
+        stream: StreamKey,
+        lanes: Lanes,
+        sender: Box<dyn FrameSender>,
+        follower: &Arc<FollowerMarks>,
+    ) -> Result<Arc<Shipper>> {
+        let SyncRequest { node, shard, .. } = self.request;
+        log::info!(
+            "node {node}, shard {shard}: following from LSN {} of {} ({:?}, session {}, {})",
+            self.info.start,
+            self.info.head,
+            self.info.session_kind,
+            self.info.session,
+            self.peer
+        );
+        let commits = &self.of_shard.commits;
+        self.take_initial_marks(commits, follower);
+        let (shipper, rebuild) = self.shipper(lanes, sender, Some((stream, Arc::clone(follower))))?;
+        let shipper = Arc::new(shipper);
+        commits.add_shipper(&shipper);
+        follower.stream_began();
+        let over = self.signals.over.clone();
+        let run = {
+            let shipper = Arc::clone(&shipper);
+            move || {
+                if let Err(error) = shipper.run(rebuild)
+                    && !over.is_shutdown()
+                {
+                    log::warn!("node {node}, shard {shard}: shipping ended: {error}");
+                    over.shutdown();
+                }
+            }
+        };
+        if let Err(error) = self.server.threads.spawn(format!("tl-ship-s{shard}"), run) {
+            self.end_shipper(&shipper);
+            return Err(error);
+        }
+        Ok(shipper)
+    }
+
+    /// The follower's stream is over.
+    fn end_shipper(&self, shipper: &Arc<Shipper>) {
+        self.signals.over.shutdown();
+        self.of_shard.commits.remove_shipper(shipper);
+        shipper.follower.iter().for_each(|follower| follower.stream_ended());
+    }
+
+    /// What the follower has by its request.
+    fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
+        let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
+        follower.set_divergence(None);
+        let SyncRequest { received, durable, applied, .. } = self.request;
+        commits.acknowledged().stream_begins(follower, is_rebuild, received, durable, applied, unix_ms());
+    }
+
+    fn shipper(
+        &self,
+        lanes: Lanes,
+        sender: Box<dyn FrameSender>,
+        follower: Option<(StreamKey, Arc<FollowerMarks>)>,
+    ) -> Result<(Shipper, Option<IssuedRebuild>)> {
+        let (stream, follower) = follower.unzip();
+        let (reader, rebuild) = match (lanes, stream) {
+            (Lanes::Log(place), _) => (self.of_shard.log.reader_at(place), None),
+            (Lanes::Rebuild(reader, log_goes_on, store), Some(stream)) => (
+                reader,
+                Some(IssuedRebuild {
+                    session: self.info.session,
+                    epoch: self.info.epoch,
+                    target: self.info.target,
+                    shard: self.request.shard,
+                    log_goes_on,
+                    store,
+                    places: Arc::clone(&self.server.rebuild_places),
+                    agreement: Arc::clone(&self.agreement),
+                    host: Arc::clone(&self.of_shard.host),
+                    stream,
+                }),
+            ),
+            (Lanes::None | Lanes::Ranges | Lanes::Rebuild(..), _) => {
+                return Err(Error::invalid("a stream with nothing to ship to anybody"));
+            }
+        };
+        let shipper = Shipper {
+            log: Arc::clone(&self.of_shard.log),
+            name: self.server.waiter_name(),
+            lane: LogLane::new(reader, sender),
+            commits: Arc::clone(&self.of_shard.commits),
+            history: follower.is_some().then(|| Arc::clone(&self.history)),
+            follower,
+            epoch: self.info.epoch,
+            heartbeat: self.server.options.heartbeat,
+            stream_over: self.signals.over.clone(),
+            superseded: self.signals.superseded.clone(),
+            draining: self.server.draining.clone(),
+            target: self.info.target,
+        };
+        Ok((shipper, rebuild))
+    }
+
+    fn read_acknowledgements(
+        &self,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        receiver: &mut dyn FrameReceiver,
+    ) -> Result<()> {
+        receiver.set_timeout(Some(self.server.options.peer_timeout))?;
+        loop {
+            let header = match receiver.receive_header() {
+                Ok(header) => header,
+                // The stream was ended from this side, or the follower left between two frames.
+                Err(_) if self.signals.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            match header.kind {
+                FrameKind::Ack => match receiver.receive_message_body(header)? {
+                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
+                    other => return Err(crate::receiver::refusal(self.peer, other)),
+                },
+                FrameKind::SessionAck => match receiver.receive_message_body(header)? {
+                    Message::SessionAck(ack) => self.take_session_acknowledgement(stream, commits, follower, ack)?,
+                    other => return Err(crate::receiver::refusal(self.peer, other)),
+                },
+                FrameKind::Heartbeat => {
+                    receiver.receive_message_body(header)?;
+                }
+                FrameKind::Error => {
+                    return Err(crate::receiver::refusal(self.peer, receiver.receive_message_body(header)?));
+                }
+                other => return Err(Error::protocol(self.peer, format!("{other:?} is not for a leader"))),
+            }
+        }
+    }
+
+    fn take_acknowledgement(
+        &self,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        ack: Ack,
+    ) -> Result<()> {
+        if self.signals.superseded.is_shutdown() {
+            // What the follower has now, its newer stream tells.
+            return Ok(());
+        }
+        if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
+            return Err(Error::protocol(
+                self.peer,
+                format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
+            ));
+        }
+        let ServerShard { log, host, .. } = self.of_shard.as_ref();
+        // Bytes are published just before the mark says so: an acknowledgement can be here first.
+        let written = [log.written().until(ack.received), self.signals.over.until()];
+        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
+        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
+        if !is_written || ack.durable > ack.received || ack.applied > ack.received {
+            return Err(Error::protocol(
+                self.peer,
+                format!(
+                    "it acknowledges received {}, durable {}, applied {} of a log that ends at {}",
+                    ack.received,
+                    ack.durable,
+                    ack.applied,
+                    log.head()
+                ),
+            ));
+        }
+        self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
+        commits.acknowledged().acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
+        host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
+        Ok(())
+    }
+
+    /// What the follower says about its rebuild. About another session it changes nothing.
+    fn take_session_acknowledgement(
+        &self,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        ack: SessionAck,
+    ) -> Result<()> {
+        let SyncRequest { node, shard, .. } = self.request;
+        if self.info.session_kind != SessionKind::Rebuild
+            || (ack.session, ack.epoch) != (self.info.session, self.info.epoch)
+        {
+            log::debug!("node {node}, shard {shard}: a word about session {}, which this is not", ack.session);
+            return Ok(());
+        }
+        let (host, session) = (&self.of_shard.host, self.info.session.0);
+        match ack.phase {
+            SessionPhase::Accepted => {
+                host.rebuild_progress(stream, session, 0);
+                self.agreement.begin(BlockId(ack.blocks));
+            }
+            SessionPhase::Running | SessionPhase::BaseComplete => {
+                let all = ack.phase == SessionPhase::BaseComplete;
+                let blocks = self.agreement.take_run(all).ok_or_else(|| {
+                    Error::protocol(self.peer, format!("it has taken more of session {session} than was sent"))
+                })?;
+                host.rebuild_progress(stream, session, blocks);
+            }
+            SessionPhase::MakingDurable => host.rebuild_makes_durable(stream, session),
+            SessionPhase::Failed => {
+                log::warn!("node {node}, shard {shard}: it gave up session {session}: {:?}", ack.reason);
+                host.rebuild_failed(stream, session, reason_of(ack.reason));
+            }
+            SessionPhase::Completed => self.complete_rebuild(stream, commits, follower, ack)?,
+        }
+        Ok(())
+    }
+
+    /// The follower stands where it says: it counts from now on, and the stream goes on as any other.
+    fn complete_rebuild(
+        &self,
+        stream: StreamKey,
+        commits: &Commits,
+        follower: &FollowerMarks,
+        ack: SessionAck,
+    ) -> Result<()> {
+        let SyncRequest { node, shard, .. } = self.request;
+        let log = &self.of_shard.log;
+        let written = [log.written().until(ack.achieved), self.signals.over.until()];
+        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
+        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
+        if !self.agreement.is_base_sent() || !is_written || ack.achieved < self.info.target {
+            return Err(Error::protocol(
+                self.peer,
+                format!(
+                    "it says that it completed a session at LSN {}, of a log that ends at {}, with {} to be reached",
+                    ack.achieved,
+                    log.head(),
+                    self.info.target
+                ),
+            ));
+        }
+        if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
+            // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
+            let agreed = ack.achieved.min(self.history.agreed());
+            commits.acknowledged().rebuilt(follower, agreed, unix_ms());
+            log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
+            self.agreement.accept();
+        }
+        Ok(())
+    }
+
+    /// Serves ranges of the log to a node that repairs its own.
+    fn serve_ranges(&self, mut sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
+        let idle = self.server.options.peer_timeout;
+        segment::serve_ranges(&self.of_shard.log, sender.as_mut(), receiver, idle)
+    }
+
+    /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
+    fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
+        let (shipper, rebuild) = self.shipper(lanes, sender, None)?;
+        let over = self.signals.over.clone();
+        let shard = self.request.shard;
+        self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
+            if let Err(error) = shipper.run(rebuild) {
+                log::debug!("shard {shard}: a reader's stream ended: {error}");
+            }
+            over.shutdown();
+        })?;
+        receiver.set_timeout(None)?;
+        let result = receiver.receive_header();
+        self.signals.over.shutdown();
+        match result {
+            Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Tells the shard's host that a stream is over when its thread ends, however it ends.
+pub(super) struct LeaveStream<'a> {
+    pub(super) server: &'a Server,
+    pub(super) shard: ShardId,
+    pub(super) stream: StreamKey,
+}
+
+impl Drop for LeaveStream<'_> {
+    fn drop(&mut self) {
+        if let Ok(shard) = self.server.shard(self.shard) {
+            shard.host.stream_ended(self.stream);
+        }
+    }
+}
