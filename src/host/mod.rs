@@ -177,12 +177,20 @@ impl Host {
     /// Takes in what a follower acknowledges, whose marks the caller has found to be possible.
     pub(crate) fn acknowledge(&self, stream: StreamKey, received: Lsn, durable: Lsn, applied: Lsn, chain: Chain) {
         let mut state = self.state.lock();
+        // A session that has run out of time ends first, and its stream with it: what it says is about that session, and
+        // must not be taken for a new request. The follower may be in the middle of a rebuild.
+        let now = self.settings.clock.now();
+        self.expire(&mut state, now);
         let epoch = state.assignment.epoch;
-        let Some(member) = state.member(stream.node).filter(|member| member.is_served_by(stream)) else { return };
-        if member.stream.as_ref().is_some_and(|open| open.signals.over.is_shutdown()) {
+        let serves = |member: &&mut Member| {
+            let is_over = member.stream.as_ref().is_some_and(|open| open.signals.over.is_shutdown());
+            member.is_served_by(stream) && !is_over
+        };
+        let Some(member) = state.member(stream.node).filter(serves) else {
             // What arrives on a stream that has been ended decides nothing any more.
-            return;
-        }
+            drop(state);
+            return self.settle();
+        };
         let (before, position) = member.known.note(self.shard, durable, applied, unix_ms());
         if let Some((_, pin)) = member.pins.last() {
             // A session's pin follows its follower; what lies before is needed by nobody.
@@ -198,7 +206,7 @@ impl Host {
         };
         let leader = LeaderFacts { tail: self.retention.tail(), head: state.log.head(), ..LeaderFacts::default() };
         let facts = SyncAck { epoch, replica: stream.node, follower, leader };
-        self.apply(&mut state, &Event::SyncAckReceived(facts));
+        self.apply_at(&mut state, now, &Event::SyncAckReceived(facts));
         let session = state.engine.session(stream.node);
         match session.filter(|session| session.phase.is_live()) {
             Some(session) if session.kind == SessionKind::CatchUp => {
@@ -435,17 +443,27 @@ impl Host {
 
     fn tick_at(&self, now: Millis) {
         let mut state = self.state.lock();
-        let State { engine, commands, .. } = &mut *state;
-        let _ = engine.tick(now, commands);
-        self.carry_out(&mut state);
+        self.expire(&mut state, now);
         drop(state);
         self.settle();
+    }
+
+    /// Sessions that have run out of time by `now` fail.
+    fn expire(&self, state: &mut State, now: Millis) {
+        let _ = state.engine.tick(now, &mut state.commands);
+        if !state.commands.is_empty() {
+            self.carry_out(state);
+        }
     }
 
     // Events and commands ---------------------------------------------------------------------------------------------
 
     fn apply(&self, state: &mut State, event: &Event) {
-        let outcome = state.engine.apply(self.settings.clock.now(), event, &mut state.commands);
+        self.apply_at(state, self.settings.clock.now(), event);
+    }
+
+    fn apply_at(&self, state: &mut State, now: Millis, event: &Event) {
+        let outcome = state.engine.apply(now, event, &mut state.commands);
         if let Verdict::Ignored(why) = outcome.verdict {
             log::debug!("shard {}: {} changed nothing: {why}", self.shard, event.name());
         }

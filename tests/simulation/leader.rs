@@ -237,14 +237,19 @@ impl World {
         }
     }
 
+    /// Sessions that have run out of time fail.
+    fn expire(&mut self, id: u64) {
+        let (now, mut commands) = (Millis(self.queue.now), Vec::new());
+        let _ = self.node(id).engine.tick(now, &mut commands);
+        self.carry_out(id, commands);
+    }
+
     pub fn tick_leading(&mut self, id: u64) {
         let now = self.queue.now;
         if self.node(id).leading.is_none() {
             return;
         }
-        let mut commands = Vec::new();
-        let _ = self.node(id).engine.tick(Millis(now), &mut commands);
-        self.carry_out(id, commands);
+        self.expire(id);
         let Some(leading) = self.leading(id) else { return };
         let silent: Vec<ConnectionId> = leading
             .streams
@@ -579,6 +584,11 @@ impl World {
     }
 
     fn acknowledged(&mut self, id: u64, follower: u64, ack: Ack) -> Result<(), String> {
+        // As the crate's host does: a session that has run out of time ends first, and its stream with it.
+        self.expire(id);
+        if !self.leading(id).is_some_and(|leading| leading.streams.contains_key(&follower)) {
+            return Ok(());
+        }
         let node = self.node(id);
         let Some(leading) = &mut node.leading else { return Ok(()) };
         let epoch = leading.epoch;
