@@ -22,7 +22,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -55,6 +55,8 @@ pub struct Log {
     opened: Watermark,
     ended: Watermark,
     sync: Mutex<SyncPosition>,
+    /// How often somebody came to wait for a sync. Counted by those who wait, read by whoever syncs; a hint, so relaxed.
+    sync_waits: AtomicU64,
     /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
     /// held while anybody waits for the device.
     pub(super) given_up: Mutex<GivenUp>,
@@ -88,7 +90,28 @@ struct SyncPosition {
     offset: u64,
     /// Syncs so far; what `sync_turns` says after the lock has been let go.
     turns: Lsn,
+    group: SyncGroup,
 }
+
+/// For whom the last sync was done, and how many may be back for the next.
+#[derive(Debug, Default)]
+struct SyncGroup {
+    /// What `Log::sync_waits` was when the last sync began.
+    waits: u64,
+    /// Those that it was done for, and those that came while it ran.
+    expected: u64,
+    /// How long it took.
+    took: Duration,
+    /// Syncs that wait for nobody, because the last one that did so waited in vain.
+    hasty: u32,
+}
+
+/// After waiting in vain for a larger group, so many syncs do not wait.
+const HASTY_SYNCS: u32 = 16;
+/// A sync waits for the rest of its group for no longer than this part of the time that the last one took. Writers that
+/// a sync has released are back within a fraction of it, but just after whoever is first has begun the next sync: without
+/// a wait they would form two groups in turn, and each record would wait for one sync and a half.
+const GROUP_PATIENCE: u32 = 4;
 
 impl Log {
     pub(super) fn new(
@@ -112,7 +135,13 @@ impl Log {
             sync_turns: Watermark::new(Lsn::ZERO),
             opened: Watermark::new(opened),
             ended: Watermark::new(Lsn::ZERO),
-            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, turns: Lsn::ZERO }),
+            sync_waits: AtomicU64::new(0),
+            sync: Mutex::new(SyncPosition {
+                segment: next_sync,
+                offset: 0,
+                turns: Lsn::ZERO,
+                group: SyncGroup::default(),
+            }),
             given_up: Mutex::default(),
             releasing: Mutex::default(),
             named: AtomicU64::new(0),
@@ -463,6 +492,7 @@ impl Log {
         }
         if self.synced.load() < lsn {
             self.spares.syncs_are_waited_for();
+            self.sync_waits.fetch_add(1, Ordering::Relaxed);
         }
         self.sync_through(lsn, deadline)
     }
@@ -518,12 +548,39 @@ impl Log {
     fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>, lsn: Lsn) -> Result<()> {
         // Once a sync has failed, another one may succeed although the pages are lost: it must not be tried.
         self.check_writable()?;
+        self.gather(&mut position.group);
+        let began = Instant::now();
         let result = self.sync_segments(&mut position, lsn);
+        let group = &mut position.group;
+        group.took = began.elapsed();
+        group.expected += self.sync_waits.load(Ordering::Relaxed).saturating_sub(group.waits);
         if let Err(error) = &result {
             self.set_poison(error);
         }
         self.give_turn(position);
         result
+    }
+
+    /// Lets those who were released together come back together: before a sync, for a moment, if some are missing. One
+    /// writer alone is its whole group, and waits for nobody.
+    fn gather(&self, group: &mut SyncGroup) {
+        let arrived = || self.sync_waits.load(Ordering::Relaxed);
+        let due = group.waits + group.expected;
+        if arrived() < due && group.hasty > 0 {
+            group.hasty -= 1;
+        } else if arrived() < due {
+            let until = Instant::now() + group.took / GROUP_PATIENCE;
+            while arrived() < due {
+                if Instant::now() >= until {
+                    group.hasty = HASTY_SYNCS;
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        }
+        let waits = arrived();
+        group.expected = waits - group.waits;
+        group.waits = waits;
     }
 
     /// Lets go of the sync lock. Whoever found it taken waits for this turn, so it is counted whatever the lock was taken for.

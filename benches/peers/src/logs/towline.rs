@@ -58,7 +58,7 @@ pub(super) const PEER: Peer = Peer {
 fn open(directory: &Path, known_synced: Lsn) -> Result<(Wal, LogWriter)> {
     let identity =
         LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: ShardId(0), segment_size: SEGMENT_SIZE };
-    let options = WalOptions { known_synced, ..WalOptions::default() };
+    let options = WalOptions { known_synced: known_synced.into(), ..WalOptions::default() };
     let place = directory.join("log");
     std::fs::create_dir_all(&place)?;
     let (wal, mut writer) = Wal::open(&place, identity, options)?;
