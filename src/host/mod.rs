@@ -210,13 +210,13 @@ impl Host {
         let session = state.engine.session(stream.node);
         match session.filter(|session| session.phase.is_live()) {
             Some(session) if session.kind == SessionKind::CatchUp => {
-                self.catch_up(&mut state, stream.node, &session, &facts);
+                self.catch_up(&mut state, now, &session, &facts);
             }
             Some(session) if session.kind == SessionKind::Rebuild => {
                 let Session { id: session, epoch, progress, .. } = session;
                 let progress = Progress { achieved: facts.follower.position().min(facts.leader.head), ..progress };
                 let replica = stream.node;
-                self.apply(&mut state, &progress_of(epoch, replica, session, progress));
+                self.apply_at(&mut state, now, &progress_of(epoch, replica, session, progress));
             }
             _ => {}
         }
@@ -232,17 +232,18 @@ impl Host {
     }
 
     /// An acknowledgement during a catch-up: progress, and completion once the follower's state is at the target.
-    fn catch_up(&self, state: &mut State, replica: NodeId, session: &Session, facts: &SyncAck) {
-        let (epoch, head) = (session.epoch, facts.leader.head);
+    /// All at one moment, so that the session does not run out of time in between.
+    fn catch_up(&self, state: &mut State, now: Millis, session: &Session, facts: &SyncAck) {
+        let (epoch, replica, head) = (session.epoch, facts.replica, facts.leader.head);
         let achieved = facts.follower.position().min(head);
         let progress = Progress { achieved, base_blocks: 0 };
-        self.apply(state, &progress_of(epoch, replica, session.id, progress));
+        self.apply_at(state, now, &progress_of(epoch, replica, session.id, progress));
         if achieved >= session.target {
             let durable = facts.follower.durable;
             let completed = Event::SessionCompleted { epoch, replica, session: session.id, achieved, durable, head };
-            self.apply(state, &completed);
+            self.apply_at(state, now, &completed);
             // A completion says that everything stands at what was achieved; the log itself may be further.
-            self.apply(state, &Event::SyncAckReceived(*facts));
+            self.apply_at(state, now, &Event::SyncAckReceived(*facts));
         }
     }
 

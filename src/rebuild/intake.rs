@@ -422,7 +422,8 @@ impl Intake {
         if !own.target.resumes_bases() {
             return Ok(());
         }
-        let kept = self.session.lock().kept();
+        // One that has failed, in the middle of a run perhaps, leaves nothing to go on with.
+        let Some(kept) = self.session.lock().kept() else { return Ok(()) };
         let shard = own.log.shard();
         own.target.sync(shard)?;
         let RebuildContract { epoch, base, .. } = self.contract;

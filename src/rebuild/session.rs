@@ -257,10 +257,11 @@ impl RebuildSession {
         self.fail_on_error(result)
     }
 
-    /// What an interruption now would leave, once the target has synced it.
+    /// What an interruption now would leave, once the target has synced it; none unless the session is active: of one that
+    /// has failed nobody knows what is there.
     #[must_use]
-    pub fn kept(&self) -> KeptBase {
-        KeptBase { blocks: self.next_block, applied: self.applied }
+    pub fn kept(&self) -> Option<KeptBase> {
+        self.active().then_some(KeptBase { blocks: self.next_block, applied: self.applied })
     }
 
     /// Applies the records of a batch of the local log, and marks the blocks that they touch. Records that the base holds
@@ -329,15 +330,16 @@ impl RebuildSession {
         let (RebuildPhase::Accepted | RebuildPhase::Running, Some(sink)) = (self.phase, &mut self.sink) else {
             return Err(self.out_of_place("a base block"));
         };
+        let is_wanted = self.covered.should_apply_base(block);
+        let result = if is_wanted { sink.put_block(block, bytes) } else { Ok(()) };
+        self.fail_on_error(result)?;
         self.done += 1;
         // Blocks come in ascending order; those passed over are blank.
         self.next_block = self.next_block.max(block.0.saturating_add(1));
-        if !self.covered.should_apply_base(block) {
+        if !is_wanted {
             self.skipped += 1;
             return Ok(false);
         }
-        let result = sink.put_block(block, bytes);
-        self.fail_on_error(result)?;
         if self.phase == RebuildPhase::Accepted {
             self.enter(RebuildPhase::Running)?;
         }
@@ -365,9 +367,6 @@ impl RebuildSession {
                 base.block_count
             )));
         };
-        self.done += count as u64;
-        // Blocks come in ascending order; those passed over are blank.
-        self.next_block = self.next_block.max(end);
         let (mut put, mut left, mut result) = (0, first.0..end, Ok(()));
         while result.is_ok() && !left.is_empty() {
             let wanted = |block: &u64| self.covered.should_apply_base(BlockId(*block));
@@ -382,6 +381,9 @@ impl RebuildSession {
             left.start = to;
         }
         self.fail_on_error(result)?;
+        self.done += count as u64;
+        // Blocks come in ascending order; those passed over are blank.
+        self.next_block = self.next_block.max(end);
         if put != 0 && self.phase == RebuildPhase::Accepted {
             self.enter(RebuildPhase::Running)?;
         }
@@ -688,7 +690,7 @@ mod tests {
         }
         assert_eq!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).unwrap(), 2);
         let progress = pair.session.progress();
-        assert_eq!((progress.blocks_done, progress.blocks_skipped, pair.session.kept().blocks), (3, 1, 3));
+        assert_eq!((progress.blocks_done, progress.blocks_skipped, pair.session.kept().unwrap().blocks), (3, 1, 3));
         pair.session.mark_base_complete(3).unwrap();
         assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(4)));
         for (key, value) in [(&b"one"[..], &b"1"[..]), (b"two", b"newer"), (b"three", b"3")] {
@@ -723,13 +725,15 @@ mod tests {
     fn a_new_session_supersedes_the_old_and_stale_ids_are_told_apart() {
         let mut pair = Pair::new();
         let mut old = pair.start(1);
+        let mut block = vec![1; usize::try_from(old.info().block_len).unwrap()];
+        assert!(pair.session.apply_base_blocks(BlockId(0), &block).is_err(), "it is no slot");
+        assert_eq!(pair.session.kept(), None, "of a failed session nobody knows what is there");
         let mut base = pair.start(2);
         assert!(pair.session.is(SessionId(2), Epoch(1)));
         assert!(!pair.session.is(SessionId(1), Epoch(1)) && !pair.session.is(SessionId(2), Epoch(2)));
         let sent = pair.copy(base.as_mut());
         pair.session.mark_base_complete(sent).unwrap();
         assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(2)));
-        let mut block = vec![0; usize::try_from(old.info().block_len).unwrap()];
         let run = old.next_run(&mut block).unwrap().unwrap();
         assert!(pair.session.apply_base_block(run.first, &block).is_err(), "completed");
         assert!(pair.session.mark_base_complete(1).is_err());
@@ -762,7 +766,7 @@ mod tests {
         pair.session.apply_base_block(run.first, &block).unwrap();
         pair.put(b"two", b"newer");
         pair.log_entry(3, 3).unwrap();
-        let kept = pair.session.kept();
+        let kept = pair.session.kept().unwrap();
         assert_eq!(kept, KeptBase { blocks: 1, applied: Lsn(3) });
         pair.session.cancel(SessionFailure::TransportLost);
         // The next base is older than what has been applied: the log after it marks the block of two again.

@@ -99,6 +99,8 @@ struct State {
     next_name: u64,
     /// The preparing thread is there.
     running: bool,
+    /// It could not be started when it was wanted last.
+    start_failed: bool,
     stopped: bool,
 }
 
@@ -149,29 +151,40 @@ impl Spares {
     ///
     /// [`Error::Io`] if there can be no thread for it.
     pub(super) fn begin(&self) -> Result<()> {
-        let mut state = self.state.lock();
-        self.want(&mut state);
-        state.failure.take().map_or(Ok(()), Err)
+        self.start(&mut self.state.lock())
     }
 
-    /// Has the preparing thread look at what is wanted; starts it if it has ended.
+    /// Has the preparing thread look at what is wanted; starts it if it has ended. Where it cannot be started, only those
+    /// who wait are told: for the others it was a help, and they ask again.
     fn want(&self, state: &mut State) {
-        if state.running {
-            self.wanted.notify_one();
-            return;
+        let result = self.start(state);
+        if let Err(error) = &result
+            && !state.start_failed
+        {
+            log::warn!("shard {}: no segments are prepared: {error}", self.shard);
         }
-        let Some(this) = self.this.upgrade().filter(|_| !state.stopped) else { return };
-        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(PREPARING_STACK);
-        // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
-        match thread.spawn(move || this.run()) {
-            Ok(_) => state.running = true,
-            Err(error) => {
-                log::warn!("shard {}: cannot start a thread to prepare segments: {error}", self.shard);
-                state.failure = Some(Error::io("start a thread for", &self.directory)(error));
-                state.failed = true;
+        state.start_failed = result.is_err();
+        if let Err(error) = result {
+            // It would keep its segment from being used again.
+            state.populate = None;
+            if state.waiting || state.awaited > 0 {
+                state.failure = Some(error);
                 self.made.notify_all();
             }
         }
+    }
+
+    fn start(&self, state: &mut State) -> Result<()> {
+        if state.running {
+            self.wanted.notify_one();
+            return Ok(());
+        }
+        let Some(this) = self.this.upgrade().filter(|_| !state.stopped) else { return Ok(()) };
+        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(PREPARING_STACK);
+        // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
+        thread.spawn(move || this.run()).map_err(Error::io("start a thread for", &self.directory))?;
+        state.running = true;
+        Ok(())
     }
 
     /// Takes a spare, waiting for one if need be.
@@ -376,8 +389,9 @@ impl Spares {
             if let Some((segment, range)) = state.populate.take() {
                 return Work::Populate(segment, range);
             }
-            // A file without a name takes room until its mapping goes. A writer without a spare comes first, but not for ever.
-            if (!state.ready.is_empty() || !state.refilling || state.unmapped.len() > MOST_UNMAPPED)
+            // A file without a name takes room until its mapping goes. A writer without a spare comes first, but not for ever,
+            // and not where it may be that very room that there is none of.
+            if (!state.ready.is_empty() || !state.refilling || state.failed || state.unmapped.len() > MOST_UNMAPPED)
                 && let Some(segment) = state.unmapped.pop()
             {
                 return Work::Unmap(segment);
@@ -486,14 +500,20 @@ impl Spares {
     }
 }
 
-/// The preparing thread while it runs: should it panic, those who wait for its end do not wait for ever.
+/// The preparing thread while it runs: should it panic, those who wait for a spare or for its end do not wait for ever.
 struct Running<'a>(&'a Spares);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            log::error!("the preparing thread of shard {} panicked", self.0.shard);
-            self.0.is_over(&mut self.0.state.lock());
+            let panicked = std::io::Error::other("the preparing thread panicked");
+            let error = Error::io("prepare a segment in", &self.0.directory)(panicked);
+            log::error!("shard {}: {error}", self.0.shard);
+            let mut state = self.0.state.lock();
+            state.preparing = false;
+            state.failure = Some(error);
+            self.0.made.notify_all();
+            self.0.is_over(&mut state);
         }
     }
 }

@@ -72,6 +72,8 @@ pub(crate) struct SegmentFile {
     filled: usize,
     /// Where in the file `buffer` begins.
     buffered_from: u64,
+    /// No batch of more bytes is taken into memory.
+    pub(super) most: usize,
     /// What another thread has found out about its batches, for whoever looks at them next.
     pub(super) ahead: Option<WalkedAhead>,
 }
@@ -85,7 +87,16 @@ impl SegmentFile {
 
     /// The first `len` bytes of what need not be a file, under a name for errors.
     pub(crate) fn over(path: &Path, len: u64, file: Box<dyn ReadAt>) -> SegmentFile {
-        SegmentFile { path: path.to_owned(), len, file, buffer: Vec::new(), filled: 0, buffered_from: 0, ahead: None }
+        SegmentFile {
+            path: path.to_owned(),
+            len,
+            file,
+            buffer: Vec::new(),
+            filled: 0,
+            buffered_from: 0,
+            most: usize::MAX,
+            ahead: None,
+        }
     }
 
     /// The bytes from `at` on: `wanted` of them or more, fewer only where the file ends.
@@ -94,9 +105,14 @@ impl SegmentFile {
         if let Some(start) = self.position_in_buffer(at, wanted) {
             return Ok(&self.buffer[start..self.filled]);
         }
-        let wanted = usize::try_from(wanted).map_err(|_| {
-            Error::corrupt(&self.path, at, None, "a batch is too large for this machine's memory".to_owned())
-        })?;
+        let Some(wanted) = usize::try_from(wanted).ok().filter(|wanted| *wanted <= self.most) else {
+            return Err(Error::corrupt(
+                &self.path,
+                at,
+                None,
+                "a batch is too large for this machine's memory".to_owned(),
+            ));
+        };
         // What is in the buffer already moves to its beginning; the rest is read behind it.
         let kept = self.position_in_buffer(at, 0).unwrap_or(self.filled)..self.filled;
         self.filled = kept.len();

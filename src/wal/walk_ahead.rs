@@ -19,6 +19,10 @@ use crate::wal::recovery::LogIdentity;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Listing, SegmentFile, Walked};
 
+/// Bytes of a batch that each thread takes into memory. A segment with a larger one is left to recovery, so that opening
+/// a log takes no more memory than the largest batch, and this for each thread.
+const MOST_AT_A_TIME: usize = 4 << 20;
+
 /// What stands in a segment, taken its header for true.
 #[derive(Clone, Debug)]
 pub(super) struct WalkedAhead {
@@ -82,6 +86,7 @@ fn take<'a>(next: &AtomicUsize, listed: &'a Listing) -> Option<(usize, &'a (WalS
 
 fn walk_one(id: WalSegmentId, path: &Path, identity: &LogIdentity) -> Option<WalkedAhead> {
     let mut file = SegmentFile::open(path).ok()?;
+    file.most = MOST_AT_A_TIME;
     let header = file.header().ok()?.ok()?;
     let is_usual = header.id == id && identity.check(&header).is_ok() && file.len <= header.segment_size;
     if is_usual { WalkedAhead::of(&mut file, &header).ok() } else { None }

@@ -56,8 +56,10 @@ impl Disk {
         let mut image = newest.clone();
         for at in (PAGE..newest.len()).step_by(PIECE) {
             let copy = &self.copies[choose(self.copies.len())];
-            let zeros = [0; PIECE];
-            image[at..at + PIECE].copy_from_slice(copy.get(at..at + PIECE).unwrap_or(&zeros));
+            let piece = &mut image[at..newest.len().min(at + PIECE)];
+            let there = copy.get(at..copy.len().min(at + piece.len())).unwrap_or_default();
+            piece.fill(0);
+            piece[..there.len()].copy_from_slice(there);
         }
         image
     }
