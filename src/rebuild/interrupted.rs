@@ -4,14 +4,14 @@
 //! everything that it speaks of has been made durable, and removed, durably, before a rebuild begins anew and empties the
 //! target. It never makes a rebuild possible that would not be otherwise: where it is missing or damaged, another begins.
 //!
-//! # Format, version 1
+//! # Format, version 2
 //!
 //! 48 bytes, little-endian.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
 //! | 0 | 8 | `magic` | the bytes `TOWLREB` and a zero |
-//! | 8 | 2 | `version` | 1 |
+//! | 8 | 2 | `version` | 2; 1 is read too |
 //! | 10 | 2 | `shard` | the shard |
 //! | 12 | 4 | `block_len` | bytes of each block |
 //! | 16 | 8 | `epoch` | the leader's term under which every block came |
@@ -21,6 +21,11 @@
 //! | 44 | 4 | `crc` | CRC-32 (IEEE) of everything before it |
 //!
 //! It is valid exactly if its length, magic, CRC and version are right and reserved bytes are 0.
+//!
+//! Version 1 is the same but for its number. Programs that wrote it kept blocks only in slots that the header of the
+//! store's file counts. Since version 2 a file reaches past those while a base comes; a program that knows version 1
+//! alone would write zeros over such blocks and believe that it has them, so it must find this file invalid and begin
+//! anew.
 
 use std::io;
 use std::path::Path;
@@ -32,7 +37,9 @@ use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::segment::sync_directory;
 
 const MAGIC: [u8; 8] = *b"TOWLREB\0";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+/// The oldest version that is read.
+const OLDEST_VERSION: u16 = 1;
 const LEN: usize = 48;
 
 /// How far an interrupted rebuild had come.
@@ -105,7 +112,7 @@ fn decode(bytes: &[u8]) -> Result<Interrupted, String> {
     if crc != computed {
         return Err(format!("its checksum is {crc:08x}, but its bytes give {computed:08x}"));
     }
-    if u16_at(8) != VERSION || u32_at(40) != 0 {
+    if !(OLDEST_VERSION..=VERSION).contains(&u16_at(8)) || u32_at(40) != 0 {
         return Err(format!("version {} with reserved bytes {:08x}", u16_at(8), u32_at(40)));
     }
     Ok(Interrupted {
@@ -127,15 +134,41 @@ mod tests {
         kept: KeptBase { blocks: 0x0102_0304_0506, applied: Lsn(9) },
     };
 
+    fn with_version(version: u16) -> Vec<u8> {
+        let mut bytes = SAMPLE.encode();
+        bytes[8..10].copy_from_slice(&version.to_le_bytes());
+        let crc = crc32fast::hash(&bytes[..44]);
+        bytes[44..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
     /// These bytes are on disks: they decode for ever.
     #[test]
     fn golden_bytes() {
-        let hex: String = SAMPLE.encode().iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(
-            &hex[..88],
-            "544f574c52454200010003006800000005000000000000000605040302010000090000000000000000000000"
-        );
-        assert_eq!(decode(&SAMPLE.encode()), Ok(SAMPLE));
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        for (version, bytes, golden) in [
+            (
+                1,
+                with_version(1),
+                "544f574c52454200010003006800000005000000000000000605040302010000090000000000000000000000",
+            ),
+            (
+                2,
+                SAMPLE.encode(),
+                "544f574c52454200020003006800000005000000000000000605040302010000090000000000000000000000",
+            ),
+        ] {
+            assert_eq!(&hex(&bytes)[..88], golden, "version {version}");
+            assert_eq!(decode(&bytes), Ok(SAMPLE), "version {version}");
+        }
+    }
+
+    #[test]
+    fn versions_that_are_not_known_are_refused() {
+        for version in [0, 3, u16::MAX] {
+            let reason = decode(&with_version(version)).unwrap_err();
+            assert!(reason.contains(&format!("version {version}")), "{reason}");
+        }
     }
 
     #[test]
