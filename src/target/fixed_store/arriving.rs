@@ -16,6 +16,7 @@ use super::format::Slot;
 use super::reader::fill;
 use super::shard::Shard;
 use crate::error::{Error, Result};
+use crate::limits::{self, PAGE_LEN};
 use crate::types::Lsn;
 use crate::wal::segment::{write_in_pages, zero_in_pages};
 
@@ -40,7 +41,9 @@ impl Shard {
         let end = self.layout.slot_offset(touched);
         let len = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
         if len > end {
-            self.file.set_len(end).map_err(Error::io("cut", &self.path))?;
+            // Where a file cannot be cut while it is mapped, zeros do as well.
+            let cut = self.file.set_len(end).or_else(|_| zero_in_pages(&self.file, end..len));
+            cut.map_err(Error::io("cut", &self.path))?;
         }
         let arriving = writer.arriving.insert(Arriving { filled: mapped, touched, there: Vec::new() });
         self.fill_blanks(arriving, kept)
@@ -115,28 +118,30 @@ impl Shard {
         Ok(())
     }
 
-    /// Real zeros for every slot below `end` that was not written.
+    /// Real zeros for what was not written of every slot below `end`: whole slots, and after a power cut also single pages
+    /// of slots that were written with zeros in them.
     fn fill_blanks(&self, arriving: &mut Arriving, end: u64) -> Result<()> {
         let slot_len = self.layout.slot_len();
-        let zero = |from: u64, to: u64| {
-            let range = self.layout.slot_offset(from)..self.layout.slot_offset(to);
-            zero_in_pages(&self.file, range).map_err(Error::io("extend", &self.path))
-        };
+        let zero = |range| zero_in_pages(&self.file, range).map_err(Error::io("extend", &self.path));
         let written_to = end.min(arriving.touched);
         while arriving.filled < written_to {
             let most = (LOOK_LEN / slot_len).max(1);
             let count = usize::try_from(written_to - arriving.filled).unwrap_or(most).min(most);
             arriving.there.resize(count * slot_len, 0);
             self.read_unmapped(arriving.filled, &mut arriving.there)?;
-            for (slot, bytes) in (arriving.filled..).zip(arriving.there.chunks_exact(slot_len)) {
-                if bytes.iter().all(|&byte| byte == 0) {
-                    zero(slot, slot + 1)?;
+            let (mut at, mut rest) = (self.layout.slot_offset(arriving.filled), arriving.there.as_slice());
+            while !rest.is_empty() {
+                let (page, behind) = rest.split_at(limits::index(PAGE_LEN - at % PAGE_LEN).min(rest.len()));
+                let to = at + page.len() as u64;
+                if page.iter().all(|&byte| byte == 0) {
+                    zero(at..to)?;
                 }
+                (at, rest) = (to, behind);
             }
             arriving.filled += count as u64;
         }
         if arriving.filled < end {
-            zero(arriving.filled, end)?;
+            zero(self.layout.slot_offset(arriving.filled)..self.layout.slot_offset(end))?;
             arriving.filled = end;
         }
         arriving.touched = arriving.touched.max(arriving.filled);
@@ -178,7 +183,7 @@ mod tests {
     use std::fs;
 
     use super::super::tests::{Log, OPTIONS, contents};
-    use super::super::{FixedStore, shard_path};
+    use super::super::{FixedStore, FixedStoreOptions, shard_path};
     use crate::target::fixed_store::format::Operation;
     use crate::target::{BlockId, KeptBase, ReplicationTarget};
     use crate::types::ShardId;
@@ -242,6 +247,44 @@ mod tests {
         leader.close().unwrap();
         follower.close().unwrap();
         assert!(fs::read(shard_path(&here, 0)).unwrap()[4096..] == fs::read(shard_path(&there, 0)).unwrap()[4096..]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn pages_of_zeros_within_slots_are_written_too() {
+        use std::os::unix::fs::MetadataExt;
+        let directory = tempfile::tempdir().unwrap();
+        let options = FixedStoreOptions { value_len: 60_000, ..OPTIONS };
+        let (leader, log) = (FixedStore::open(&directory.path().join("leader"), &options).unwrap(), Log::default());
+        (0..20).for_each(|key| put(&leader, &log, key, "short"));
+        let (info, runs) = (leader.open_base(SHARD).unwrap().info(), runs(&leader, 10));
+        let there = directory.path().join("follower");
+        let follower = FixedStore::open(&there, &options).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        sink.put_blocks(runs[0].0, info.block_len as usize, &runs[0].1).unwrap();
+        follower.sync(SHARD).unwrap();
+        drop((sink, follower));
+        // What a power cut can leave: only what is not zero has reached the device.
+        let path = shard_path(&there, 0);
+        let image = fs::read(&path).unwrap();
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(image.len() as u64).unwrap();
+        for (at, page) in image.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|&byte| byte != 0)) {
+            crate::wal::segment::write_all_at(&file, page, at as u64 * 4096).unwrap();
+        }
+        assert!(file.metadata().unwrap().blocks() * 512 < image.len() as u64, "there are holes");
+
+        let follower = FixedStore::open(&there, &options).unwrap();
+        let kept = KeptBase { blocks: 10, applied: info.base_lsn };
+        let mut sink = follower.resume_base(SHARD, info, kept).unwrap();
+        sink.check_kept().unwrap();
+        for (first, blocks) in &runs[1..] {
+            sink.put_blocks(*first, info.block_len as usize, blocks).unwrap();
+        }
+        sink.complete(info.base_lsn).unwrap();
+        let metadata = file.metadata().unwrap();
+        assert!(metadata.blocks() * 512 >= metadata.len(), "a store to a mapped slot needs no room");
+        assert_eq!(contents(&follower), contents(&leader));
     }
 
     #[test]
