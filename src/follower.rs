@@ -10,7 +10,8 @@
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-retain` | one | waiting for a new segment, or for the checkpoint |
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
-//! | `tl-prep-s…`, `tl-sync-s…` | one a shard | see [`crate::wal`] |
+//! | `tl-sync-s…` | one a shard | see [`crate::wal`] |
+//! | `tl-prep-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

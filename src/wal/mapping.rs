@@ -3,7 +3,8 @@
 //! # Invariants
 //!
 //! 1. **Length.** A mapping is as long as its file, and the file keeps its length and its allocated blocks for as
-//!    long as the mapping lives: files are filled with real zeros before they are mapped, nobody truncates them, and
+//!    long as the mapping lives: before anything is stored to a mapping its file is filled, with real zeros or by having
+//!    every page touched in a call that fails where there is no room ([`Mapping::populate`]); nobody truncates it, and
 //!    the lock of the log's directory keeps others out. So no access can fault for want of room, except where the
 //!    file system must find new blocks for every overwrite; a device that cannot read a page back is the other way to
 //!    lose the process. A file that is still to be filled through the file itself ([`SegmentWriter::use_file_only`]) has

@@ -16,8 +16,9 @@
 //!
 //! # Threads
 //!
-//! Each open log has two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
-//! Both park when there is nothing to do and end when the [`Wal`] is closed or dropped. While a log is being opened, its
+//! One syncs what nobody waits for (see [`SyncPolicy`]), parks when there is nothing to do and ends when the [`Wal`] is
+//! closed or dropped. One more prepares segments ahead of need: it is there while something is wanted of it, ends when
+//! nothing has been for a while, and is started again by whoever wants something. While a log is being opened, its
 //! segments are checked by as many threads as there are processors, at most eight.
 
 use std::fs::File;
