@@ -255,7 +255,7 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let directory = tempfile::tempdir().unwrap();
         let options = FixedStoreOptions { value_len: 60_000, ..OPTIONS };
-        let (leader, log) = (FixedStore::open(&directory.path().join("leader"), &options).unwrap(), Log::default());
+        let (leader, log) = (FixedStore::open(directory.path().join("leader"), &options).unwrap(), Log::default());
         (0..20).for_each(|key| put(&leader, &log, key, "short"));
         let (info, runs) = (leader.open_base(SHARD).unwrap().info(), runs(&leader, 10));
         let there = directory.path().join("follower");
