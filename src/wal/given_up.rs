@@ -10,6 +10,7 @@
 //! |---|---|---|
 //! | has its header | any | the log begins there; what was set aside goes |
 //! | has none, or there is no segment | one with a header | the newest of these gets its name back, and the log begins there |
+//! | has none | none with a header, one that begins with LSN 1 | that gets its name back: nothing was ever called synced, and recovery cuts the log there unless it finds otherwise |
 //! | has none | none | refuse, as ever |
 //!
 //! What was called synced is safe with that: a record that was is in the log that is opened, or had been given up before
@@ -251,7 +252,9 @@ pub(super) fn restore(
     for (index, path) in others.iter().enumerate() {
         let Some(id) = name_before(path).and_then(|name| name.parse::<WalSegmentId>().ok()) else { continue };
         let is_newer = found.is_none_or(|(newest, _)| newest.first_lsn < id.first_lsn);
-        if is_newer && segments.first().is_none_or(|(first, _)| id.first_lsn < first.first_lsn) && has_header(id, path)?
+        if is_newer
+            && segments.first().is_none_or(|(first, _)| id.first_lsn < first.first_lsn)
+            && (id.first_lsn == Lsn::FIRST || has_header(id, path)?)
         {
             found = Some((id, index));
         }
@@ -406,11 +409,9 @@ mod tests {
             assert!(log.given_up.lock().aside.len() <= 2);
             let left = after_a_power_cut(&now, &durable);
             let synced = log.synced().load();
-            if synced > Lsn::ZERO {
-                let (again, _writer) = open(left.path());
-                assert!(again.log().head() >= synced, "round {round}: {} of {synced}", again.log().head());
-                assert!(again.log().tail() <= synced.next());
-            }
+            let (again, _writer) = open(left.path());
+            assert!(again.log().head() >= synced, "round {round}: {} of {synced}", again.log().head());
+            assert!(again.log().tail() <= synced.next());
         }
         assert!(kept_aside > 10);
     }
