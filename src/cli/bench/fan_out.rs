@@ -65,6 +65,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 })
                 .run(bench)?;
         }
+        let count = bench.volume(256 << 20, 16 << 20) / size;
         let steady = |followers| {
             let record = &record;
             move || append_to_nodes(bench, followers, size, count, |writer| append_steadily(writer, record, count))

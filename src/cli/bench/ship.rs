@@ -13,6 +13,7 @@ use super::recover::rate;
 use super::report::{Contest, Sample, Unit};
 use super::{BATCH_OVERHEAD, Bench, Result, streams};
 
+const READY: &str = "append, stream, receive with checksum, pages writable";
 const FRESH: &str = "append, stream, receive with checksum, fresh pages at both ends";
 const WRITE: &str = "append to fresh pages, stream, receive with checksum and write to a file";
 
@@ -32,7 +33,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         // Twice as many as are used: replenishing begins when half are gone.
         let spare_segments = 2 * (usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 2);
         Contest::new("ship", size, Unit::MegabytesPerSecond)
-            .bare("append, stream, receive with checksum, pages writable", || {
+            .bare(READY, || {
                 let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
                 log.make_writable();
                 copy.make_writable();
@@ -63,19 +64,15 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 streams::append_and_stream_to_file(log.bytes_mut(), &mut file, &record)?;
                 Ok(rate(bytes, began))
             })
-            .ours(
-                "spares ready",
-                &["append, stream, receive with checksum, pages writable", "stream only, pages writable"],
-                || {
-                    let wal = WalOptions {
-                        sync: SyncPolicy::Never,
-                        spare_segments,
-                        populate_ahead: segment_size,
-                        ..WalOptions::default()
-                    };
-                    ours(bench, Settings { wal, ..Settings::with_segments_of(segment_size) }, &record, count)
-                },
-            )
+            .ours("spares ready", &[READY, "stream only, pages writable", FRESH], || {
+                let wal = WalOptions {
+                    sync: SyncPolicy::Never,
+                    spare_segments,
+                    populate_ahead: segment_size,
+                    ..WalOptions::default()
+                };
+                ours(bench, Settings { wal, ..Settings::with_segments_of(segment_size) }, &record, count)
+            })
             .ours("defaults", &[FRESH, WRITE], || ours(bench, Settings::with_segments_of(segment_size), &record, count))
             .run(bench)?;
     }
