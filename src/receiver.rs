@@ -36,7 +36,7 @@ use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
 use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};
-use crate::shutdown::ShutdownSignal;
+use crate::shutdown::{ShutdownGuard, ShutdownSignal};
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
 use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
@@ -54,6 +54,15 @@ const ACK_EVERY: u64 = 256 * 1024;
 const ACK_LINGER: Duration = Duration::from_millis(20);
 /// A stream that lasted this long made stable progress: the next failure is the first again.
 const STABLE: Duration = Duration::from_secs(10);
+
+/// A stream that has been agreed on.
+struct Agreed {
+    peer: String,
+    sender: Box<dyn FrameSender>,
+    receiver: Box<dyn FrameReceiver>,
+    info: ShardInfo,
+    _close_at_stop: ShutdownGuard,
+}
 
 /// The receiver of one shard of a follower.
 pub(crate) struct Receiver {
@@ -104,9 +113,17 @@ impl Receiver {
         if !self.own.awaits_leader {
             self.own.ensure_applier()?;
         }
-        let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
         let over = self.own.node.stop.child();
-        let _close_at_stop = over.on_shutdown(move || closer.close());
+        let agreed = self.agree(&over)?;
+        self.run_agreed(agreed, &over)
+    }
+
+    /// Connects, and agrees with the leader on how this log goes on. What that takes is gone from the stack before the long
+    /// time of following begins: a thread keeps every page of its stack that it once touched.
+    #[inline(never)]
+    fn agree(&mut self, over: &ShutdownSignal) -> Result<Box<Agreed>> {
+        let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
+        let close_at_stop = over.on_shutdown(move || closer.close());
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
         self.own.awaits_leader = false;
         if info.session_kind != SessionKind::Rebuild {
@@ -116,9 +133,16 @@ impl Receiver {
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
+        Ok(Box::new(Agreed { peer, sender, receiver, info, _close_at_stop: close_at_stop }))
+    }
+
+    /// Follows as agreed, until the stream ends.
+    #[inline(never)]
+    fn run_agreed(&mut self, agreed: Box<Agreed>, over: &ShutdownSignal) -> Result<()> {
+        let Agreed { peer, mut sender, mut receiver, info, _close_at_stop } = *agreed;
         let intake = match info.session_kind {
             SessionKind::Rebuild => {
-                Some(Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), &over)?)
+                Some(Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), over)?)
             }
             _ => None,
         };
@@ -130,7 +154,7 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_ref(), &over);
+        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_ref(), over);
         if let Some(intake) = &intake {
             intake.end(&mut self.own);
         }
@@ -138,6 +162,7 @@ impl Receiver {
     }
 
     /// The threads of a stream that has been agreed on.
+    #[inline(never)]
     fn run_stream(
         &mut self,
         peer: &str,

@@ -320,4 +320,8 @@ fn check_size(identity: &LogIdentity) -> Result<()> {
 /// Stack of the crate's threads: they call no user code but a target's and keep buffers on the heap.
 pub(crate) const THREAD_STACK: usize = 256 * 1024;
 
+/// Stack of threads that are there on demand. More than they need: the C library keeps the stacks of threads that have
+/// ended, with the pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
+const ON_DEMAND_STACK: usize = if cfg!(target_pointer_width = "64") { 4 << 20 } else { 1 << 20 };
+
 const _: () = assert!(SEGMENT_HEADER_LEN == segment::HEADER_PAGE as u64);

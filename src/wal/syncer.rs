@@ -9,17 +9,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::wal::Log;
+use crate::wal::{Log, ON_DEMAND_STACK};
 #[cfg(doc)]
 use crate::watermark::Watermark;
 use crate::watermark::{WaitStrategy, Waited, wait_any};
 
 /// How long the thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(2);
-/// Room of the thread. More than it needs: the C library keeps the stacks of threads that have ended, with the pages they
-/// touched, up to a number of bytes, so of larger ones it keeps fewer.
-const STACK: usize = 1 << 20;
-
 /// Whether a log has its sync thread now.
 #[derive(Debug, Default)]
 pub(super) struct Syncer {
@@ -52,7 +48,7 @@ fn start(log: &Arc<Log>) {
     if *running || log.check_writable().is_err() {
         return;
     }
-    let thread = std::thread::Builder::new().name(format!("tl-sync-s{}", log.shard())).stack_size(STACK);
+    let thread = std::thread::Builder::new().name(format!("tl-sync-s{}", log.shard())).stack_size(ON_DEMAND_STACK);
     let syncing = Arc::clone(log);
     // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
     match thread.spawn(move || run(&syncing)) {
