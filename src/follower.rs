@@ -329,8 +329,8 @@ impl Follower {
             own.ensure_applier()?;
         }
         let following = Arc::clone(&self.following);
+        let mut receiver = Box::new(Receiver { own });
         self.threads.spawn(format!("tl-recv-s{shard}"), move || {
-            let mut receiver = Receiver { own };
             if let Err(error) = receiver.run() {
                 following.fail(shard, error);
             }

@@ -140,12 +140,7 @@ impl Receiver {
     #[inline(never)]
     fn run_agreed(&mut self, agreed: Box<Agreed>, over: &ShutdownSignal) -> Result<()> {
         let Agreed { peer, mut sender, mut receiver, info, _close_at_stop } = *agreed;
-        let intake = match info.session_kind {
-            SessionKind::Rebuild => {
-                Some(Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), over)?)
-            }
-            _ => None,
-        };
+        let intake = self.take_on_rebuild(&info, (sender.as_mut(), receiver.as_mut()), over)?;
         let next = self.own.writer()?.end().head.next();
         log::info!(
             "shard {}: following {peer} from LSN {next} (leader has {} to {}, epoch {})",
@@ -154,11 +149,25 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_ref(), over);
+        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_deref(), over);
         if let Some(intake) = &intake {
             intake.end(&mut self.own);
         }
         result
+    }
+
+    /// What takes in the base, if the stream begins with a rebuild.
+    #[inline(never)]
+    fn take_on_rebuild(
+        &mut self,
+        info: &ShardInfo,
+        stream: (&mut dyn FrameSender, &mut dyn FrameReceiver),
+        over: &ShutdownSignal,
+    ) -> Result<Option<Box<Intake>>> {
+        match info.session_kind {
+            SessionKind::Rebuild => Ok(Some(Box::new(Intake::take_on(&mut self.own, info, stream, over)?))),
+            _ => Ok(None),
+        }
     }
 
     /// The threads of a stream that has been agreed on.
@@ -171,7 +180,8 @@ impl Receiver {
         intake: Option<&Intake>,
         over: &ShutdownSignal,
     ) -> Result<()> {
-        let lane = &AckLane::new(&mut self.own, sender, info)?;
+        let lane = AckLane::new(&mut self.own, sender, info)?;
+        let lane = lane.as_ref();
         let completion = intake.map(|_| Completion::of(&self.own)).transpose()?;
         let shard = self.own.shard;
         let thread =
@@ -188,15 +198,8 @@ impl Receiver {
                 started = thread("rebuild").spawn_scoped(scope, run).map(|_| ()).map_err(failed);
             }
             let result = started.and_then(|()| self.receive(peer, receiver, (lane, &acknowledge), intake));
-            if let (Some(intake), Err(error)) = (intake, &result)
-                && let Some(word) = intake.failure_word(error)
-            {
-                let _ = lane.send_message(&word);
-            }
-            if let Err(error) = &result
-                && let Some(refusal) = refusal_for(error)
-            {
-                let _ = lane.send_message(&Message::Error(refusal));
+            if let Err(error) = &result {
+                lane.say_why(error, intake);
             }
             lane.stop(over);
             // What another thread met first is the cause: it closes the stream under the receiver.
@@ -341,17 +344,11 @@ impl Receiver {
                     lane.is_busy.store(false, Ordering::SeqCst);
                 }
                 FrameKind::Heartbeat => {
-                    if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
-                        self.own.state.set_leader_head(beat.head);
-                        lane.compare(peer, self.own.shard, &beat)?;
-                        lane.answer()?;
-                    }
+                    self.take_heartbeat(peer, receiver, header, lane)?;
+                    lane.answer()?;
                 }
                 FrameKind::CaughtUp => {
-                    if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
-                        self.own.state.set_leader_head(caught_up.head);
-                        log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
-                    }
+                    self.take_caught_up(peer, receiver, header)?;
                 }
                 FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
                 kind => match intake {
@@ -362,7 +359,32 @@ impl Receiver {
         }
     }
 
+    #[inline(never)]
+    fn take_heartbeat(
+        &self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        lane: &AckLane,
+    ) -> Result<()> {
+        if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
+            self.own.state.set_leader_head(beat.head);
+            lane.compare(peer, self.own.shard, &beat)?;
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn take_caught_up(&self, peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<()> {
+        if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
+            self.own.state.set_leader_head(caught_up.head);
+            log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
+        }
+        Ok(())
+    }
+
     /// A frame of the base lane, or about the session.
+    #[inline(never)]
     fn take_in_base(
         &mut self,
         intake: &Intake,
@@ -496,14 +518,15 @@ struct LaneState {
 }
 
 impl AckLane {
-    fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, info: &ShardInfo) -> Result<AckLane> {
+    #[inline(never)]
+    fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, info: &ShardInfo) -> Result<Box<AckLane>> {
         let ShardInfo { epoch, session, .. } = *info;
         let heartbeat = own.node.options.heartbeat;
         let is_rebuild = info.session_kind == SessionKind::Rebuild;
         let end = own.writer()?.end();
         let nothing =
             Ack { received: Lsn::ZERO, durable: Lsn::ZERO, applied: Lsn::ZERO, chain: end.chain, epoch, session };
-        Ok(AckLane {
+        Ok(Box::new(AckLane {
             log: own.log()?,
             applied: Arc::clone(&own.applied),
             epoch,
@@ -525,12 +548,23 @@ impl AckLane {
             is_acknowledging: AtomicBool::new(false),
             is_busy: AtomicBool::new(false),
             failure: Mutex::new(None),
-        })
+        }))
     }
 
     /// Sends something else than an acknowledgement.
     pub(crate) fn send_message(&self, message: &Message) -> Result<()> {
         self.state.lock().sender.send_message(message)
+    }
+
+    /// Tells the leader why the stream ends, as well as may be.
+    #[inline(never)]
+    fn say_why(&self, error: &Error, intake: Option<&Intake>) {
+        if let Some(word) = intake.and_then(|intake| intake.failure_word(error)) {
+            let _ = self.send_message(&word);
+        }
+        if let Some(refusal) = refusal_for(error) {
+            let _ = self.send_message(&Message::Error(refusal));
+        }
     }
 
     /// Checks and publishes what has arrived; who waits for it is yet to be woken. Under the lock, so that no acknowledgement is made between the log's mark
