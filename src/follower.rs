@@ -5,8 +5,8 @@
 //! | thread | how many | blocks in |
 //! |---|---|---|
 //! | `tl-recv-s…` | one a shard | reading its socket, or waiting to connect again |
-//! | `tl-ack-s…` | one a shard while connected | waiting for the synced or the applied mark |
-//! | `tl-apply-s…` | one a shard | waiting for the written mark, or in the target |
+//! | `tl-ack-s…` | one a shard while log arrives | waiting for the synced or the applied mark |
+//! | `tl-apply-s…` | one a shard, if the target takes records | waiting for the written mark, or in the target |
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-retain` | one | waiting for a new segment, or for the checkpoint |
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
@@ -330,8 +330,8 @@ impl Follower {
             own.ensure_applier()?;
         }
         let following = Arc::clone(&self.following);
+        let mut receiver = Box::new(Receiver { own });
         self.threads.spawn(format!("tl-recv-s{shard}"), move || {
-            let mut receiver = Receiver { own };
             if let Err(error) = receiver.run() {
                 following.fail(shard, error);
             }

@@ -11,8 +11,12 @@
 //!
 //! Three marks go back in one frame: received, durable, applied. The receiver sends one when nothing more has arrived,
 //! or after a stretch of log while more keeps arriving. A second thread, the acknowledger, sends what moves without
-//! it: the durable mark after a sync in the background, the applied mark behind the applier, and a sign of life when
-//! nothing moves. Both use the one sender behind a lock, held for one small frame.
+//! it: the durable mark after a sync in the background, the applied mark behind the applier, and a sign of life while the
+//! receiver is at something. Both use the one sender behind a lock, held for one small frame.
+//!
+//! The acknowledger is there while log arrives, and until it has found, a heartbeat after the last acknowledgement, that
+//! all that was received is durable, applied and acknowledged. On a quiet stream the receiver answers the leader's
+//! heartbeats instead; a leader that beats more slowly than this node has the acknowledger stay.
 //!
 //! While somebody at the leader waits for durability, the receiver syncs by itself before it acknowledges, if nothing
 //! more has arrived: the acknowledgement then crosses no other thread. Otherwise the log's sync thread does it beside
@@ -32,7 +36,7 @@ use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
 use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};
-use crate::shutdown::ShutdownSignal;
+use crate::shutdown::{ShutdownGuard, ShutdownSignal};
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
 use crate::types::{Chain, Epoch, Lsn, ShardId};
 use crate::wal::{Log, LogWriter};
@@ -50,6 +54,15 @@ const ACK_EVERY: u64 = 256 * 1024;
 const ACK_LINGER: Duration = Duration::from_millis(20);
 /// A stream that lasted this long made stable progress: the next failure is the first again.
 const STABLE: Duration = Duration::from_secs(10);
+
+/// A stream that has been agreed on.
+struct Agreed {
+    peer: String,
+    sender: Box<dyn FrameSender>,
+    receiver: Box<dyn FrameReceiver>,
+    info: ShardInfo,
+    _close_at_stop: ShutdownGuard,
+}
 
 /// The receiver of one shard of a follower.
 pub(crate) struct Receiver {
@@ -100,9 +113,17 @@ impl Receiver {
         if !self.own.awaits_leader {
             self.own.ensure_applier()?;
         }
-        let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
         let over = self.own.node.stop.child();
-        let _close_at_stop = over.on_shutdown(move || closer.close());
+        let agreed = self.agree(&over)?;
+        self.run_agreed(agreed, &over)
+    }
+
+    /// Connects, and agrees with the leader on how this log goes on. What that takes is gone from the stack before the long
+    /// time of following begins: a thread keeps every page of its stack that it once touched.
+    #[inline(never)]
+    fn agree(&mut self, over: &ShutdownSignal) -> Result<Box<Agreed>> {
+        let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
+        let close_at_stop = over.on_shutdown(move || closer.close());
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
         self.own.awaits_leader = false;
         if info.session_kind != SessionKind::Rebuild {
@@ -112,12 +133,14 @@ impl Receiver {
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
-        let intake = match info.session_kind {
-            SessionKind::Rebuild => {
-                Some(Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), &over)?)
-            }
-            _ => None,
-        };
+        Ok(Box::new(Agreed { peer, sender, receiver, info, _close_at_stop: close_at_stop }))
+    }
+
+    /// Follows as agreed, until the stream ends.
+    #[inline(never)]
+    fn run_agreed(&mut self, agreed: Box<Agreed>, over: &ShutdownSignal) -> Result<()> {
+        let Agreed { peer, mut sender, mut receiver, info, _close_at_stop } = *agreed;
+        let intake = self.take_on_rebuild(&info, (sender.as_mut(), receiver.as_mut()), over)?;
         let next = self.own.writer()?.end().head.next();
         log::info!(
             "shard {}: following {peer} from LSN {next} (leader has {} to {}, epoch {})",
@@ -126,14 +149,29 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_ref(), &over);
+        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_deref(), over);
         if let Some(intake) = &intake {
             intake.end(&mut self.own);
         }
         result
     }
 
+    /// What takes in the base, if the stream begins with a rebuild.
+    #[inline(never)]
+    fn take_on_rebuild(
+        &mut self,
+        info: &ShardInfo,
+        stream: (&mut dyn FrameSender, &mut dyn FrameReceiver),
+        over: &ShutdownSignal,
+    ) -> Result<Option<Box<Intake>>> {
+        match info.session_kind {
+            SessionKind::Rebuild => Ok(Some(Box::new(Intake::take_on(&mut self.own, info, stream, over)?))),
+            _ => Ok(None),
+        }
+    }
+
     /// The threads of a stream that has been agreed on.
+    #[inline(never)]
     fn run_stream(
         &mut self,
         peer: &str,
@@ -142,28 +180,26 @@ impl Receiver {
         intake: Option<&Intake>,
         over: &ShutdownSignal,
     ) -> Result<()> {
-        let lane = &AckLane::new(&mut self.own, sender, info.epoch, info.session)?;
+        let lane = AckLane::new(&mut self.own, sender, info)?;
+        let lane = lane.as_ref();
         let completion = intake.map(|_| Completion::of(&self.own)).transpose()?;
         let shard = self.own.shard;
         let thread =
             |name: &str| std::thread::Builder::new().name(format!("tl-{name}-s{shard}")).stack_size(NODE_THREAD_STACK);
         let failed = Error::io("start a thread for", format!("shard {shard}"));
         std::thread::scope(|scope| {
-            let mut started = thread("ack").spawn_scoped(scope, || lane.run_acknowledger(over)).map(|_| ());
-            if let (Some(intake), Some(completion), Ok(())) = (intake, &completion, &started) {
+            let acknowledge = || {
+                let started = thread("ack").spawn_scoped(scope, || lane.run_acknowledger(over));
+                started.map(|_| ()).map_err(Error::io("start a thread for", format!("shard {shard}")))
+            };
+            let mut started = Ok(());
+            if let (Some(intake), Some(completion)) = (intake, &completion) {
                 let run = move || intake.run_completer(completion, lane);
-                started = thread("rebuild").spawn_scoped(scope, run).map(|_| ());
+                started = thread("rebuild").spawn_scoped(scope, run).map(|_| ()).map_err(failed);
             }
-            let result = started.map_err(failed).and_then(|()| self.receive(peer, receiver, lane, intake));
-            if let (Some(intake), Err(error)) = (intake, &result)
-                && let Some(word) = intake.failure_word(error)
-            {
-                let _ = lane.send_message(&word);
-            }
-            if let Err(error) = &result
-                && let Some(refusal) = refusal_for(error)
-            {
-                let _ = lane.send_message(&Message::Error(refusal));
+            let result = started.and_then(|()| self.receive(peer, receiver, (lane, &acknowledge), intake));
+            if let Err(error) = &result {
+                lane.say_why(error, intake);
             }
             lane.stop(over);
             // What another thread met first is the cause: it closes the stream under the receiver.
@@ -254,11 +290,14 @@ impl Receiver {
         &mut self,
         peer: &str,
         receiver: &mut dyn FrameReceiver,
-        lane: &AckLane,
+        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
         intake: Option<&Intake>,
     ) -> Result<()> {
         let mut unacknowledged = 0;
         let mut arrived = Arrived::new();
+        if lane.begins_acknowledged()? {
+            acknowledge()?;
+        }
         if let Some(intake) = intake {
             lane.send_message(&intake.word(SessionPhase::Accepted, Lsn::ZERO))?;
         }
@@ -268,8 +307,11 @@ impl Receiver {
             match header.kind {
                 FrameKind::WalData => {
                     lane.set_haste(header.flags);
+                    if lane.becomes_busy() {
+                        acknowledge()?;
+                    }
                     // The leader hears of it first, unless it waits for the applier.
-                    let _wake = (header.flags & FLAG_ACK_APPLIED == 0).then(|| WakeReaders(&lane.log));
+                    let _wake = (!lane.applied_in_haste.load(Ordering::Relaxed)).then(|| WakeReaders(lane));
                     let bytes = self.take_in(peer, receiver, lane)?;
                     unacknowledged += bytes;
                     let drained = !receiver.has_buffered();
@@ -286,27 +328,27 @@ impl Receiver {
                         lane.send_if_moved()?;
                         unacknowledged = 0;
                     }
+                    lane.is_busy.store(false, Ordering::SeqCst);
                 }
                 FrameKind::Sync => {
                     let message = expect_sync(peer, receiver.receive_message_body(header)?)?;
                     lane.set_haste(header.flags);
+                    if lane.becomes_busy() {
+                        acknowledge()?;
+                    }
                     if header.flags & FLAG_ACK_DURABLE != 0 {
                         let log = self.own.writer()?.log();
                         log.wait_synced(message.min(log.head()), None)?;
                     }
                     lane.send_if_moved()?;
+                    lane.is_busy.store(false, Ordering::SeqCst);
                 }
                 FrameKind::Heartbeat => {
-                    if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
-                        self.own.state.set_leader_head(beat.head);
-                        lane.compare(peer, self.own.shard, &beat)?;
-                    }
+                    self.take_heartbeat(peer, receiver, header, lane)?;
+                    lane.answer()?;
                 }
                 FrameKind::CaughtUp => {
-                    if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
-                        self.own.state.set_leader_head(caught_up.head);
-                        log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
-                    }
+                    self.take_caught_up(peer, receiver, header)?;
                 }
                 FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
                 kind => match intake {
@@ -317,7 +359,32 @@ impl Receiver {
         }
     }
 
+    #[inline(never)]
+    fn take_heartbeat(
+        &self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        lane: &AckLane,
+    ) -> Result<()> {
+        if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
+            self.own.state.set_leader_head(beat.head);
+            lane.compare(peer, self.own.shard, &beat)?;
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn take_caught_up(&self, peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<()> {
+        if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
+            self.own.state.set_leader_head(caught_up.head);
+            log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
+        }
+        Ok(())
+    }
+
     /// A frame of the base lane, or about the session.
+    #[inline(never)]
     fn take_in_base(
         &mut self,
         intake: &Intake,
@@ -354,7 +421,7 @@ impl Receiver {
             offset += len;
             lane.take_in(writer, len).map_err(blame(peer))?;
             if receiver.remaining() > 0 || lane.applied_in_haste.load(Ordering::Relaxed) {
-                lane.log.wake_readers();
+                lane.wake_readers();
             }
             let epoch = writer.end().epoch;
             if epoch > node.manifest().epoch {
@@ -423,6 +490,17 @@ pub(crate) struct AckLane {
     applied_in_haste: AtomicBool,
     /// Up to where the receiver has left syncing to the log's sync thread. Moved by the receiver only.
     background: Watermark,
+    /// What is received counts as applied: the target has no applier.
+    applies: bool,
+    /// The acknowledger is there whatever happens.
+    stays: bool,
+    /// The acknowledger is there. Set by the receiver before it starts it, and taken back by the acknowledger when it is
+    /// about to end; it ends only if it has done so itself.
+    is_acknowledging: AtomicBool,
+    /// The receiver is taking in a frame that can take long. Written by it alone; it then looks whether there is an
+    /// acknowledger, which in turn looks here after saying that there is none, all in one order: one of the two sees the
+    /// other.
+    is_busy: AtomicBool,
     /// What ended the acknowledger.
     failure: Mutex<Option<Error>>,
 }
@@ -440,16 +518,20 @@ struct LaneState {
 }
 
 impl AckLane {
-    fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, epoch: Epoch, session: SessionId) -> Result<AckLane> {
+    #[inline(never)]
+    fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, info: &ShardInfo) -> Result<Box<AckLane>> {
+        let ShardInfo { epoch, session, .. } = *info;
+        let heartbeat = own.node.options.heartbeat;
+        let is_rebuild = info.session_kind == SessionKind::Rebuild;
         let end = own.writer()?.end();
         let nothing =
             Ack { received: Lsn::ZERO, durable: Lsn::ZERO, applied: Lsn::ZERO, chain: end.chain, epoch, session };
-        Ok(AckLane {
+        Ok(Box::new(AckLane {
             log: own.log()?,
             applied: Arc::clone(&own.applied),
             epoch,
             session,
-            heartbeat: own.node.options.heartbeat,
+            heartbeat,
             state: Mutex::new(LaneState {
                 sender,
                 received: end.head,
@@ -461,13 +543,28 @@ impl AckLane {
             durable_in_haste: AtomicBool::new(false),
             applied_in_haste: AtomicBool::new(false),
             background: Watermark::new(Lsn::ZERO),
+            applies: !is_rebuild && own.applies_at_once(),
+            stays: is_rebuild || Duration::from_millis(u64::from(info.heartbeat_ms)) > heartbeat,
+            is_acknowledging: AtomicBool::new(false),
+            is_busy: AtomicBool::new(false),
             failure: Mutex::new(None),
-        })
+        }))
     }
 
     /// Sends something else than an acknowledgement.
     pub(crate) fn send_message(&self, message: &Message) -> Result<()> {
         self.state.lock().sender.send_message(message)
+    }
+
+    /// Tells the leader why the stream ends, as well as may be.
+    #[inline(never)]
+    fn say_why(&self, error: &Error, intake: Option<&Intake>) {
+        if let Some(word) = intake.and_then(|intake| intake.failure_word(error)) {
+            let _ = self.send_message(&word);
+        }
+        if let Some(refusal) = refusal_for(error) {
+            let _ = self.send_message(&Message::Error(refusal));
+        }
     }
 
     /// Checks and publishes what has arrived; who waits for it is yet to be woken. Under the lock, so that no acknowledgement is made between the log's mark
@@ -480,7 +577,50 @@ impl AckLane {
         if state.chain != before.1 {
             state.before = before;
         }
+        if self.applies {
+            self.applied.publish_quietly(state.received.max(self.applied.load()));
+        }
         Ok(())
+    }
+
+    /// Wakes those who wait for what has been taken in.
+    fn wake_readers(&self) {
+        self.log.wake_readers();
+        if self.applies {
+            self.applied.wake();
+        }
+    }
+
+    /// The first acknowledgement. Returns whether an acknowledger is to be started.
+    fn begins_acknowledged(&self) -> Result<bool> {
+        self.send_if_moved()?;
+        let starts = self.stays || !self.is_settled(&self.state.lock());
+        self.is_acknowledging.store(starts, Ordering::SeqCst);
+        Ok(starts)
+    }
+
+    /// The receiver is at something that can take long. Returns whether an acknowledger is to be started.
+    fn becomes_busy(&self) -> bool {
+        self.is_busy.store(true, Ordering::SeqCst);
+        !self.is_acknowledging.load(Ordering::SeqCst) && !self.is_acknowledging.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether nothing moves without the receiver.
+    fn is_settled(&self, state: &LaneState) -> bool {
+        let ack = self.current(state);
+        ack == state.sent && ack.durable == ack.received && ack.applied == ack.received
+    }
+
+    /// Whether the acknowledger is to end now.
+    fn ends_acknowledging(&self) -> bool {
+        if self.stays || !self.is_settled(&self.state.lock()) {
+            return false;
+        }
+        self.is_acknowledging.store(false, Ordering::SeqCst);
+        // Else the receiver, which began something meanwhile, has started another one or finds this one there.
+        let stays = (self.is_busy.load(Ordering::SeqCst) || !self.is_settled(&self.state.lock()))
+            && !self.is_acknowledging.swap(true, Ordering::SeqCst);
+        !stays
     }
 
     /// Compares the leader's chain at its head with this log's, if this log ends there too. Behind it, only the leader
@@ -497,7 +637,7 @@ impl AckLane {
 
     fn set_haste(&self, flags: u8) {
         self.durable_in_haste.store(flags & FLAG_ACK_DURABLE != 0, Ordering::Relaxed);
-        self.applied_in_haste.store(flags & FLAG_ACK_APPLIED != 0, Ordering::Relaxed);
+        self.applied_in_haste.store(flags & FLAG_ACK_APPLIED != 0 && !self.applies, Ordering::Relaxed);
     }
 
     /// Has the log's sync thread sync up to `head` while more is received, and the acknowledger say so.
@@ -534,7 +674,6 @@ impl AckLane {
     }
 
     fn acknowledge_until(&self, over: &ShutdownSignal) -> Result<()> {
-        self.send_if_moved()?;
         loop {
             let (sent, sent_at) = {
                 let state = self.state.lock();
@@ -548,7 +687,9 @@ impl AckLane {
                 (true, false) => self.background.until(sent.durable.next()),
                 _ => self.log.synced().until(sent.durable.next()),
             };
-            let conditions = [over.until(), durable, self.applied.own().until(sent.applied.next())];
+            // Where the receiver moves the applied mark, it acknowledges it too.
+            let applied = if self.applies { over.until() } else { self.applied.own().until(sent.applied.next()) };
+            let conditions = [over.until(), durable, applied];
             match wait_any(&conditions, WaitStrategy::Park, sent_at.checked_add(self.heartbeat)) {
                 Waited::Reached(0) => return Ok(()),
                 Waited::Reached(1) if durable_in_haste && !background => continue,
@@ -559,7 +700,12 @@ impl AckLane {
                     }
                     self.send_if_moved()?;
                 }
-                Waited::TimedOut => self.beat()?,
+                Waited::TimedOut => {
+                    self.beat(self.heartbeat)?;
+                    if self.ends_acknowledging() {
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -575,10 +721,15 @@ impl AckLane {
         wait_any(&[over.until(), hasty], WaitStrategy::Park, deadline) == Waited::Reached(0)
     }
 
-    /// An acknowledgement although nothing moved, unless the receiver sent one meanwhile.
-    fn beat(&self) -> Result<()> {
+    /// Answers a heartbeat of the leader, which need not hear from this node more often than it beats itself.
+    fn answer(&self) -> Result<()> {
+        self.beat(self.heartbeat / 2)
+    }
+
+    /// An acknowledgement although nothing moved, unless one was sent within `quiet`.
+    fn beat(&self, quiet: Duration) -> Result<()> {
         let mut state = self.state.lock();
-        if state.sent_at.elapsed() < self.heartbeat {
+        if state.sent_at.elapsed() < quiet {
             return Ok(());
         }
         let ack = self.current(&state);
@@ -596,7 +747,7 @@ impl AckLane {
 
 /// Wakes who waits for the log to grow when the receiver is done with a frame, however that ends: waking a thread takes
 /// longer than acknowledging.
-struct WakeReaders<'a>(&'a Log);
+struct WakeReaders<'a>(&'a AckLane);
 
 impl Drop for WakeReaders<'_> {
     fn drop(&mut self) {

@@ -208,32 +208,10 @@ impl Server {
         over: ShutdownSignal,
         mut place: admission::Place,
     ) -> Result<Option<Box<Agreed<'a>>>> {
-        receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
-        let header = match receiver.receive_header() {
-            Ok(header) => header,
-            // Whoever has not spoken yet makes room for others without a word.
-            Err(_) if place.is_taken() => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        if header.kind == FrameKind::StatusRequest {
-            receiver.receive_message_body(header)?;
-            return server.answer_status(sender.as_mut()).map(|()| None);
-        }
-        let mut request = match receiver.receive_message_body(header) {
-            Ok(Message::SyncRequest(request)) => request,
-            Ok(other) => {
-                let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
-                refuse(sender.as_mut(), Refusal(RefusalCode::ProtocolViolation, text.clone()));
-                return Err(Error::protocol(peer, text));
-            }
-            Err(error) => {
-                refuse(sender.as_mut(), Refusal(RefusalCode::ProtocolViolation, error.to_string()));
-                return Err(error);
-            }
-        };
-        if !place.keep() {
+        let Some(mut request) = Server::read_request(server, peer, (sender.as_mut(), receiver.as_mut()), &mut place)?
+        else {
             return Ok(None);
-        }
+        };
         let signals = StreamSignals { over, superseded: ShutdownSignal::new() };
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
@@ -267,6 +245,40 @@ impl Server {
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
         let stream = Stream { server, peer, request, info, signals, of_shard, history, agreement };
         Ok(Some(Box::new(Agreed { stream, lanes, leave, sender, receiver, _place: place })))
+    }
+
+    /// Reads the request. `None` if that was all: it was answered, or its sender had to make room.
+    #[inline(never)]
+    fn read_request(
+        server: &Server,
+        peer: &str,
+        (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
+        place: &mut admission::Place,
+    ) -> Result<Option<SyncRequest>> {
+        receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
+        let header = match receiver.receive_header() {
+            Ok(header) => header,
+            // Whoever has not spoken yet makes room for others without a word.
+            Err(_) if place.is_taken() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if header.kind == FrameKind::StatusRequest {
+            receiver.receive_message_body(header)?;
+            return server.answer_status(sender).map(|()| None);
+        }
+        let request = match receiver.receive_message_body(header) {
+            Ok(Message::SyncRequest(request)) => request,
+            Ok(other) => {
+                let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
+                refuse(sender, Refusal(RefusalCode::ProtocolViolation, text.clone()));
+                return Err(Error::protocol(peer, text));
+            }
+            Err(error) => {
+                refuse(sender, Refusal(RefusalCode::ProtocolViolation, error.to_string()));
+                return Err(error);
+            }
+        };
+        Ok(place.keep().then_some(request))
     }
 
     /// What every request must have right. Gives the protocol version to speak.

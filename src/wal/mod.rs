@@ -16,15 +16,14 @@
 //!
 //! # Threads
 //!
-//! One syncs what nobody waits for (see [`SyncPolicy`]), parks when there is nothing to do and ends when the [`Wal`] is
-//! closed or dropped. One more prepares segments ahead of need: it is there while something is wanted of it, ends when
-//! nothing has been for a while, and is started again by whoever wants something. While a log is being opened, its
-//! segments are checked by as many threads as there are processors, at most eight.
+//! Each open log has two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
+//! Each is there while there is something to do, and for a second or two after it, and ends at the latest when the [`Wal`]
+//! is closed or dropped. While a log is being opened, its segments are checked by as many threads as there are processors,
+//! at most eight.
 
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub mod batch;
@@ -46,6 +45,7 @@ pub(crate) mod recovery;
 pub mod scan;
 pub mod segment;
 mod spares;
+mod syncer;
 #[cfg(test)]
 mod tests;
 pub(crate) mod walk;
@@ -131,7 +131,6 @@ impl Default for WalOptions {
 #[derive(Debug)]
 pub struct Wal {
     log: Arc<Log>,
-    syncer: Option<JoinHandle<()>>,
     /// Held by the writer too: nobody else opens the directory while either could write to it.
     _lock: Arc<File>,
 }
@@ -250,16 +249,10 @@ impl Wal {
         Ok((wal, writer))
     }
 
-    /// Starts the sync thread, and has the first spares prepared.
+    /// Has the first spares prepared, and whatever nobody waits for synced.
     fn start(log: &Arc<Log>, lock: &Arc<File>) -> Result<Wal> {
-        let shard = log.shard();
-        let syncing = Arc::clone(log);
-        let thread = std::thread::Builder::new()
-            .name(format!("tl-sync-s{shard}"))
-            .stack_size(THREAD_STACK)
-            .spawn(move || syncing.run_syncer())
-            .map_err(Error::io("start a thread for", log_directory(shard)))?;
-        let wal = Wal { log: Arc::clone(log), syncer: Some(thread), _lock: Arc::clone(lock) };
+        let wal = Wal { log: Arc::clone(log), _lock: Arc::clone(lock) };
+        syncer::start_when_dirty(log);
         log.spares().begin()?;
         Ok(wal)
     }
@@ -287,9 +280,7 @@ impl Wal {
     fn stop(&mut self) {
         self.log.end();
         self.log.spares().wait_ended();
-        if self.syncer.take().is_some_and(|thread| thread.join().is_err()) {
-            ::log::error!("the sync thread of shard {} panicked", self.log.shard());
-        }
+        self.log.syncer().wait_ended();
     }
 }
 
@@ -329,8 +320,8 @@ fn check_size(identity: &LogIdentity) -> Result<()> {
 /// Stack of the crate's threads: they call no user code but a target's and keep buffers on the heap.
 pub(crate) const THREAD_STACK: usize = 256 * 1024;
 
-const _: () = assert!(SEGMENT_HEADER_LEN == segment::HEADER_PAGE as u64);
+/// Stack of threads that are there on demand. More than they need: the C library keeps the stacks of threads that have
+/// ended, with the pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
+const ON_DEMAND_STACK: usize = if cfg!(target_pointer_width = "64") { 4 << 20 } else { 1 << 20 };
 
-fn log_directory(shard: crate::types::ShardId) -> std::path::PathBuf {
-    crate::types::shard_directory_name(shard).into()
-}
+const _: () = assert!(SEGMENT_HEADER_LEN == segment::HEADER_PAGE as u64);

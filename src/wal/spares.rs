@@ -22,14 +22,11 @@ use crate::error::{Error, Result};
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::{sync_directory, zero_in_pages};
-use crate::wal::{LogIdentity, WalOptions};
+use crate::wal::{LogIdentity, ON_DEMAND_STACK, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
 
-/// Room of the preparing thread. More than it needs: the C library keeps the stacks of threads that have ended, with the
-/// pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
-const PREPARING_STACK: usize = 1 << 20;
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
 
@@ -180,7 +177,7 @@ impl Spares {
             return Ok(());
         }
         let Some(this) = self.this.upgrade().filter(|_| !state.stopped) else { return Ok(()) };
-        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(PREPARING_STACK);
+        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(ON_DEMAND_STACK);
         // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
         thread.spawn(move || this.run()).map_err(Error::io("start a thread for", &self.directory))?;
         state.running = true;
