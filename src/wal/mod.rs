@@ -16,10 +16,10 @@
 //!
 //! # Threads
 //!
-//! Each open log has two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
-//! Each is there while there is something to do, and for a second or two after it, and ends at the latest when the [`Wal`]
-//! is closed or dropped. While a log is being opened, its segments are checked by as many threads as there are processors,
-//! at most eight.
+//! An open log has at most two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
+//! Each is there while there is something to do, stays a while after it, is started again by whoever then has something,
+//! and ends at the latest when the [`Wal`] is closed or dropped. While a log is being opened, its segments are checked by
+//! as many threads as there are processors, at most eight.
 
 use std::fs::File;
 use std::path::Path;
@@ -86,13 +86,12 @@ pub enum SyncPolicy {
 }
 
 impl SyncPolicy {
-    /// How long written records may stay unsynced when nobody waits for them.
+    /// How long written records may stay unsynced when nobody waits for them; `None` for as long as nobody asks.
     fn background_delay(self) -> Option<Duration> {
         match self {
             SyncPolicy::EveryBatch | SyncPolicy::Group => Some(Duration::from_secs(1)),
             SyncPolicy::Interval(delay) => Some(delay),
-            // Only a follower's leader asks for more then.
-            SyncPolicy::Never => Some(Duration::MAX),
+            SyncPolicy::Never => None,
         }
     }
 }
@@ -252,7 +251,7 @@ impl Wal {
     /// Has the first spares prepared, and whatever nobody waits for synced.
     fn start(log: &Arc<Log>, lock: &Arc<File>) -> Result<Wal> {
         let wal = Wal { log: Arc::clone(log), _lock: Arc::clone(lock) };
-        syncer::start_when_dirty(log);
+        syncer::start_when_due(log);
         log.spares().begin()?;
         Ok(wal)
     }
@@ -319,9 +318,5 @@ fn check_size(identity: &LogIdentity) -> Result<()> {
 
 /// Stack of the crate's threads: they call no user code but a target's and keep buffers on the heap.
 pub(crate) const THREAD_STACK: usize = 256 * 1024;
-
-/// Stack of threads that are there on demand. More than they need: the C library keeps the stacks of threads that have
-/// ended, with the pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
-const ON_DEMAND_STACK: usize = if cfg!(target_pointer_width = "64") { 4 << 20 } else { 1 << 20 };
 
 const _: () = assert!(SEGMENT_HEADER_LEN == segment::HEADER_PAGE as u64);

@@ -19,10 +19,11 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
+use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::{sync_directory, zero_in_pages};
-use crate::wal::{LogIdentity, ON_DEMAND_STACK, WalOptions};
+use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
