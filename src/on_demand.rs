@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use crate::error::{Error, Result};
+
 /// Stack of such a thread, in bytes. More than it needs: the C library keeps the stacks of threads that have ended, with
-/// the pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
-pub(crate) const ON_DEMAND_STACK: usize = if cfg!(target_pointer_width = "64") { 4 << 20 } else { 1 << 20 };
+/// the pages they touched, up to a number of bytes, so of larger ones it keeps fewer; and it gives none of them to a
+/// thread, perhaps one that stays, that asks for less than a quarter.
+pub(crate) const ON_DEMAND_STACK: usize = if cfg!(target_pointer_width = "64") { 8 << 20 } else { 1 << 20 };
 
 /// No such thread stays longer than this without anything to do: whoever comes less often has one started each time.
 const MOST: Duration = Duration::from_secs(30);
@@ -35,6 +38,20 @@ impl Stay {
     pub(crate) fn duration(&self) -> Duration {
         self.now
     }
+}
+
+/// Runs what takes much stack on a thread that then ends, so that the one that waits for it, which stays, need not keep it:
+/// a thread keeps every page of its stack that it once touched.
+///
+/// # Errors
+///
+/// [`Error::Io`] if there can be no such thread; else what it gives.
+pub(crate) fn run_aside<T: Send>(name: &str, run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(ON_DEMAND_STACK);
+        let thread = thread.spawn_scoped(scope, run).map_err(Error::io("start thread", name))?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@
 //! the receiving.
 
 use std::sync::Arc;
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use crate::ack_lane::{AckLane, WakeReaders};
@@ -25,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::follower_shard::FollowerShard;
 use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
-use crate::on_demand::ON_DEMAND_STACK;
+use crate::on_demand::{ON_DEMAND_STACK, run_aside};
 use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::{ShutdownGuard, ShutdownSignal};
@@ -46,9 +47,11 @@ const STABLE: Duration = Duration::from_secs(10);
 /// A stream that has been agreed on.
 struct Agreed {
     peer: String,
-    sender: Box<dyn FrameSender>,
     receiver: Box<dyn FrameReceiver>,
-    info: ShardInfo,
+    lane: Box<AckLane>,
+    /// What takes in the base, and what completes the rebuild, if the stream begins with one.
+    intake: Option<Box<Intake>>,
+    completion: Option<Completion>,
     _close_at_stop: ShutdownGuard,
 }
 
@@ -98,18 +101,20 @@ impl Receiver {
 
     /// One stream, from connecting to its end.
     fn follow_once(&mut self) -> Result<()> {
+        let over = self.own.node.stop.child();
+        let mut agreed = run_aside(&format!("tl-agree-s{}", self.own.shard), || self.agree(&over))?;
+        let result = self.run_stream(&mut agreed, &over);
+        if let Some(intake) = &agreed.intake {
+            intake.end(&mut self.own);
+        }
+        result
+    }
+
+    /// Connects, agrees with the leader on how this log goes on, and gets ready for that.
+    fn agree(&mut self, over: &ShutdownSignal) -> Result<Box<Agreed>> {
         if !self.own.awaits_leader {
             self.own.ensure_applier()?;
         }
-        let over = self.own.node.stop.child();
-        let agreed = self.agree(&over)?;
-        self.run_agreed(agreed, &over)
-    }
-
-    /// Connects, and agrees with the leader on how this log goes on. What that takes is gone from the stack before the long
-    /// time of following begins: a thread keeps every page of its stack that it once touched.
-    #[inline(never)]
-    fn agree(&mut self, over: &ShutdownSignal) -> Result<Box<Agreed>> {
         let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
         let close_at_stop = over.on_shutdown(move || closer.close());
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
@@ -121,14 +126,13 @@ impl Receiver {
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
-        Ok(Box::new(Agreed { peer, sender, receiver, info, _close_at_stop: close_at_stop }))
-    }
-
-    /// Follows as agreed, until the stream ends.
-    #[inline(never)]
-    fn run_agreed(&mut self, agreed: Box<Agreed>, over: &ShutdownSignal) -> Result<()> {
-        let Agreed { peer, mut sender, mut receiver, info, _close_at_stop } = *agreed;
-        let intake = self.take_on_rebuild(&info, (sender.as_mut(), receiver.as_mut()), over)?;
+        let intake = match info.session_kind {
+            SessionKind::Rebuild => {
+                let taken = Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), over);
+                Some(Box::new(taken?))
+            }
+            _ => None,
+        };
         let next = self.own.writer()?.end().head.next();
         log::info!(
             "shard {}: following {peer} from LSN {next} (leader has {} to {}, epoch {})",
@@ -137,55 +141,35 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_deref(), over);
-        if let Some(intake) = &intake {
-            intake.end(&mut self.own);
-        }
-        result
-    }
-
-    /// What takes in the base, if the stream begins with a rebuild.
-    #[inline(never)]
-    fn take_on_rebuild(
-        &mut self,
-        info: &ShardInfo,
-        stream: (&mut dyn FrameSender, &mut dyn FrameReceiver),
-        over: &ShutdownSignal,
-    ) -> Result<Option<Box<Intake>>> {
-        match info.session_kind {
-            SessionKind::Rebuild => Ok(Some(Box::new(Intake::take_on(&mut self.own, info, stream, over)?))),
-            _ => Ok(None),
+        let lane = AckLane::new(&mut self.own, sender, &info);
+        let completion = intake.as_ref().map(|_| Completion::of(&self.own)).transpose();
+        match lane.and_then(|lane| Ok((lane, completion?))) {
+            Ok((lane, completion)) => {
+                Ok(Box::new(Agreed { peer, receiver, lane, intake, completion, _close_at_stop: close_at_stop }))
+            }
+            Err(error) => {
+                intake.iter().for_each(|intake| intake.end(&mut self.own));
+                Err(error)
+            }
         }
     }
 
     /// The threads of a stream that has been agreed on.
-    #[inline(never)]
-    fn run_stream(
-        &mut self,
-        peer: &str,
-        (sender, receiver): (Box<dyn FrameSender>, &mut dyn FrameReceiver),
-        info: &ShardInfo,
-        intake: Option<&Intake>,
-        over: &ShutdownSignal,
-    ) -> Result<()> {
-        let lane = AckLane::new(&mut self.own, sender, info)?;
-        let lane = lane.as_ref();
-        let completion = intake.map(|_| Completion::of(&self.own)).transpose()?;
+    fn run_stream(&mut self, agreed: &mut Agreed, over: &ShutdownSignal) -> Result<()> {
+        let Agreed { peer, receiver, lane, intake, completion, .. } = agreed;
+        let (lane, intake) = (lane.as_ref(), intake.as_deref());
         let shard = self.own.shard;
-        let thread = |name: &str| std::thread::Builder::new().name(format!("tl-{name}-s{shard}"));
-        let failed = || Error::io("start a thread for", format!("shard {shard}"));
         std::thread::scope(|scope| {
             let acknowledge = || {
-                let thread = thread("ack").stack_size(ON_DEMAND_STACK);
-                thread.spawn_scoped(scope, || lane.run_acknowledger(over)).map(|_| ()).map_err(failed())
+                let run = || lane.run_acknowledger(over);
+                start_in(scope, format!("tl-ack-s{shard}"), ON_DEMAND_STACK, run)
             };
             let mut started = Ok(());
-            if let (Some(intake), Some(completion)) = (intake, &completion) {
+            if let (Some(intake), Some(completion)) = (intake, &*completion) {
                 let run = move || intake.run_completer(completion, lane);
-                let thread = thread("rebuild").stack_size(NODE_THREAD_STACK);
-                started = thread.spawn_scoped(scope, run).map(|_| ()).map_err(failed());
+                started = start_in(scope, format!("tl-rebuild-s{shard}"), NODE_THREAD_STACK, run);
             }
-            let result = started.and_then(|()| self.receive(peer, receiver, (lane, &acknowledge), intake));
+            let result = started.and_then(|()| self.receive(peer, receiver.as_mut(), (lane, &acknowledge), intake));
             if let Err(error) = &result {
                 lane.say_why(error, intake);
             }
@@ -319,6 +303,7 @@ impl Receiver {
 
     /// One frame of log, and its acknowledgement unless more has arrived that can go with it. Of what is not acknowledged
     /// the caller keeps count, in bytes.
+    #[inline(never)]
     fn follow_log(
         &mut self,
         peer: &str,
@@ -466,6 +451,18 @@ impl Receiver {
         }
         Ok(total)
     }
+}
+
+/// Starts a thread of a stream.
+#[inline(never)]
+fn start_in<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: String,
+    stack: usize,
+    run: impl FnOnce() + Send + 'scope,
+) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.clone()).stack_size(stack).spawn_scoped(scope, run);
+    thread.map(|_| ()).map_err(Error::io("start thread", name))
 }
 
 /// What the log finds wrong with bytes from a peer is the peer's fault.
