@@ -91,12 +91,17 @@ impl Receiver {
             if error.is_permanent() {
                 return Err(error);
             }
-            let wait = backoff.next();
-            let level = if is_closed_by_peer(&error) { log::Level::Info } else { log::Level::Warn };
-            log::log!(level, "shard {shard}: {error}; trying again in {:.1} s", wait.as_secs_f32());
-            let _ = stop.wait_timeout(wait);
+            self.pause(&error, backoff.next());
         }
         Ok(())
+    }
+
+    /// Waits before it tries again.
+    #[inline(never)]
+    fn pause(&self, error: &Error, wait: Duration) {
+        let level = if is_closed_by_peer(error) { log::Level::Info } else { log::Level::Warn };
+        log::log!(level, "shard {}: {error}; trying again in {:.1} s", self.own.shard, wait.as_secs_f32());
+        let _ = self.own.node.stop.wait_timeout(wait);
     }
 
     /// One stream, from connecting to its end.
@@ -170,13 +175,7 @@ impl Receiver {
                 started = start_in(scope, format!("tl-rebuild-s{shard}"), NODE_THREAD_STACK, run);
             }
             let result = started.and_then(|()| self.receive(peer, receiver.as_mut(), (lane, &acknowledge), intake));
-            if let Err(error) = &result {
-                lane.say_why(error, intake);
-            }
-            lane.stop(over);
-            // What another thread met first is the cause: it closes the stream under the receiver.
-            let elsewhere = intake.and_then(|intake| intake.failure.lock().take());
-            elsewhere.or(lane.failure.lock().take()).map_or(result, Err)
+            end_stream(lane, intake, result, over)
         })
     }
 
@@ -271,7 +270,7 @@ impl Receiver {
             acknowledge()?;
         }
         if let Some(intake) = intake {
-            lane.send_message(&intake.word(SessionPhase::Accepted, Lsn::ZERO))?;
+            accept_rebuild(intake, lane)?;
         }
         loop {
             let header = receiver.receive_header()?;
@@ -292,10 +291,10 @@ impl Receiver {
                     lane.answer()?;
                 }
                 FrameKind::CaughtUp => self.take_caught_up(peer, receiver, header)?,
-                FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
-                kind => match intake {
+                FrameKind::Error => return Err(receive_refusal(peer, receiver, header)),
+                _ => match intake {
                     Some(intake) => self.take_in_base(intake, receiver, header, &mut arrived, lane)?,
-                    None => return Err(Error::protocol(peer, format!("{kind:?} is not for a follower"))),
+                    None => return Err(misplaced(peer, header)),
                 },
             }
         }
@@ -453,6 +452,18 @@ impl Receiver {
     }
 }
 
+/// Ends a stream that came to this. Says why it did.
+#[inline(never)]
+fn end_stream(lane: &AckLane, intake: Option<&Intake>, result: Result<()>, over: &ShutdownSignal) -> Result<()> {
+    if let Err(error) = &result {
+        lane.say_why(error, intake);
+    }
+    lane.stop(over);
+    // What another thread met first is the cause: it closes the stream under the receiver.
+    let elsewhere = intake.and_then(|intake| intake.failure.lock().take());
+    elsewhere.or(lane.failure.lock().take()).map_or(result, Err)
+}
+
 /// Starts a thread of a stream.
 #[inline(never)]
 fn start_in<'scope>(
@@ -500,6 +511,21 @@ pub(crate) fn refusal(peer: &str, message: Message) -> Error {
         Message::Error(error) => Error::Refused { peer: peer.to_owned(), code: error.code, reason: error.text },
         other => Error::protocol(peer, format!("{:?} came where it has no meaning", other.kind())),
     }
+}
+
+#[inline(never)]
+fn receive_refusal(peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Error {
+    receiver.receive_message_body(header).map_or_else(|error| error, |message| refusal(peer, message))
+}
+
+#[inline(never)]
+fn misplaced(peer: &str, header: FrameHeader) -> Error {
+    Error::protocol(peer, format!("{:?} is not for a follower", header.kind))
+}
+
+#[inline(never)]
+fn accept_rebuild(intake: &Intake, lane: &AckLane) -> Result<()> {
+    lane.send_message(&intake.word(SessionPhase::Accepted, Lsn::ZERO))
 }
 
 fn expect_sync(peer: &str, message: Message) -> Result<Lsn> {

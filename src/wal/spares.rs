@@ -177,6 +177,12 @@ impl Spares {
             self.wanted.notify_one();
             return Ok(());
         }
+        self.start_thread(state)
+    }
+
+    /// Apart, for what it takes on the stack: whoever only finds the thread there may be a thread that stays.
+    #[inline(never)]
+    fn start_thread(&self, state: &mut State) -> Result<()> {
         let Some(this) = self.this.upgrade().filter(|_| !state.stopped) else { return Ok(()) };
         let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(ON_DEMAND_STACK);
         // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
