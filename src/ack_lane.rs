@@ -158,7 +158,7 @@ impl AckLane {
     /// The first acknowledgement. Returns whether an acknowledger is to be started.
     pub(crate) fn begins(&self) -> Result<bool> {
         self.send_if_moved()?;
-        Ok((self.stays || self.moves_by_itself()) && self.calls_acknowledger())
+        Ok((self.stays || self.moves_by_itself(true)) && self.calls_acknowledger())
     }
 
     /// The receiver begins something that can take long. Returns whether an acknowledger is to be started.
@@ -167,13 +167,15 @@ impl AckLane {
         self.calls_acknowledger()
     }
 
-    /// The receiver is done with a frame and has acknowledged what it is to acknowledge. Returns whether an acknowledger is
-    /// to be started.
-    pub(crate) fn ends_frame(&self) -> bool {
+    /// The receiver is done with a frame, and has acknowledged it or waits for more to go with it. Returns whether an
+    /// acknowledger is to be started.
+    pub(crate) fn ends_frame(&self, is_acknowledged: bool) -> bool {
         if self.is_busy.load(Ordering::Relaxed) {
             self.is_busy.store(false, Ordering::SeqCst);
         }
-        !self.is_acknowledging.load(Ordering::SeqCst) && self.moves_by_itself() && self.calls_acknowledger()
+        !self.is_acknowledging.load(Ordering::SeqCst)
+            && self.moves_by_itself(is_acknowledged)
+            && self.calls_acknowledger()
     }
 
     /// True if there is no acknowledger: the caller starts it.
@@ -186,9 +188,12 @@ impl AckLane {
         calls
     }
 
-    /// Whether more is to be acknowledged soon, although nothing more arrives.
-    fn moves_by_itself(&self) -> bool {
-        self.is_behind(&self.current(&self.state.lock()))
+    /// Whether more is to be acknowledged although nothing more arrives: it will move, or has moved since the receiver
+    /// acknowledged.
+    fn moves_by_itself(&self, is_acknowledged: bool) -> bool {
+        let state = self.state.lock();
+        let ack = self.current(&state);
+        self.is_behind(&ack) || is_acknowledged && ack != state.sent
     }
 
     fn is_behind(&self, ack: &Ack) -> bool {

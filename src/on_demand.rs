@@ -59,6 +59,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_run_aside_has_another_stack_and_gives_what_it_gives() {
+        let here = std::thread::current().id();
+        let there = run_aside("aside", || Ok(std::thread::current().id())).unwrap();
+        assert_ne!(there, here);
+        let failed = run_aside("aside", || Err::<(), _>(Error::ShutDown)).unwrap_err();
+        assert!(failed.is_shutdown(), "{failed}");
+        let panicked = std::panic::catch_unwind(|| run_aside("aside", || -> Result<()> { panic!("on purpose") }));
+        assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"on purpose"));
+    }
+
+    #[test]
     fn whoever_comes_now_and_then_finds_the_thread_there() {
         let second = Duration::from_secs(1);
         let mut stay = Stay::at_least(2 * second);

@@ -336,7 +336,7 @@ impl Receiver {
                 *unacknowledged = 0;
             }
         }
-        if lane.ends_frame() {
+        if lane.ends_frame(*unacknowledged == 0) {
             acknowledge()?;
         }
         Ok(())
@@ -363,7 +363,7 @@ impl Receiver {
         lane.send_if_moved()?;
         // The leader sends no heartbeats meanwhile.
         lane.answer()?;
-        if lane.ends_frame() {
+        if lane.ends_frame(true) {
             acknowledge()?;
         }
         Ok(())
