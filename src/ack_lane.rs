@@ -218,7 +218,7 @@ impl AckLane {
         // Else the receiver, which began something meanwhile or has published more, has started another one or finds this
         // one there.
         let is_needed = self.is_busy.load(Ordering::SeqCst) || !self.is_quiet();
-        !(is_needed && !self.is_acknowledging.swap(true, Ordering::SeqCst))
+        !is_needed || self.is_acknowledging.swap(true, Ordering::SeqCst)
     }
 
     /// Compares the leader's chain at its head with this log's, if this log ends there too. Behind it, only the leader

@@ -93,7 +93,7 @@ enum Lanes {
 }
 
 /// A connection that has its place.
-type Accepted = Box<(Connection, admission::Place)>;
+type Accepted = (Connection, admission::Place);
 
 impl Server {
     #[allow(clippy::too_many_arguments, reason = "each is a different thing that both roles have")]
@@ -194,9 +194,9 @@ impl Server {
     }
 
     /// One connection, from its request to its end.
-    fn serve(server: &Arc<Server>, peer: &str, accepted: Accepted) -> Result<()> {
+    fn serve(server: &Arc<Server>, peer: &str, accepted: Box<Accepted>) -> Result<()> {
         let name = format!("tl-agree-{}", accepted.1.id());
-        match run_aside(&name, || Server::agree(server, peer, accepted))? {
+        match run_aside(&name, || Server::agree(server, peer, *accepted))? {
             Some(agreed) => agreed.serve(),
             None => Ok(()),
         }
@@ -204,7 +204,7 @@ impl Server {
 
     /// Reads the request and answers it. `None` if that was all.
     fn agree<'a>(server: &'a Arc<Server>, peer: &'a str, accepted: Accepted) -> Result<Option<Box<Agreed<'a>>>> {
-        let (Connection { mut sender, mut receiver, closer, .. }, mut place) = *accepted;
+        let (Connection { mut sender, mut receiver, closer, .. }, mut place) = accepted;
         let over = server.stop.child();
         let close_at_stop = over.on_shutdown(move || closer.close());
         let Some(mut request) = Server::read_request(server, peer, (sender.as_mut(), receiver.as_mut()), &mut place)?

@@ -1,6 +1,7 @@
 //! Streams with little to do: what is acknowledged without a thread of its own for it, and threads that end and come back.
 //!
 //! Whether a thread is there is told by its name, so the scenarios of this file run one after the other.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;
 
