@@ -195,11 +195,20 @@ impl Server {
 
     /// One connection, from its request to its end.
     fn serve(server: &Arc<Server>, peer: &str, accepted: Box<Accepted>) -> Result<()> {
-        let name = format!("tl-agree-{}", accepted.1.id());
-        match run_aside(&name, || Server::agree(server, peer, *accepted))? {
+        match Server::agree_aside(server, peer, accepted)? {
             Some(agreed) => agreed.serve(),
             None => Ok(()),
         }
+    }
+
+    #[inline(never)]
+    fn agree_aside<'a>(
+        server: &'a Arc<Server>,
+        peer: &'a str,
+        accepted: Box<Accepted>,
+    ) -> Result<Option<Box<Agreed<'a>>>> {
+        let name = format!("tl-agree-{}", accepted.1.id());
+        run_aside(&name, || Server::agree(server, peer, *accepted))
     }
 
     /// Reads the request and answers it. `None` if that was all.
