@@ -170,6 +170,8 @@ pub struct FollowerMarks {
     acked_at_ms: AtomicU64,
     /// Newest LSN handed to the stream. Written only by the shipper.
     shipped: AtomicU64,
+    /// The stream whose word these marks are, the newest. Written under the lock of whoever computes what is reached.
+    stream: AtomicU64,
     /// How many streams serve this follower now: 0 or 1, for an instant 2 while a new one takes over.
     streams: AtomicU64,
     /// Whether what it acknowledges counts for commits: not while it is being rebuilt.
@@ -187,6 +189,7 @@ impl FollowerMarks {
             applied: AtomicU64::new(0),
             acked_at_ms: AtomicU64::new(0),
             shipped: AtomicU64::new(0),
+            stream: AtomicU64::new(0),
             streams: AtomicU64::new(0),
             counts: AtomicBool::new(true),
             divergence: Mutex::default(),
@@ -444,18 +447,22 @@ impl Acknowledged {
     }
 
     /// A stream to a follower begins, which has what it said when it asked for it. During a rebuild that is nothing, and
-    /// it does not count. What it had acknowledged on an earlier stream is void before it counts again.
+    /// it does not count. What it had acknowledged on an earlier stream is void before it counts again, and what still
+    /// arrives on one is: of the numbers of streams, newer ones are higher.
     pub(crate) fn stream_begins(
         &self,
         follower: &FollowerMarks,
+        stream: u64,
         is_rebuild: bool,
-        received: Lsn,
-        durable: Lsn,
-        applied: Lsn,
+        [received, durable, applied]: [Lsn; 3],
         now_ms: u64,
     ) {
         let received = if is_rebuild { Lsn::ZERO } else { received };
         let one_at_a_time = self.computing.lock();
+        if stream < follower.stream.load(Ordering::Relaxed) {
+            return;
+        }
+        follower.stream.store(stream, Ordering::Relaxed);
         follower.set_counts(false);
         follower.set_marks(received, durable.min(received), applied.min(received), now_ms);
         follower.set_counts(!is_rebuild);
@@ -464,9 +471,12 @@ impl Acknowledged {
 
     /// A follower has completed its rebuild and counts from now on: with what it has acknowledged meanwhile, or up to
     /// `agreed` if that is more.
-    pub(crate) fn rebuilt(&self, follower: &FollowerMarks, agreed: Lsn, now_ms: u64) {
-        let at_least = |level| follower.at(level).max(agreed);
+    pub(crate) fn rebuilt(&self, follower: &FollowerMarks, stream: u64, agreed: Lsn, now_ms: u64) {
         let one_at_a_time = self.computing.lock();
+        if stream != follower.stream.load(Ordering::Relaxed) {
+            return;
+        }
+        let at_least = |level| follower.at(level).max(agreed);
         let [received, durable, applied] = [AckLevel::Received, AckLevel::Durable, AckLevel::Applied].map(at_least);
         follower.set_marks(received, durable, applied, now_ms);
         follower.set_counts(true);
@@ -474,9 +484,20 @@ impl Acknowledged {
     }
 
     /// Takes in what a follower says of itself, and wakes those whose commit it completes.
-    pub(crate) fn acknowledge(&self, follower: &FollowerMarks, received: Lsn, durable: Lsn, applied: Lsn, now_ms: u64) {
+    pub(crate) fn acknowledge(
+        &self,
+        follower: &FollowerMarks,
+        stream: u64,
+        [received, durable, applied]: [Lsn; 3],
+        now_ms: u64,
+    ) {
+        let one_at_a_time = self.computing.lock();
+        // The reader of an earlier stream may have been held up on its way here.
+        if stream != follower.stream.load(Ordering::Relaxed) {
+            return;
+        }
         follower.set_marks(received, durable, applied, now_ms);
-        self.compute(&self.computing.lock());
+        self.compute(&one_at_a_time);
     }
 
     fn compute(&self, _one_at_a_time: &MutexGuard<'_, ()>) {
@@ -548,13 +569,15 @@ mod tests {
     fn the_count_th_highest_mark_is_reached_and_never_moves_back() {
         let acknowledged = Acknowledged::default();
         let [a, b] = [1, 2].map(|node| acknowledged.follower(NodeId(node)).unwrap());
+        acknowledged.stream_begins(&a, 1, false, [Lsn::ZERO; 3], 0);
+        acknowledged.stream_begins(&b, 2, false, [Lsn::ZERO; 3], 0);
         let two = acknowledged.reached(AckLevel::Durable, 2);
-        acknowledged.acknowledge(&a, Lsn(9), Lsn(7), Lsn(0), 0);
+        acknowledged.acknowledge(&a, 1, [9, 7, 0].map(Lsn), 0);
         assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn::ZERO), "one follower is not two");
-        acknowledged.acknowledge(&b, Lsn(5), Lsn(5), Lsn(5), 0);
+        acknowledged.acknowledge(&b, 2, [5; 3].map(Lsn), 0);
         assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn(5)));
         assert_eq!(acknowledged.reached(AckLevel::Received, 1).load(), Lsn(9));
-        acknowledged.stream_begins(&a, false, Lsn(2), Lsn(2), Lsn(2), 0);
+        acknowledged.stream_begins(&a, 3, false, [2; 3].map(Lsn), 0);
         assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn(5)));
     }
 
@@ -562,15 +585,30 @@ mod tests {
     fn what_a_rebuild_acknowledges_counts_once_it_is_complete_and_not_on_the_next_stream() {
         let acknowledged = Acknowledged::default();
         let follower = acknowledged.follower(NodeId(1)).unwrap();
-        acknowledged.stream_begins(&follower, true, Lsn(4), Lsn(4), Lsn(4), 0);
-        acknowledged.acknowledge(&follower, Lsn(9), Lsn(8), Lsn(8), 0);
+        acknowledged.stream_begins(&follower, 1, true, [4; 3].map(Lsn), 0);
+        acknowledged.acknowledge(&follower, 1, [9, 8, 8].map(Lsn), 0);
         assert_eq!(reached(&acknowledged), Lsn::ZERO);
         // It was given another disk, and all of the log is still there for it.
-        acknowledged.stream_begins(&follower, false, Lsn(1), Lsn(1), Lsn(1), 0);
+        acknowledged.stream_begins(&follower, 2, false, [1; 3].map(Lsn), 0);
         assert_eq!(reached(&acknowledged), Lsn(1));
-        acknowledged.stream_begins(&follower, true, Lsn(1), Lsn(1), Lsn(1), 0);
-        acknowledged.acknowledge(&follower, Lsn(12), Lsn(11), Lsn(10), 0);
-        acknowledged.rebuilt(&follower, Lsn(10), 0);
+        acknowledged.stream_begins(&follower, 3, true, [1; 3].map(Lsn), 0);
+        acknowledged.acknowledge(&follower, 3, [12, 11, 10].map(Lsn), 0);
+        acknowledged.rebuilt(&follower, 3, Lsn(10), 0);
         assert_eq!(reached(&acknowledged), Lsn(11));
+    }
+
+    #[test]
+    fn what_an_earlier_stream_still_says_changes_nothing() {
+        let acknowledged = Acknowledged::default();
+        let follower = acknowledged.follower(NodeId(1)).unwrap();
+        acknowledged.stream_begins(&follower, 1, false, [9, 0, 0].map(Lsn), 0);
+        // It lost its disk, and comes back with nothing before the reader of its old stream has noticed.
+        acknowledged.stream_begins(&follower, 2, false, [Lsn::ZERO; 3], 0);
+        acknowledged.acknowledge(&follower, 1, [9; 3].map(Lsn), 0);
+        acknowledged.rebuilt(&follower, 1, Lsn(9), 0);
+        acknowledged.stream_begins(&follower, 1, false, [9; 3].map(Lsn), 0);
+        assert_eq!((follower.at(AckLevel::Durable), reached(&acknowledged)), (Lsn::ZERO, Lsn::ZERO));
+        acknowledged.acknowledge(&follower, 2, [5, 4, 3].map(Lsn), 0);
+        assert_eq!(reached(&acknowledged), Lsn(4));
     }
 }

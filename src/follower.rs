@@ -5,12 +5,13 @@
 //! | thread | how many | blocks in |
 //! |---|---|---|
 //! | `tl-recv-s…` | one a shard | reading its socket, or waiting to connect again |
-//! | `tl-ack-s…` | one a shard while connected | waiting for the synced or the applied mark |
-//! | `tl-apply-s…` | one a shard | waiting for the written mark, or in the target |
+//! | `tl-agree-s…` | one a shard while it connects | connecting, and agreeing with the leader on how the log goes on |
+//! | `tl-ack-s…` | one a shard while log arrives | waiting for the synced or the applied mark |
+//! | `tl-apply-s…` | one a shard, if the target takes records | waiting for the written mark, or in the target |
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-retain` | one | waiting for a new segment, or for the checkpoint |
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
-//! | `tl-sync-s…` | one a shard | see [`crate::wal`] |
+//! | `tl-sync-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-prep-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
 
@@ -330,8 +331,8 @@ impl Follower {
             own.ensure_applier()?;
         }
         let following = Arc::clone(&self.following);
+        let mut receiver = Box::new(Receiver { own });
         self.threads.spawn(format!("tl-recv-s{shard}"), move || {
-            let mut receiver = Receiver { own };
             if let Err(error) = receiver.run() {
                 following.fail(shard, error);
             }

@@ -73,7 +73,8 @@ pub(crate) struct FollowerShard {
 /// Up to where a shard's target has applied its log.
 #[derive(Debug)]
 pub(crate) struct AppliedMark {
-    /// Of the present log: a rebuild begins with another one. Moved by the shard's applier only.
+    /// Of the present log: a rebuild begins with another one. Moved by the shard's applier only, or by its receiver if it
+    /// has none.
     own: Watermark,
     /// What the node tells: it lives as long as the node, never moves back, and stands still while the target is being
     /// rebuilt and serves nothing.
@@ -104,12 +105,26 @@ impl AppliedMark {
         self.own.load()
     }
 
-    /// Moves it. For the one applier.
+    /// Moves it. For the one who does.
     pub(crate) fn publish(&self, lsn: Lsn) {
         self.own.publish(lsn);
         if self.is_told.load(Ordering::SeqCst) {
             self.told.advance(lsn);
         }
+    }
+
+    /// [`publish`](Self::publish) without waking anybody: the caller calls [`wake`](Self::wake) after something more urgent.
+    pub(crate) fn publish_quietly(&self, lsn: Lsn) {
+        self.own.publish_quietly(lsn);
+        if self.is_told.load(Ordering::SeqCst) {
+            self.told.advance_quietly(lsn);
+        }
+    }
+
+    /// Wakes those who wait for what it has reached.
+    pub(crate) fn wake(&self) {
+        self.own.wake();
+        self.told.wake();
     }
 
     /// Tells it from now on. The flag is set before the mark is read, and an applier moves the mark before it reads the
@@ -222,12 +237,23 @@ impl FollowerShard {
         self.state.set_applied(&self.applied);
     }
 
-    /// Starts the applier unless it runs already, or the target waits for a rebuild.
+    /// Starts the applier unless it runs already, or the target waits for a rebuild. Where what is received
+    /// [counts as applied](Self::applies_at_once), there is none, and all that is in the log counts from now on.
     pub(crate) fn ensure_applier(&mut self) -> Result<()> {
-        if self.applier.is_none() && !self.is_incomplete()? {
-            self.start_applier(None)?;
+        if self.applier.is_some() || self.is_incomplete()? {
+            return Ok(());
         }
-        Ok(())
+        if self.applies_at_once() {
+            self.applied.publish(self.applied.load().max(self.log()?.head()));
+            return Ok(());
+        }
+        self.start_applier(None)
+    }
+
+    /// Whether what is received counts as applied, so that the receiver moves the applied mark with the log's: the target
+    /// takes no records, and no applier works for a rebuild of it.
+    pub(crate) fn applies_at_once(&self) -> bool {
+        self.applier.is_none() && !self.target().takes_records() && !self.target().needs_durable_log()
     }
 
     /// Starts the applier. An error that it meets in a rebuild ends the rebuild; any other ends following.
@@ -384,12 +410,13 @@ impl FollowerShard {
     ///
     /// # Errors
     ///
-    /// [`Error::Poisoned`] if something in the log is not on stable storage.
+    /// [`Error::Poisoned`] if something in the log is not on stable storage; what the target says that has no applier.
     pub(crate) fn close(&mut self) -> Result<()> {
+        let applied = if self.applies_at_once() { self.target().sync(self.shard) } else { Ok(()) };
         self.stop_applier();
-        let Some((wal, writer)) = self.open.take() else { return Ok(()) };
+        let Some((wal, writer)) = self.open.take() else { return applied };
         drop(writer);
-        wal.close()
+        wal.close().and(applied)
     }
 }
 

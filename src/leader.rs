@@ -5,14 +5,15 @@
 //! | thread | how many | blocks in |
 //! |---|---|---|
 //! | `tl-accept` | one | accepting |
-//! | `tl-peer-…` | one a connection | reading: first the request, then acknowledgements |
+//! | `tl-peer-…` | one a connection | reading acknowledgements |
+//! | `tl-agree-…` | one a connection until it has its answer | reading the request, deciding on it |
 //! | `tl-ship-…` | one a follower and shard | waiting for `written`, or writing to its socket |
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-proto` | one | waiting for the earliest deadline of a session |
 //! | `tl-retain` | one | waiting for a new segment, or for a follower that leaves one behind |
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
 //! | `tl-apply-s…` | one a shard, if the leader has a target | waiting for `written`, or in the target |
-//! | `tl-sync-s…` | one a shard | see [`crate::wal`] |
+//! | `tl-sync-s…` | one a shard while it writes | see [`crate::wal`] |
 //! | `tl-prep-s…` | one a shard while it writes | see [`crate::wal`] |
 //!
 //! The caller's threads append and wait; no thread of the node stands between them and the log.

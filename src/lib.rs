@@ -50,6 +50,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod ack_lane;
 mod admission;
 mod applier;
 mod atomic_file;
@@ -65,6 +66,7 @@ mod host;
 mod leader;
 pub mod limits;
 mod node;
+mod on_demand;
 mod parting;
 pub mod protocol;
 pub mod rebuild;

@@ -9,47 +9,51 @@
 //!
 //! # Acknowledgements
 //!
-//! Three marks go back in one frame: received, durable, applied. The receiver sends one when nothing more has arrived,
-//! or after a stretch of log while more keeps arriving. A second thread, the acknowledger, sends what moves without
-//! it: the durable mark after a sync in the background, the applied mark behind the applier, and a sign of life when
-//! nothing moves. Both use the one sender behind a lock, held for one small frame.
+//! They go back by the [`AckLane`], from the receiver and from a second thread, the acknowledger, which is there while
+//! anything moves without the receiver.
 //!
 //! While somebody at the leader waits for durability, the receiver syncs by itself before it acknowledges, if nothing
 //! more has arrived: the acknowledgement then crosses no other thread. Otherwise the log's sync thread does it beside
 //! the receiving.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-
+use crate::ack_lane::{AckLane, WakeReaders};
 use crate::backoff::Backoff;
-use crate::divergence::refusal_for;
 use crate::error::{Error, Result};
-use crate::follower_shard::{AppliedMark, FollowerShard};
+use crate::follower_shard::FollowerShard;
 use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
+use crate::on_demand::{ON_DEMAND_STACK, run_aside};
 use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};
-use crate::shutdown::ShutdownSignal;
+use crate::shutdown::{ShutdownGuard, ShutdownSignal};
 use crate::transport::{Connection, FrameReceiver, FrameSender, is_closed_by_peer};
-use crate::types::{Chain, Epoch, Lsn, ShardId};
-use crate::wal::{Log, LogWriter};
-use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
+use crate::types::{Chain, Lsn};
 use crate::wire::{
-    Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, FrameHeader, FrameKind, Heartbeat, Message, PROTOCOL_VERSIONS, Purpose,
-    SessionId, SessionKind, SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
+    FLAG_ACK_DURABLE, FrameHeader, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionKind, SessionPhase,
+    ShardInfo, SyncRequest, WalDataHeader,
 };
 
 /// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.
 const TAKE_IN: u64 = 256 * 1024;
 /// Log bytes after which the receiver acknowledges although more has arrived.
 const ACK_EVERY: u64 = 256 * 1024;
-/// How long the acknowledger gathers what moved when nobody waits for it.
-const ACK_LINGER: Duration = Duration::from_millis(20);
 /// A stream that lasted this long made stable progress: the next failure is the first again.
 const STABLE: Duration = Duration::from_secs(10);
+
+/// A stream that has been agreed on.
+struct Agreed {
+    peer: String,
+    receiver: Box<dyn FrameReceiver>,
+    lane: Box<AckLane>,
+    /// What takes in the base, and what completes the rebuild, if the stream begins with one.
+    intake: Option<Box<Intake>>,
+    completion: Option<Completion>,
+    _close_at_stop: ShutdownGuard,
+}
 
 /// The receiver of one shard of a follower.
 pub(crate) struct Receiver {
@@ -87,22 +91,37 @@ impl Receiver {
             if error.is_permanent() {
                 return Err(error);
             }
-            let wait = backoff.next();
-            let level = if is_closed_by_peer(&error) { log::Level::Info } else { log::Level::Warn };
-            log::log!(level, "shard {shard}: {error}; trying again in {:.1} s", wait.as_secs_f32());
-            let _ = stop.wait_timeout(wait);
+            self.pause(&error, backoff.next());
         }
         Ok(())
     }
 
+    /// Waits before it tries again.
+    #[inline(never)]
+    fn pause(&self, error: &Error, wait: Duration) {
+        let level = if is_closed_by_peer(error) { log::Level::Info } else { log::Level::Warn };
+        log::log!(level, "shard {}: {error}; trying again in {:.1} s", self.own.shard, wait.as_secs_f32());
+        let _ = self.own.node.stop.wait_timeout(wait);
+    }
+
     /// One stream, from connecting to its end.
     fn follow_once(&mut self) -> Result<()> {
+        let over = self.own.node.stop.child();
+        let mut agreed = run_aside(&format!("tl-agree-s{}", self.own.shard), || self.agree(&over))?;
+        let result = self.run_stream(&mut agreed, &over);
+        if let Some(intake) = &agreed.intake {
+            intake.end(&mut self.own);
+        }
+        result
+    }
+
+    /// Connects, agrees with the leader on how this log goes on, and gets ready for that.
+    fn agree(&mut self, over: &ShutdownSignal) -> Result<Box<Agreed>> {
         if !self.own.awaits_leader {
             self.own.ensure_applier()?;
         }
         let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
-        let over = self.own.node.stop.child();
-        let _close_at_stop = over.on_shutdown(move || closer.close());
+        let close_at_stop = over.on_shutdown(move || closer.close());
         let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
         self.own.awaits_leader = false;
         if info.session_kind != SessionKind::Rebuild {
@@ -114,7 +133,8 @@ impl Receiver {
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
         let intake = match info.session_kind {
             SessionKind::Rebuild => {
-                Some(Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), &over)?)
+                let taken = Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), over);
+                Some(Box::new(taken?))
             }
             _ => None,
         };
@@ -126,49 +146,36 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let result = self.run_stream(&peer, (sender, receiver.as_mut()), &info, intake.as_ref(), &over);
-        if let Some(intake) = &intake {
-            intake.end(&mut self.own);
+        let lane = AckLane::new(&mut self.own, sender, &info);
+        let completion = intake.as_ref().map(|_| Completion::of(&self.own)).transpose();
+        match lane.and_then(|lane| Ok((lane, completion?))) {
+            Ok((lane, completion)) => {
+                Ok(Box::new(Agreed { peer, receiver, lane, intake, completion, _close_at_stop: close_at_stop }))
+            }
+            Err(error) => {
+                intake.iter().for_each(|intake| intake.end(&mut self.own));
+                Err(error)
+            }
         }
-        result
     }
 
     /// The threads of a stream that has been agreed on.
-    fn run_stream(
-        &mut self,
-        peer: &str,
-        (sender, receiver): (Box<dyn FrameSender>, &mut dyn FrameReceiver),
-        info: &ShardInfo,
-        intake: Option<&Intake>,
-        over: &ShutdownSignal,
-    ) -> Result<()> {
-        let lane = &AckLane::new(&mut self.own, sender, info.epoch, info.session)?;
-        let completion = intake.map(|_| Completion::of(&self.own)).transpose()?;
+    fn run_stream(&mut self, agreed: &mut Agreed, over: &ShutdownSignal) -> Result<()> {
+        let Agreed { peer, receiver, lane, intake, completion, .. } = agreed;
+        let (lane, intake) = (lane.as_ref(), intake.as_deref());
         let shard = self.own.shard;
-        let thread =
-            |name: &str| std::thread::Builder::new().name(format!("tl-{name}-s{shard}")).stack_size(NODE_THREAD_STACK);
-        let failed = Error::io("start a thread for", format!("shard {shard}"));
         std::thread::scope(|scope| {
-            let mut started = thread("ack").spawn_scoped(scope, || lane.run_acknowledger(over)).map(|_| ());
-            if let (Some(intake), Some(completion), Ok(())) = (intake, &completion, &started) {
+            let acknowledge = || {
+                let run = || lane.run_acknowledger(over);
+                start_in(scope, format!("tl-ack-s{shard}"), ON_DEMAND_STACK, run)
+            };
+            let mut started = Ok(());
+            if let (Some(intake), Some(completion)) = (intake, &*completion) {
                 let run = move || intake.run_completer(completion, lane);
-                started = thread("rebuild").spawn_scoped(scope, run).map(|_| ());
+                started = start_in(scope, format!("tl-rebuild-s{shard}"), NODE_THREAD_STACK, run);
             }
-            let result = started.map_err(failed).and_then(|()| self.receive(peer, receiver, lane, intake));
-            if let (Some(intake), Err(error)) = (intake, &result)
-                && let Some(word) = intake.failure_word(error)
-            {
-                let _ = lane.send_message(&word);
-            }
-            if let Err(error) = &result
-                && let Some(refusal) = refusal_for(error)
-            {
-                let _ = lane.send_message(&Message::Error(refusal));
-            }
-            lane.stop(over);
-            // What another thread met first is the cause: it closes the stream under the receiver.
-            let elsewhere = intake.and_then(|intake| intake.failure.lock().take());
-            elsewhere.or(lane.failure.lock().take()).map_or(result, Err)
+            let result = started.and_then(|()| self.receive(peer, receiver.as_mut(), (lane, &acknowledge), intake));
+            end_stream(lane, intake, result, over)
         })
     }
 
@@ -254,70 +261,140 @@ impl Receiver {
         &mut self,
         peer: &str,
         receiver: &mut dyn FrameReceiver,
-        lane: &AckLane,
+        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
         intake: Option<&Intake>,
     ) -> Result<()> {
         let mut unacknowledged = 0;
         let mut arrived = Arrived::new();
+        if lane.begins()? {
+            acknowledge()?;
+        }
         if let Some(intake) = intake {
-            lane.send_message(&intake.word(SessionPhase::Accepted, Lsn::ZERO))?;
+            accept_rebuild(intake, lane)?;
         }
         loop {
             let header = receiver.receive_header()?;
             self.own.state.heard_from_leader();
+            // What was to be acknowledged with the next piece of log waits for nothing else, nor for a large piece.
+            let goes_on = header.kind == FrameKind::WalData && u64::from(header.len) <= TAKE_IN;
+            if unacknowledged > 0 && !goes_on && header.kind != FrameKind::Error {
+                lane.send_if_moved()?;
+                unacknowledged = 0;
+            }
             match header.kind {
                 FrameKind::WalData => {
-                    lane.set_haste(header.flags);
-                    // The leader hears of it first, unless it waits for the applier.
-                    let _wake = (header.flags & FLAG_ACK_APPLIED == 0).then(|| WakeReaders(&lane.log));
-                    let bytes = self.take_in(peer, receiver, lane)?;
-                    unacknowledged += bytes;
-                    let drained = !receiver.has_buffered();
-                    if header.flags & FLAG_ACK_DURABLE != 0 {
-                        let writer = self.own.writer()?;
-                        let head = writer.end().head;
-                        if drained && bytes <= TAKE_IN {
-                            writer.log().wait_synced(head, None)?;
-                        } else {
-                            lane.sync_in_background(head);
-                        }
-                    }
-                    if drained || unacknowledged >= ACK_EVERY {
-                        lane.send_if_moved()?;
-                        unacknowledged = 0;
-                    }
+                    self.follow_log(peer, receiver, header, (lane, acknowledge), &mut unacknowledged)?;
                 }
-                FrameKind::Sync => {
-                    let message = expect_sync(peer, receiver.receive_message_body(header)?)?;
-                    lane.set_haste(header.flags);
-                    if header.flags & FLAG_ACK_DURABLE != 0 {
-                        let log = self.own.writer()?.log();
-                        log.wait_synced(message.min(log.head()), None)?;
-                    }
-                    lane.send_if_moved()?;
-                }
+                FrameKind::Sync => self.take_sync(peer, receiver, header, (lane, acknowledge))?,
                 FrameKind::Heartbeat => {
-                    if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
-                        self.own.state.set_leader_head(beat.head);
-                        lane.compare(peer, self.own.shard, &beat)?;
-                    }
+                    self.take_heartbeat(peer, receiver, header, lane)?;
+                    lane.answer()?;
                 }
-                FrameKind::CaughtUp => {
-                    if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
-                        self.own.state.set_leader_head(caught_up.head);
-                        log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
-                    }
-                }
-                FrameKind::Error => return Err(refusal(peer, receiver.receive_message_body(header)?)),
-                kind => match intake {
+                FrameKind::CaughtUp => self.take_caught_up(peer, receiver, header)?,
+                FrameKind::Error => return Err(receive_refusal(peer, receiver, header)),
+                _ => match intake {
                     Some(intake) => self.take_in_base(intake, receiver, header, &mut arrived, lane)?,
-                    None => return Err(Error::protocol(peer, format!("{kind:?} is not for a follower"))),
+                    None => return Err(misplaced(peer, header)),
                 },
             }
         }
     }
 
+    /// One frame of log, and its acknowledgement unless more has arrived that can go with it. Of what is not acknowledged
+    /// the caller keeps count, in bytes.
+    #[inline(never)]
+    fn follow_log(
+        &mut self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+        unacknowledged: &mut u64,
+    ) -> Result<()> {
+        let asks_durable = header.flags & FLAG_ACK_DURABLE != 0;
+        lane.set_haste(header.flags);
+        if (asks_durable || u64::from(header.len) > TAKE_IN) && lane.begins_long() {
+            acknowledge()?;
+        }
+        {
+            // The leader hears of it first, unless it waits for the applier.
+            let _wake = (!lane.awaits_applier()).then(|| WakeReaders(lane));
+            let bytes = self.take_in(peer, receiver, (lane, acknowledge))?;
+            *unacknowledged += bytes;
+            let drained = !receiver.has_buffered();
+            if asks_durable {
+                let writer = self.own.writer()?;
+                let head = writer.end().head;
+                if drained && bytes <= TAKE_IN {
+                    writer.log().wait_synced(head, None)?;
+                } else {
+                    lane.sync_in_background(head);
+                }
+            }
+            if drained || lane.is_due_at_once(header.flags) || *unacknowledged >= ACK_EVERY {
+                lane.send_if_moved()?;
+                *unacknowledged = 0;
+            }
+        }
+        if lane.ends_frame(*unacknowledged == 0) {
+            acknowledge()?;
+        }
+        Ok(())
+    }
+
+    /// Somebody at the leader waits for what it has sent before.
+    #[inline(never)]
+    fn take_sync(
+        &mut self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+    ) -> Result<()> {
+        let message = expect_sync(peer, receiver.receive_message_body(header)?)?;
+        lane.set_haste(header.flags);
+        if header.flags & FLAG_ACK_DURABLE != 0 {
+            if lane.begins_long() {
+                acknowledge()?;
+            }
+            let log = self.own.writer()?.log();
+            log.wait_synced(message.min(log.head()), None)?;
+        }
+        lane.send_if_moved()?;
+        // The leader sends no heartbeats meanwhile.
+        lane.answer()?;
+        if lane.ends_frame(true) {
+            acknowledge()?;
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn take_heartbeat(
+        &self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        lane: &AckLane,
+    ) -> Result<()> {
+        if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
+            self.own.state.set_leader_head(beat.head);
+            lane.compare(peer, self.own.shard, &beat)?;
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn take_caught_up(&self, peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<()> {
+        if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
+            self.own.state.set_leader_head(caught_up.head);
+            log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
+        }
+        Ok(())
+    }
+
     /// A frame of the base lane, or about the session.
+    #[inline(never)]
     fn take_in_base(
         &mut self,
         intake: &Intake,
@@ -338,11 +415,20 @@ impl Receiver {
     }
 
     /// One `WalData` frame: its bytes go to where the leader has them. Returns how many there were.
-    fn take_in(&mut self, peer: &str, receiver: &mut dyn FrameReceiver, lane: &AckLane) -> Result<u64> {
+    fn take_in(
+        &mut self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+    ) -> Result<u64> {
         let mut fields = [0; WalDataHeader::LEN];
         receiver.receive_exact(&mut fields)?;
         let WalDataHeader { segment, mut offset } =
             WalDataHeader::decode(&fields).map_err(|error| error.from_peer(peer))?;
+        // Room for a new segment may have to be waited for.
+        if offset == 0 && lane.begins_long() {
+            acknowledge()?;
+        }
         let total = u64::from(receiver.remaining());
         let node = Arc::clone(&self.own.node);
         let writer = self.own.writer()?;
@@ -353,8 +439,8 @@ impl Receiver {
             let len = window.len() as u64;
             offset += len;
             lane.take_in(writer, len).map_err(blame(peer))?;
-            if receiver.remaining() > 0 || lane.applied_in_haste.load(Ordering::Relaxed) {
-                lane.log.wake_readers();
+            if receiver.remaining() > 0 || lane.awaits_applier() {
+                lane.wake_readers();
             }
             let epoch = writer.end().epoch;
             if epoch > node.manifest().epoch {
@@ -364,6 +450,30 @@ impl Receiver {
         }
         Ok(total)
     }
+}
+
+/// Ends a stream that came to this. Says why it did.
+#[inline(never)]
+fn end_stream(lane: &AckLane, intake: Option<&Intake>, result: Result<()>, over: &ShutdownSignal) -> Result<()> {
+    if let Err(error) = &result {
+        lane.say_why(error, intake);
+    }
+    lane.stop(over);
+    // What another thread met first is the cause: it closes the stream under the receiver.
+    let elsewhere = intake.and_then(|intake| intake.failure.lock().take());
+    elsewhere.or(lane.failure.lock().take()).map_or(result, Err)
+}
+
+/// Starts a thread of a stream.
+#[inline(never)]
+fn start_in<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: String,
+    stack: usize,
+    run: impl FnOnce() + Send + 'scope,
+) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.clone()).stack_size(stack).spawn_scoped(scope, run);
+    thread.map(|_| ()).map_err(Error::io("start thread", name))
 }
 
 /// What the log finds wrong with bytes from a peer is the peer's fault.
@@ -403,212 +513,24 @@ pub(crate) fn refusal(peer: &str, message: Message) -> Error {
     }
 }
 
+#[inline(never)]
+fn receive_refusal(peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Error {
+    receiver.receive_message_body(header).map_or_else(|error| error, |message| refusal(peer, message))
+}
+
+#[inline(never)]
+fn misplaced(peer: &str, header: FrameHeader) -> Error {
+    Error::protocol(peer, format!("{:?} is not for a follower", header.kind))
+}
+
+#[inline(never)]
+fn accept_rebuild(intake: &Intake, lane: &AckLane) -> Result<()> {
+    lane.send_message(&intake.word(SessionPhase::Accepted, Lsn::ZERO))
+}
+
 fn expect_sync(peer: &str, message: Message) -> Result<Lsn> {
     match message {
         Message::Sync(sync) => Ok(sync.lsn),
         other => Err(refusal(peer, other)),
-    }
-}
-
-/// The way back: acknowledgements of one stream, sent by the receiver and by the acknowledger.
-pub(crate) struct AckLane {
-    log: Arc<Log>,
-    applied: Arc<AppliedMark>,
-    epoch: Epoch,
-    session: SessionId,
-    heartbeat: Duration,
-    state: Mutex<LaneState>,
-    /// Somebody at the leader waits for this mark: it is acknowledged as soon as it moves. Set by the receiver.
-    durable_in_haste: AtomicBool,
-    applied_in_haste: AtomicBool,
-    /// Up to where the receiver has left syncing to the log's sync thread. Moved by the receiver only.
-    background: Watermark,
-    /// What ended the acknowledger.
-    failure: Mutex<Option<Error>>,
-}
-
-struct LaneState {
-    sender: Box<dyn FrameSender>,
-    /// Head and chain, set by the receiver.
-    received: Lsn,
-    chain: Chain,
-    /// The chain before the last that arrived, and its LSN: the same LSN may have two, before and after a batch that
-    /// seals a segment.
-    before: (Lsn, Chain),
-    sent: Ack,
-    sent_at: Instant,
-}
-
-impl AckLane {
-    fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, epoch: Epoch, session: SessionId) -> Result<AckLane> {
-        let end = own.writer()?.end();
-        let nothing =
-            Ack { received: Lsn::ZERO, durable: Lsn::ZERO, applied: Lsn::ZERO, chain: end.chain, epoch, session };
-        Ok(AckLane {
-            log: own.log()?,
-            applied: Arc::clone(&own.applied),
-            epoch,
-            session,
-            heartbeat: own.node.options.heartbeat,
-            state: Mutex::new(LaneState {
-                sender,
-                received: end.head,
-                chain: end.chain,
-                before: (end.head, end.chain),
-                sent: nothing,
-                sent_at: Instant::now(),
-            }),
-            durable_in_haste: AtomicBool::new(false),
-            applied_in_haste: AtomicBool::new(false),
-            background: Watermark::new(Lsn::ZERO),
-            failure: Mutex::new(None),
-        })
-    }
-
-    /// Sends something else than an acknowledgement.
-    pub(crate) fn send_message(&self, message: &Message) -> Result<()> {
-        self.state.lock().sender.send_message(message)
-    }
-
-    /// Checks and publishes what has arrived; who waits for it is yet to be woken. Under the lock, so that no acknowledgement is made between the log's mark
-    /// and what is known of it here.
-    fn take_in(&self, writer: &mut LogWriter, len: u64) -> Result<()> {
-        let mut state = self.state.lock();
-        let before = (state.received, state.chain);
-        state.received = writer.ingest_quietly(len)?;
-        state.chain = writer.end().chain;
-        if state.chain != before.1 {
-            state.before = before;
-        }
-        Ok(())
-    }
-
-    /// Compares the leader's chain at its head with this log's, if this log ends there too. Behind it, only the leader
-    /// can compare; that it does with every acknowledgement.
-    fn compare(&self, peer: &str, shard: ShardId, beat: &Heartbeat) -> Result<()> {
-        let state = self.state.lock();
-        let is_told = beat.chain != Chain::default() && beat.head == state.received;
-        if !is_told || beat.chain == state.chain || (beat.head, beat.chain) == state.before {
-            return Ok(());
-        }
-        let (lsn, own, theirs) = (beat.head, Some(state.chain), beat.chain);
-        Err(Error::ChainMismatch { peer: peer.to_owned(), shard, lsn, own, theirs })
-    }
-
-    fn set_haste(&self, flags: u8) {
-        self.durable_in_haste.store(flags & FLAG_ACK_DURABLE != 0, Ordering::Relaxed);
-        self.applied_in_haste.store(flags & FLAG_ACK_APPLIED != 0, Ordering::Relaxed);
-    }
-
-    /// Has the log's sync thread sync up to `head` while more is received, and the acknowledger say so.
-    fn sync_in_background(&self, head: Lsn) {
-        self.log.want_synced(head);
-        self.background.advance(head);
-    }
-
-    fn send_if_moved(&self) -> Result<()> {
-        let mut state = self.state.lock();
-        let ack = self.current(&state);
-        if ack == state.sent { Ok(()) } else { state.send(ack) }
-    }
-
-    /// What there is to acknowledge. The log may be ahead of what the receiver has said: then so may the other marks,
-    /// and they wait for the next acknowledgement.
-    fn current(&self, state: &LaneState) -> Ack {
-        Ack {
-            received: state.received,
-            durable: self.log.synced().load().min(state.received),
-            applied: self.applied.load().min(state.received),
-            chain: state.chain,
-            epoch: self.epoch,
-            session: self.session,
-        }
-    }
-
-    /// Acknowledges what moves without the receiver, and shows that this node lives.
-    fn run_acknowledger(&self, over: &ShutdownSignal) {
-        if let Err(error) = self.acknowledge_until(over) {
-            *self.failure.lock() = Some(error);
-            over.shutdown();
-        }
-    }
-
-    fn acknowledge_until(&self, over: &ShutdownSignal) -> Result<()> {
-        self.send_if_moved()?;
-        loop {
-            let (sent, sent_at) = {
-                let state = self.state.lock();
-                (state.sent, state.sent_at)
-            };
-            // While the durable mark is in haste, the receiver syncs and acknowledges by itself, unless it says that it
-            // has left it to others: to wait for that here would only take the processor away from it.
-            let durable_in_haste = self.durable_in_haste.load(Ordering::Relaxed);
-            let background = self.background.load() > sent.durable;
-            let durable = match (durable_in_haste, background) {
-                (true, false) => self.background.until(sent.durable.next()),
-                _ => self.log.synced().until(sent.durable.next()),
-            };
-            let conditions = [over.until(), durable, self.applied.own().until(sent.applied.next())];
-            match wait_any(&conditions, WaitStrategy::Park, sent_at.checked_add(self.heartbeat)) {
-                Waited::Reached(0) => return Ok(()),
-                Waited::Reached(1) if durable_in_haste && !background => continue,
-                Waited::Reached(mark) => {
-                    let haste = if mark == 1 { &self.durable_in_haste } else { &self.applied_in_haste };
-                    if !haste.load(Ordering::Relaxed) && self.linger(over, sent) {
-                        return Ok(());
-                    }
-                    self.send_if_moved()?;
-                }
-                Waited::TimedOut => self.beat()?,
-            }
-        }
-    }
-
-    /// Gathers what moves for a moment, unless a mark moves that somebody waits for. True if the stream is over.
-    fn linger(&self, over: &ShutdownSignal, sent: Ack) -> bool {
-        let hasty = if self.applied_in_haste.load(Ordering::Relaxed) {
-            self.applied.own().until(sent.applied.next())
-        } else {
-            self.background.until(sent.durable.next().max(self.background.load().next()))
-        };
-        let deadline = Instant::now().checked_add(ACK_LINGER);
-        wait_any(&[over.until(), hasty], WaitStrategy::Park, deadline) == Waited::Reached(0)
-    }
-
-    /// An acknowledgement although nothing moved, unless the receiver sent one meanwhile.
-    fn beat(&self) -> Result<()> {
-        let mut state = self.state.lock();
-        if state.sent_at.elapsed() < self.heartbeat {
-            return Ok(());
-        }
-        let ack = self.current(&state);
-        state.send(ack)
-    }
-
-    /// Sends the last acknowledgement, if the stream still stands, and ends the acknowledger.
-    fn stop(&self, over: &ShutdownSignal) {
-        if !over.is_shutdown() {
-            let _ = self.send_if_moved();
-        }
-        over.shutdown();
-    }
-}
-
-/// Wakes who waits for the log to grow when the receiver is done with a frame, however that ends: waking a thread takes
-/// longer than acknowledging.
-struct WakeReaders<'a>(&'a Log);
-
-impl Drop for WakeReaders<'_> {
-    fn drop(&mut self) {
-        self.0.wake_readers();
-    }
-}
-
-impl LaneState {
-    fn send(&mut self, ack: Ack) -> Result<()> {
-        self.sender.send_message(&Message::Ack(ack))?;
-        self.sent = ack;
-        self.sent_at = Instant::now();
-        Ok(())
     }
 }

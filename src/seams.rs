@@ -153,25 +153,25 @@ pub fn give_up_through(log: &KeptLog<'_>) -> Option<Lsn> {
 pub struct CommitRule(Acknowledged);
 
 impl CommitRule {
-    /// A stream to a follower begins.
+    /// A stream to a follower begins. Of the numbers of streams to one follower, newer ones are higher.
     ///
     /// # Errors
     ///
     /// If there are too many followers; the others as well.
-    pub fn stream_begins(&self, node: NodeId, is_rebuild: bool, [received, durable, applied]: [Lsn; 3]) -> Result<()> {
+    pub fn stream_begins(&self, node: NodeId, stream: u64, is_rebuild: bool, marks: [Lsn; 3]) -> Result<()> {
         let follower = self.0.follower(node)?;
-        self.0.stream_begins(&follower, is_rebuild, received, durable, applied, 0);
+        self.0.stream_begins(&follower, stream, is_rebuild, marks, 0);
         Ok(())
     }
 
-    /// A follower acknowledges.
+    /// A follower acknowledges received, durable and applied, on a stream.
     ///
     /// # Errors
     ///
     /// As above.
-    pub fn acknowledge(&self, node: NodeId, [received, durable, applied]: [Lsn; 3]) -> Result<()> {
+    pub fn acknowledge(&self, node: NodeId, stream: u64, marks: [Lsn; 3]) -> Result<()> {
         let follower = self.0.follower(node)?;
-        self.0.acknowledge(&follower, received, durable, applied, 0);
+        self.0.acknowledge(&follower, stream, marks, 0);
         Ok(())
     }
 
@@ -180,9 +180,9 @@ impl CommitRule {
     /// # Errors
     ///
     /// As above.
-    pub fn rebuilt(&self, node: NodeId, agreed: Lsn) -> Result<()> {
+    pub fn rebuilt(&self, node: NodeId, stream: u64, agreed: Lsn) -> Result<()> {
         let follower = self.0.follower(node)?;
-        self.0.rebuilt(&follower, agreed, 0);
+        self.0.rebuilt(&follower, stream, agreed, 0);
         Ok(())
     }
 

@@ -23,6 +23,7 @@ use crate::follower::ShardState;
 use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, rebuild_goes_on};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
+use crate::on_demand::run_aside;
 use crate::parting::ask_where_logs_part;
 use crate::protocol::{FailureReason, SessionKind as Recovery};
 use crate::rebuild::places::Places;
@@ -90,6 +91,9 @@ enum Lanes {
     /// Ranges of segments, as they are asked for.
     Ranges,
 }
+
+/// A connection that has its place.
+type Accepted = (Connection, admission::Place);
 
 impl Server {
     #[allow(clippy::too_many_arguments, reason = "each is a different thing that both roles have")]
@@ -173,13 +177,15 @@ impl Server {
             }
         };
         let this = Arc::clone(server);
-        let spawned = server.threads.spawn(format!("tl-peer-{}", place.id()), move || {
-            let peer = connection.peer.clone();
-            match Server::serve(&this, connection, place) {
-                Ok(()) => log::debug!("{peer} left"),
-                Err(error) if this.stop.is_shutdown() => log::debug!("{peer}: {error}"),
-                Err(error) if is_closed_by_peer(&error) => log::info!("{peer}: {error}"),
-                Err(error) => log::warn!("{peer}: {error}"),
+        let name = format!("tl-peer-{}", place.id());
+        // Boxed, for what a thread begins with stands on its stack more than once.
+        let accepted = Box::new((connection, place));
+        let spawned = server.threads.spawn(name, move || {
+            let peer = accepted.0.peer.clone();
+            if let Err(error) = Server::serve(&this, &peer, accepted) {
+                say_why_it_ended(&peer, &error, this.stop.is_shutdown());
+            } else {
+                log::debug!("{peer} left");
             }
         });
         if let Err(error) = spawned {
@@ -188,52 +194,32 @@ impl Server {
     }
 
     /// One connection, from its request to its end.
-    fn serve(server: &Arc<Server>, connection: Connection, place: admission::Place) -> Result<()> {
-        let Connection { peer, sender, receiver, closer } = connection;
-        let over = server.stop.child();
-        let _close_at_stop = over.on_shutdown(move || closer.close());
-        // What it takes to agree is gone from the stack before the long time of reading what the peer says begins.
-        match Server::agree(server, &peer, (sender, receiver), over, place)? {
+    fn serve(server: &Arc<Server>, peer: &str, accepted: Box<Accepted>) -> Result<()> {
+        match Server::agree_aside(server, peer, accepted)? {
             Some(agreed) => agreed.serve(),
             None => Ok(()),
         }
     }
 
-    /// Reads the request and answers it. `None` if that was all.
     #[inline(never)]
-    fn agree<'a>(
+    fn agree_aside<'a>(
         server: &'a Arc<Server>,
         peer: &'a str,
-        (mut sender, mut receiver): (Box<dyn FrameSender>, Box<dyn FrameReceiver>),
-        over: ShutdownSignal,
-        mut place: admission::Place,
+        accepted: Box<Accepted>,
     ) -> Result<Option<Box<Agreed<'a>>>> {
-        receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
-        let header = match receiver.receive_header() {
-            Ok(header) => header,
-            // Whoever has not spoken yet makes room for others without a word.
-            Err(_) if place.is_taken() => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        if header.kind == FrameKind::StatusRequest {
-            receiver.receive_message_body(header)?;
-            return server.answer_status(sender.as_mut()).map(|()| None);
-        }
-        let mut request = match receiver.receive_message_body(header) {
-            Ok(Message::SyncRequest(request)) => request,
-            Ok(other) => {
-                let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
-                refuse(sender.as_mut(), Refusal(RefusalCode::ProtocolViolation, text.clone()));
-                return Err(Error::protocol(peer, text));
-            }
-            Err(error) => {
-                refuse(sender.as_mut(), Refusal(RefusalCode::ProtocolViolation, error.to_string()));
-                return Err(error);
-            }
-        };
-        if !place.keep() {
+        let name = format!("tl-agree-{}", accepted.1.id());
+        run_aside(&name, || Server::agree(server, peer, *accepted))
+    }
+
+    /// Reads the request and answers it. `None` if that was all.
+    fn agree<'a>(server: &'a Arc<Server>, peer: &'a str, accepted: Accepted) -> Result<Option<Box<Agreed<'a>>>> {
+        let (Connection { mut sender, mut receiver, closer, .. }, mut place) = accepted;
+        let over = server.stop.child();
+        let close_at_stop = over.on_shutdown(move || closer.close());
+        let Some(mut request) = Server::read_request(server, peer, (sender.as_mut(), receiver.as_mut()), &mut place)?
+        else {
             return Ok(None);
-        }
+        };
         let signals = StreamSignals { over, superseded: ShutdownSignal::new() };
         let answer = server.check(&request).and_then(|version| match request.purpose {
             Purpose::Topology => {
@@ -248,7 +234,7 @@ impl Server {
             }
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
-        let Answer { info, lanes, stream } = match answer {
+        let Answer { info, lanes, stream: key } = match answer {
             Ok(answer) => answer,
             Err(refusal) => {
                 log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
@@ -256,7 +242,7 @@ impl Server {
                 return Ok(None);
             }
         };
-        let leave = stream.map(|stream| LeaveStream { server, shard: request.shard, stream });
+        let leave = key.map(|stream| LeaveStream { server, shard: request.shard, stream });
         receiver.set_deadline(None)?;
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
@@ -266,7 +252,49 @@ impl Server {
         };
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
         let stream = Stream { server, peer, request, info, signals, of_shard, history, agreement };
-        Ok(Some(Box::new(Agreed { stream, lanes, leave, sender, receiver, _place: place })))
+        let rest = stream.begin(key, lanes, sender)?;
+        Ok(Some(Box::new(Agreed {
+            stream,
+            _leave: leave,
+            rest,
+            receiver,
+            _place: place,
+            _close_at_stop: close_at_stop,
+        })))
+    }
+
+    /// Reads the request. `None` if that was all: it was answered, or its sender had to make room.
+    #[inline(never)]
+    fn read_request(
+        server: &Server,
+        peer: &str,
+        (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
+        place: &mut admission::Place,
+    ) -> Result<Option<SyncRequest>> {
+        receiver.set_deadline(Instant::now().checked_add(server.options.handshake_timeout))?;
+        let header = match receiver.receive_header() {
+            Ok(header) => header,
+            // Whoever has not spoken yet makes room for others without a word.
+            Err(_) if place.is_taken() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if header.kind == FrameKind::StatusRequest {
+            receiver.receive_message_body(header)?;
+            return server.answer_status(sender).map(|()| None);
+        }
+        let request = match receiver.receive_message_body(header) {
+            Ok(Message::SyncRequest(request)) => request,
+            Ok(other) => {
+                let text = format!("a connection begins with SyncRequest or StatusRequest, not {:?}", other.kind());
+                refuse(sender, Refusal(RefusalCode::ProtocolViolation, text.clone()));
+                return Err(Error::protocol(peer, text));
+            }
+            Err(error) => {
+                refuse(sender, Refusal(RefusalCode::ProtocolViolation, error.to_string()));
+                return Err(error);
+            }
+        };
+        Ok(place.keep().then_some(request))
     }
 
     /// What every request must have right. Gives the protocol version to speak.
@@ -519,6 +547,17 @@ impl Server {
         }
         self.stop.shutdown();
     }
+}
+
+/// Says what ended a connection.
+#[inline(never)]
+fn say_why_it_ended(peer: &str, error: &Error, is_stopping: bool) {
+    let level = match error {
+        _ if is_stopping => log::Level::Debug,
+        error if is_closed_by_peer(error) => log::Level::Info,
+        _ => log::Level::Warn,
+    };
+    log::log!(level, "{peer}: {error}");
 }
 
 fn internal(error: Error) -> Refusal {

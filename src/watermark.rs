@@ -78,12 +78,20 @@ pub struct Watermark {
     /// Loaded without it by writers, with `SeqCst` (W2).
     next_wake: AtomicU64,
     /// Who is to be unparked, at what value. Locked by threads that begin or end waiting, and by writers that have
-    /// reached `next_wake`. Nothing is called and no other lock is taken while it is held.
-    waiters: OwnLine<Mutex<Vec<Waiter>>>,
+    /// reached `next_wake`. Nothing is called meanwhile and no other lock is taken while it is held.
+    waiters: OwnLine<Mutex<Waiters>>,
 }
 
 #[repr(align(64))]
 struct OwnLine<T>(T);
+
+#[derive(Default)]
+struct Waiters {
+    /// The list.
+    parked: Vec<Waiter>,
+    /// What is to be called, at what value.
+    call: Option<(u64, Box<dyn FnOnce() + Send>)>,
+}
 
 struct Waiter {
     threshold: u64,
@@ -112,7 +120,7 @@ impl Watermark {
         Watermark {
             value: AtomicU64::new(initial.0),
             next_wake: AtomicU64::new(NOBODY),
-            waiters: OwnLine(Mutex::new(Vec::new())),
+            waiters: OwnLine(Mutex::new(Waiters { parked: Vec::new(), call: None })),
         }
     }
 
@@ -123,7 +131,7 @@ impl Watermark {
         Watermark {
             value: AtomicU64::new(initial.0),
             next_wake: AtomicU64::new(NOBODY),
-            waiters: OwnLine(Mutex::new(Vec::new())),
+            waiters: OwnLine(Mutex::new(Waiters::default())),
         }
     }
 
@@ -196,10 +204,28 @@ impl Watermark {
     #[doc(hidden)]
     pub fn postpone(&self, name: WaiterName, at_least: Lsn) {
         let mut waiters = self.waiters.0.lock();
-        for waiter in waiters.iter_mut().filter(|waiter| waiter.name == name) {
+        for waiter in waiters.parked.iter_mut().filter(|waiter| waiter.name == name) {
             waiter.threshold = waiter.threshold.max(at_least.0);
         }
         self.set_next_wake(&waiters);
+    }
+
+    /// Has `call` made once the mark stands at `at_least` or beyond: by the thread that moves it there, once it has woken
+    /// those who wait, or by this one if it stands there already. A mark has one such call; another takes its place.
+    ///
+    /// It stands in for a waiter that is not there yet: claims 1 and 2 hold for it, and instead of the third, it is only
+    /// taken out by a thread that then makes it.
+    pub(crate) fn call_at(&self, at_least: Lsn, call: Box<dyn FnOnce() + Send>) {
+        {
+            let mut waiters = self.waiters.0.lock();
+            waiters.call = Some((at_least.0, call));
+            self.set_next_wake(&waiters);
+        }
+        total_order_point();
+        // R2.
+        if self.value.load(Ordering::SeqCst) >= at_least.0 {
+            self.wake_reached();
+        }
     }
 
     /// Whether anyone waits for this mark to reach something. A hint: it may be outdated before it is returned.
@@ -229,22 +255,27 @@ impl Watermark {
         loop {
             let mut woken = [const { None }; WAKE_AT_ONCE];
             let mut count = 0;
+            let call;
             {
                 let mut waiters = self.waiters.0.lock();
                 // At least what this thread wrote. What others add after this load they check themselves.
                 let value = self.value.load(Ordering::Acquire);
                 let mut at = 0;
-                while at < waiters.len() && count < WAKE_AT_ONCE {
-                    if waiters[at].threshold <= value {
-                        woken[count] = Some(waiters.swap_remove(at).thread);
+                while at < waiters.parked.len() && count < WAKE_AT_ONCE {
+                    if waiters.parked[at].threshold <= value {
+                        woken[count] = Some(waiters.parked.swap_remove(at).thread);
                         count += 1;
                     } else {
                         at += 1;
                     }
                 }
+                call = waiters.call.take_if(|(threshold, _)| *threshold <= value);
                 self.set_next_wake(&waiters);
             }
             woken.iter().flatten().for_each(Thread::unpark);
+            if let Some((_, call)) = call {
+                call();
+            }
             if count < WAKE_AT_ONCE {
                 return;
             }
@@ -253,7 +284,7 @@ impl Watermark {
 
     fn register(&self, threshold: u64, thread: Thread, name: WaiterName) {
         let mut waiters = self.waiters.0.lock();
-        waiters.push(Waiter { threshold, thread, name });
+        waiters.parked.push(Waiter { threshold, thread, name });
         // Not `set_next_wake`, which looks at the whole list. Relaxed: the lock orders it.
         if threshold < self.next_wake.load(Ordering::Relaxed) {
             self.next_wake.store(threshold, Ordering::SeqCst);
@@ -262,17 +293,18 @@ impl Watermark {
 
     fn deregister(&self, thread: &Thread) {
         let mut waiters = self.waiters.0.lock();
-        let before = waiters.len();
-        waiters.retain(|waiter| waiter.thread.id() != thread.id());
-        if waiters.len() != before {
+        let before = waiters.parked.len();
+        waiters.parked.retain(|waiter| waiter.thread.id() != thread.id());
+        if waiters.parked.len() != before {
             self.set_next_wake(&waiters);
         }
     }
 
     /// Called with the lock held, hence the argument.
-    fn set_next_wake(&self, waiters: &[Waiter]) {
-        let lowest = waiters.iter().map(|waiter| waiter.threshold).min().unwrap_or(NOBODY);
-        self.next_wake.store(lowest, Ordering::SeqCst);
+    fn set_next_wake(&self, waiters: &Waiters) {
+        let parked = waiters.parked.iter().map(|waiter| waiter.threshold).min().unwrap_or(NOBODY);
+        let call = waiters.call.as_ref().map_or(NOBODY, |(threshold, _)| *threshold);
+        self.next_wake.store(parked.min(call), Ordering::SeqCst);
     }
 }
 
@@ -444,6 +476,7 @@ fn first_that_holds_seq_cst(conditions: &[Until<'_>]) -> Option<usize> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
     use std::time::Duration;
 
@@ -488,12 +521,12 @@ mod tests {
         let soon = Some(Instant::now() + Duration::from_millis(2));
         assert_eq!(wait_any(&[mark.until(Lsn(1)), mark.until(Lsn(2))], WaitStrategy::Park, soon), Waited::TimedOut);
         assert!(!mark.has_waiters());
-        assert!(mark.waiters.0.lock().is_empty());
+        assert!(mark.waiters.0.lock().parked.is_empty());
     }
 
     /// Waits until `count` threads stand on the list, which is how a test knows that they are about to park.
     fn until_listed(mark: &Watermark, count: usize) {
-        while mark.waiters.0.lock().len() != count {
+        while mark.waiters.0.lock().parked.len() != count {
             std::thread::yield_now();
         }
     }
@@ -512,9 +545,9 @@ mod tests {
             until_listed(&mark, 2 * EACH);
             assert_eq!(mark.next_wake.load(Ordering::Relaxed), 10);
             mark.publish(Lsn(9));
-            assert_eq!(mark.waiters.0.lock().len(), 2 * EACH);
+            assert_eq!(mark.waiters.0.lock().parked.len(), 2 * EACH);
             mark.publish(Lsn(10));
-            assert_eq!(mark.waiters.0.lock().len(), EACH);
+            assert_eq!(mark.waiters.0.lock().parked.len(), EACH);
             assert_eq!(mark.next_wake.load(Ordering::Relaxed), 20);
             // Those woken also leave the other mark, on which they were not reached.
             until_listed(&other, EACH);
@@ -526,6 +559,37 @@ mod tests {
     }
 
     #[test]
+    fn a_call_is_made_once_by_who_reaches_it_or_at_once() {
+        let mark = Arc::new(Watermark::default());
+        let calls = Arc::new(AtomicU64::new(0));
+        let call = || {
+            let calls = Arc::clone(&calls);
+            Box::new(move || _ = calls.fetch_add(1, Ordering::SeqCst))
+        };
+        mark.call_at(Lsn(5), call());
+        mark.publish(Lsn(4));
+        // Who waits for less leaves the call where it is.
+        let soon = Some(Instant::now() + Duration::from_millis(1));
+        assert_eq!(wait_any(&[mark.until(Lsn(5))], WaitStrategy::Park, soon), Waited::TimedOut);
+        assert!(mark.has_waiters());
+        assert_eq!(calls.load(Ordering::SeqCst), 0);
+        mark.publish(Lsn(6));
+        mark.publish(Lsn(7));
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
+        assert!(!mark.has_waiters());
+        mark.call_at(Lsn(7), call());
+        assert_eq!(calls.load(Ordering::SeqCst), 2);
+        // A call may ask for the next.
+        let again = Arc::clone(&mark);
+        let next = call();
+        mark.call_at(Lsn(8), Box::new(move || again.call_at(Lsn(9), next)));
+        mark.advance(Lsn(8));
+        assert_eq!(calls.load(Ordering::SeqCst), 2);
+        mark.advance(Lsn(9));
+        assert_eq!(calls.load(Ordering::SeqCst), 3);
+    }
+
+    #[test]
     fn lists_keep_their_room() {
         let mark = Watermark::default();
         std::thread::scope(|scope| {
@@ -533,7 +597,7 @@ mod tests {
             until_listed(&mark, 1);
             mark.publish(Lsn(1));
         });
-        assert!(mark.waiters.0.lock().capacity() > 0);
+        assert!(mark.waiters.0.lock().parked.capacity() > 0);
     }
 
     #[test]

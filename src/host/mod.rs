@@ -124,6 +124,13 @@ pub(crate) struct StreamKey {
     id: u64,
 }
 
+impl StreamKey {
+    /// Its number among the streams of its shard: of two, the newer one has the higher.
+    pub(crate) fn number(self) -> u64 {
+        self.id
+    }
+}
+
 impl Host {
     /// A host to which nothing has been assigned yet.
     pub(crate) fn new(settings: HostSettings, log: Arc<Log>, retention: Arc<ShardRetention>) -> Host {

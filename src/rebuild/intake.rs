@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::ack_lane::AckLane;
 use crate::error::{Error, Result};
 use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
@@ -22,7 +23,7 @@ use crate::limits::MAX_BASE_DATA_LEN;
 use crate::node::{CheckpointShard, Checkpointer};
 use crate::rebuild::interrupted::{self, Interrupted};
 use crate::rebuild::{RebuildContract, RebuildSession};
-use crate::receiver::{AckLane, blame, refusal};
+use crate::receiver::{blame, refusal};
 use crate::shutdown::ShutdownSignal;
 use crate::target::{BaseInfo, BlockId, ReplicationTarget};
 use crate::transport::{FrameReceiver, FrameSender};

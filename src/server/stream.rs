@@ -1,7 +1,8 @@
 //! One connection after its request has been answered: the shipper is started, and its acknowledgements are read.
 //!
-//! This is where the connection's thread spends its life. What came before, agreeing on what to send from where, is over
-//! and off its stack: a thread keeps every page of its stack that it once touched, and a node has one for each stream.
+//! Reading them is where the connection's thread spends its life. What came before, agreeing on what to send from where and
+//! starting the shipper, was done [aside](run_aside): a thread keeps every page of its stack that it once touched, and a
+//! node has one for each stream. For the same reason what is seldom done here is kept out of the functions that stay.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,39 +13,61 @@ use crate::commit::{Commits, FollowerMarks};
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, Result};
 use crate::host::{StreamKey, StreamSignals, reason_of};
+#[cfg(doc)]
+use crate::on_demand::run_aside;
 use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
 use crate::shipper::{LogLane, Shipper};
+use crate::shutdown::ShutdownGuard;
 use crate::target::BlockId;
 use crate::transport::{FrameReceiver, FrameSender, segment};
 use crate::types::ShardId;
 use crate::wal::unix_ms;
 use crate::watermark::{Waited, wait_any};
-use crate::wire::{Ack, FrameKind, Message, SessionAck, SessionKind, SessionPhase, ShardInfo, SyncRequest};
+use crate::wire::{
+    Ack, FrameHeader, FrameKind, Message, SessionAck, SessionKind, SessionPhase, ShardInfo, SyncRequest,
+};
 
 /// What a stream needs that has been agreed on. Dropped from top to bottom: the stream is over before the shard's host
 /// hears of it.
 pub(super) struct Agreed<'a> {
     pub(super) stream: Stream<'a>,
-    pub(super) leave: Option<LeaveStream<'a>>,
-    pub(super) lanes: Lanes,
-    pub(super) sender: Box<dyn FrameSender>,
+    pub(super) _leave: Option<LeaveStream<'a>>,
+    pub(super) rest: Rest,
     pub(super) receiver: Box<dyn FrameReceiver>,
     /// Among those who may be connected.
     pub(super) _place: admission::Place,
+    pub(super) _close_at_stop: ShutdownGuard,
+}
+
+/// What is left to be done for a stream that has been agreed on.
+pub(super) enum Rest {
+    Nothing,
+    /// A node that repairs its log asks for ranges.
+    Ranges(Box<dyn FrameSender>),
+    /// A reader is shipped to.
+    Tail(Lanes, Box<dyn FrameSender>),
+    /// A follower's shipper is at work, and what the follower says is to be read.
+    Follower(StreamKey, Arc<FollowerMarks>, Arc<Shipper>),
 }
 
 impl Agreed<'_> {
     /// Serves it until it ends.
     pub(super) fn serve(mut self: Box<Self>) -> Result<()> {
-        let (lanes, sender) = (self.lanes, self.sender);
         let (stream, receiver) = (&self.stream, self.receiver.as_mut());
-        match (self.leave.as_ref().map(|leave| leave.stream), lanes) {
-            (_, Lanes::None) => Ok(()),
-            (_, Lanes::Ranges) => stream.serve_ranges(sender, receiver),
-            (Some(key), lanes) => stream.serve_follower(key, lanes, sender, receiver),
-            (None, lanes) => stream.serve_tail(lanes, sender, receiver),
+        match self.rest {
+            Rest::Nothing => Ok(()),
+            Rest::Ranges(sender) => stream.serve_ranges(sender, receiver),
+            Rest::Tail(lanes, sender) => stream.serve_tail(lanes, sender, receiver),
+            Rest::Follower(key, follower, shipper) => stream.serve_follower(key, &follower, &shipper, receiver),
         }
     }
+}
+
+/// What a follower says.
+enum Word {
+    Acknowledged(Ack),
+    OfSession(Box<SessionAck>),
+    Lives,
 }
 
 /// A stream that has been agreed on.
@@ -62,29 +85,43 @@ pub(super) struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    /// Starts the shipper and reads acknowledgements until the stream ends.
+    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's.
+    pub(super) fn begin(&self, key: Option<StreamKey>, lanes: Lanes, sender: Box<dyn FrameSender>) -> Result<Rest> {
+        match (key, lanes) {
+            (_, Lanes::None) => Ok(Rest::Nothing),
+            (_, Lanes::Ranges) => Ok(Rest::Ranges(sender)),
+            (None, lanes) => Ok(Rest::Tail(lanes, sender)),
+            (Some(key), lanes) => {
+                let follower = self.of_shard.commits.acknowledged().follower(self.request.node)?;
+                let shipper = self.start_shipper(key, lanes, sender, &follower)?;
+                Ok(Rest::Follower(key, follower, shipper))
+            }
+        }
+    }
+
+    /// Reads acknowledgements until the stream ends.
     fn serve_follower(
         &self,
         stream: StreamKey,
-        lanes: Lanes,
-        sender: Box<dyn FrameSender>,
+        follower: &FollowerMarks,
+        shipper: &Arc<Shipper>,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
-        let commits = &self.of_shard.commits;
-        let follower = commits.acknowledged().follower(self.request.node)?;
-        let shipper = self.start_shipper(stream, lanes, sender, &follower)?;
-        let result = self.read_acknowledgements(stream, commits, &follower, receiver);
+        let result = self.read_acknowledgements(stream, &self.of_shard.commits, follower, receiver);
         if let Err(error) = &result {
-            let timeout = self.server.options.handshake_timeout;
-            let shard = self.request.shard;
-            self.history.end_for(error, (shard, &follower), &self.signals.over, receiver, timeout);
+            self.end_history(error, follower, receiver);
         }
-        self.end_shipper(&shipper);
+        self.end_shipper(shipper);
         result
     }
 
-    /// Starts the follower's shipper, once its marks say what its request did.
     #[inline(never)]
+    fn end_history(&self, error: &Error, follower: &FollowerMarks, receiver: &mut dyn FrameReceiver) {
+        let timeout = self.server.options.handshake_timeout;
+        self.history.end_for(error, (self.request.shard, follower), &self.signals.over, receiver, timeout);
+    }
+
+    /// Starts the follower's shipper, once its marks say what its request did.
     fn start_shipper(
         &self,
         stream: StreamKey,
@@ -102,7 +139,7 @@ impl Stream<'_> {
             self.peer
         );
         let commits = &self.of_shard.commits;
-        self.take_initial_marks(commits, follower);
+        self.take_initial_marks(commits, stream, follower);
         let (shipper, rebuild) = self.shipper(lanes, sender, Some((stream, Arc::clone(follower))))?;
         let shipper = Arc::new(shipper);
         commits.add_shipper(&shipper);
@@ -127,6 +164,7 @@ impl Stream<'_> {
     }
 
     /// The follower's stream is over.
+    #[inline(never)]
     fn end_shipper(&self, shipper: &Arc<Shipper>) {
         self.signals.over.shutdown();
         self.of_shard.commits.remove_shipper(shipper);
@@ -134,11 +172,12 @@ impl Stream<'_> {
     }
 
     /// What the follower has by its request.
-    fn take_initial_marks(&self, commits: &Commits, follower: &FollowerMarks) {
+    fn take_initial_marks(&self, commits: &Commits, stream: StreamKey, follower: &FollowerMarks) {
         let is_rebuild = self.info.session_kind == SessionKind::Rebuild;
         follower.set_divergence(None);
         let SyncRequest { received, durable, applied, .. } = self.request;
-        commits.acknowledged().stream_begins(follower, is_rebuild, received, durable, applied, unix_ms());
+        let marks = [received, durable, applied];
+        commits.acknowledged().stream_begins(follower, stream.number(), is_rebuild, marks, unix_ms());
     }
 
     fn shipper(
@@ -201,26 +240,30 @@ impl Stream<'_> {
                 Err(_) if self.signals.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
                 Err(error) => return Err(error),
             };
-            match header.kind {
-                FrameKind::Ack => match receiver.receive_message_body(header)? {
-                    Message::Ack(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
-                    other => return Err(crate::receiver::refusal(self.peer, other)),
-                },
-                FrameKind::SessionAck => match receiver.receive_message_body(header)? {
-                    Message::SessionAck(ack) => self.take_session_acknowledgement(stream, commits, follower, ack)?,
-                    other => return Err(crate::receiver::refusal(self.peer, other)),
-                },
-                FrameKind::Heartbeat => {
-                    receiver.receive_message_body(header)?;
-                }
-                FrameKind::Error => {
-                    return Err(crate::receiver::refusal(self.peer, receiver.receive_message_body(header)?));
-                }
-                other => return Err(Error::protocol(self.peer, format!("{other:?} is not for a leader"))),
+            let word = self.receive_word(receiver, header)?;
+            match word {
+                Word::Acknowledged(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
+                Word::OfSession(ack) => self.take_session_acknowledgement(stream, commits, follower, *ack)?,
+                Word::Lives => {}
             }
         }
     }
 
+    /// What a frame says. Where any message could be, much stack is: it is gone before anything is done about the word.
+    #[inline(never)]
+    fn receive_word(&self, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<Word> {
+        if !matches!(header.kind, FrameKind::Ack | FrameKind::SessionAck | FrameKind::Heartbeat | FrameKind::Error) {
+            return Err(Error::protocol(self.peer, format!("{:?} is not for a leader", header.kind)));
+        }
+        match receiver.receive_message_body(header)? {
+            Message::Ack(ack) => Ok(Word::Acknowledged(ack)),
+            Message::SessionAck(ack) => Ok(Word::OfSession(Box::new(ack))),
+            Message::Heartbeat(_) => Ok(Word::Lives),
+            other => Err(crate::receiver::refusal(self.peer, other)),
+        }
+    }
+
+    #[inline(never)]
     fn take_acknowledgement(
         &self,
         stream: StreamKey,
@@ -256,12 +299,14 @@ impl Stream<'_> {
             ));
         }
         self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
-        commits.acknowledged().acknowledge(follower, ack.received, ack.durable, ack.applied, unix_ms());
+        let marks = [ack.received, ack.durable, ack.applied];
+        commits.acknowledged().acknowledge(follower, stream.number(), marks, unix_ms());
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
         Ok(())
     }
 
     /// What the follower says about its rebuild. About another session it changes nothing.
+    #[inline(never)]
     fn take_session_acknowledgement(
         &self,
         stream: StreamKey,
@@ -326,7 +371,7 @@ impl Stream<'_> {
         if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
             // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
             let agreed = ack.achieved.min(self.history.agreed());
-            commits.acknowledged().rebuilt(follower, agreed, unix_ms());
+            commits.acknowledged().rebuilt(follower, stream.number(), agreed, unix_ms());
             log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
             self.agreement.accept();
         }
@@ -334,12 +379,14 @@ impl Stream<'_> {
     }
 
     /// Serves ranges of the log to a node that repairs its own.
+    #[inline(never)]
     fn serve_ranges(&self, mut sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
         let idle = self.server.options.peer_timeout;
         segment::serve_ranges(&self.of_shard.log, sender.as_mut(), receiver, idle)
     }
 
     /// Ships to a reader that acknowledges nothing. Its side of the stream is read only to notice that it left.
+    #[inline(never)]
     fn serve_tail(&self, lanes: Lanes, sender: Box<dyn FrameSender>, receiver: &mut dyn FrameReceiver) -> Result<()> {
         let (shipper, rebuild) = self.shipper(lanes, sender, None)?;
         let over = self.signals.over.clone();

@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Epoch, Lsn, WalSegmentId};
 use crate::wal::given_up;
-use crate::wal::recovery::{LogIdentity, Recovered, RecoveredSegment, Stop, Survey, TornTail};
+use crate::wal::identity::LogIdentity;
+use crate::wal::recovery::{Recovered, RecoveredSegment, Stop, Survey, TornTail};
 use crate::wal::segment::{sync_directory, zero_in_pages};
 
 const SPARE_PREFIX: &str = "spare-";

@@ -17,7 +17,7 @@
 //!
 //! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
 //! for; the others wait for that one. A commit by one thread therefore crosses no other thread. The shard's sync thread
-//! does what nobody waits for: see [`SyncPolicy`].
+//! does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,8 +36,9 @@ use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{HEADER_FIELDS, SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
+use crate::wal::syncer::Syncer;
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
-use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
+use crate::watermark::{Until, Waited, Watermark, wait_any};
 
 /// The log of one shard, as its readers and waiters see it. Shared by reference count; the one
 /// [`LogWriter`](super::LogWriter) and any number of readers hold it.
@@ -66,6 +67,7 @@ pub struct Log {
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Arc<Spares>,
+    syncer: Syncer,
     health: Health,
     landmarks: Landmarks,
 }
@@ -150,6 +152,7 @@ impl Log {
             named: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
+            syncer: Syncer::default(),
             health: Health::default(),
             landmarks: Landmarks::default(),
         }
@@ -308,6 +311,14 @@ impl Log {
 
     pub(super) fn spares(&self) -> &Spares {
         &self.spares
+    }
+
+    pub(super) fn sync_wanted(&self) -> &Watermark {
+        &self.sync_wanted
+    }
+
+    pub(super) fn syncer(&self) -> &Syncer {
+        &self.syncer
     }
 
     pub(super) fn landmarks(&self) -> &Landmarks {
@@ -645,22 +656,6 @@ impl Log {
             self.synced.advance(last_lsn);
             if last_lsn >= lsn {
                 return Ok(());
-            }
-        }
-    }
-
-    /// The shard's sync thread: syncs what nobody waits for here, by the policy. Parks while there is nothing to do.
-    pub(super) fn run_syncer(&self) {
-        let Some(delay) = self.options.sync.background_delay() else { return };
-        while self.check_writable().is_ok() {
-            let dirty = Until { mark: &self.written, at_least: self.synced.load().next() };
-            wait_any(&[dirty, self.until_ended()], WaitStrategy::Park, None);
-            let wanted = Until { mark: &self.sync_wanted, at_least: self.synced.load().next() };
-            wait_any(&[wanted, self.until_ended()], WaitStrategy::Park, Instant::now().checked_add(delay));
-            if self.check_writable().is_ok()
-                && let Err(error) = self.sync_all()
-            {
-                log::debug!("shard {}: background sync ended: {error}", self.shard());
             }
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::limits::{MIN_SEGMENT_SIZE, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::{self, BatchHeader, Expected};
-use crate::wal::recovery::LogIdentity;
+use crate::wal::identity::LogIdentity;
 use crate::wal::segment::{SegmentHeader, write_all_at};
 
 pub(super) const SIZE: u64 = MIN_SEGMENT_SIZE;

@@ -26,8 +26,8 @@ use crate::limits::{BATCH_HEADER_LEN, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Epoch, Lsn, WalSegmentId};
 use crate::wal::batch::{BATCH_VERSION, BatchHeader, Expected};
 use crate::wal::carry_out::{is_staged_name, staged_name};
+use crate::wal::identity::LogIdentity;
 use crate::wal::known_synced::KnownSynced;
-use crate::wal::recovery::LogIdentity;
 use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at, zero_in_pages};
 use crate::wal::walk::{self, Plausible, SegmentFile};
 

@@ -16,15 +16,14 @@
 //!
 //! # Threads
 //!
-//! One syncs what nobody waits for (see [`SyncPolicy`]), parks when there is nothing to do and ends when the [`Wal`] is
-//! closed or dropped. One more prepares segments ahead of need: it is there while something is wanted of it, ends when
-//! nothing has been for a while, and is started again by whoever wants something. While a log is being opened, its
-//! segments are checked by as many threads as there are processors, at most eight.
+//! An open log has at most two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
+//! Each is there while there is something to do, stays a while after it, is started again by whoever then has something,
+//! and ends at the latest when the [`Wal`] is closed or dropped. While a log is being opened, its segments are checked by
+//! as many threads as there are processors, at most eight.
 
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub mod batch;
@@ -34,6 +33,7 @@ mod cut;
 mod given_up;
 pub(crate) mod health;
 mod history;
+mod identity;
 mod known_synced;
 mod landmarks;
 mod log;
@@ -46,6 +46,7 @@ pub(crate) mod recovery;
 pub mod scan;
 pub mod segment;
 mod spares;
+mod syncer;
 #[cfg(test)]
 mod tests;
 pub(crate) mod walk;
@@ -56,11 +57,12 @@ pub use batch::{Batch, BatchError, BatchHeader, BatchIter, Expected, Record, Rec
 pub(crate) use cut::cut;
 pub use health::{Finding, ScrubStatus};
 pub(crate) use history::{ChainCursor, Compared};
+pub use identity::LogIdentity;
 pub use known_synced::{KnownSynced, WrittenHere};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
 pub use reader::{LogPosition, LogReader};
-pub use recovery::{LogIdentity, TornTail};
+pub use recovery::TornTail;
 pub use segment::SegmentHeader;
 pub(crate) use writer::unix_ms;
 pub use writer::{LogEnd, LogWriter};
@@ -86,13 +88,12 @@ pub enum SyncPolicy {
 }
 
 impl SyncPolicy {
-    /// How long written records may stay unsynced when nobody waits for them.
+    /// How long written records may stay unsynced when nobody waits for them; `None` for as long as nobody asks.
     fn background_delay(self) -> Option<Duration> {
         match self {
             SyncPolicy::EveryBatch | SyncPolicy::Group => Some(Duration::from_secs(1)),
             SyncPolicy::Interval(delay) => Some(delay),
-            // Only a follower's leader asks for more then.
-            SyncPolicy::Never => Some(Duration::MAX),
+            SyncPolicy::Never => None,
         }
     }
 }
@@ -131,7 +132,6 @@ impl Default for WalOptions {
 #[derive(Debug)]
 pub struct Wal {
     log: Arc<Log>,
-    syncer: Option<JoinHandle<()>>,
     /// Held by the writer too: nobody else opens the directory while either could write to it.
     _lock: Arc<File>,
 }
@@ -250,16 +250,10 @@ impl Wal {
         Ok((wal, writer))
     }
 
-    /// Starts the sync thread, and has the first spares prepared.
+    /// Has the first spares prepared, and whatever nobody waits for synced.
     fn start(log: &Arc<Log>, lock: &Arc<File>) -> Result<Wal> {
-        let shard = log.shard();
-        let syncing = Arc::clone(log);
-        let thread = std::thread::Builder::new()
-            .name(format!("tl-sync-s{shard}"))
-            .stack_size(THREAD_STACK)
-            .spawn(move || syncing.run_syncer())
-            .map_err(Error::io("start a thread for", log_directory(shard)))?;
-        let wal = Wal { log: Arc::clone(log), syncer: Some(thread), _lock: Arc::clone(lock) };
+        let wal = Wal { log: Arc::clone(log), _lock: Arc::clone(lock) };
+        syncer::start_when_due(log);
         log.spares().begin()?;
         Ok(wal)
     }
@@ -287,9 +281,7 @@ impl Wal {
     fn stop(&mut self) {
         self.log.end();
         self.log.spares().wait_ended();
-        if self.syncer.take().is_some_and(|thread| thread.join().is_err()) {
-            ::log::error!("the sync thread of shard {} panicked", self.log.shard());
-        }
+        self.log.syncer().wait_ended();
     }
 }
 
@@ -330,7 +322,3 @@ fn check_size(identity: &LogIdentity) -> Result<()> {
 pub(crate) const THREAD_STACK: usize = 256 * 1024;
 
 const _: () = assert!(SEGMENT_HEADER_LEN == segment::HEADER_PAGE as u64);
-
-fn log_directory(shard: crate::types::ShardId) -> std::path::PathBuf {
-    crate::types::shard_directory_name(shard).into()
-}

@@ -13,9 +13,9 @@ use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{Batch, BatchError, BatchHeader, Expected};
 use crate::wal::health::Finding;
+use crate::wal::identity::LogIdentity;
 use crate::wal::known_synced::KnownSynced;
 use crate::wal::mapping::Segment;
-use crate::wal::recovery::LogIdentity;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Plausible, SegmentFile, Walked};
 

@@ -20,6 +20,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
 use crate::limits::{self, PAGE_LEN};
+use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::{sync_directory, zero_in_pieces};
@@ -32,9 +33,6 @@ const ZERO_STEP: u64 = 1 << 20;
 /// fault where its pages would take sixteen, and is written back as one. A record that is synced alone there costs 64 KiB.
 const FILL_PIECE: usize = 64 << 10;
 
-/// Room of the preparing thread. More than it needs: the C library keeps the stacks of threads that have ended, with the
-/// pages they touched, up to a number of bytes, so of larger ones it keeps fewer.
-const PREPARING_STACK: usize = 1 << 20;
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
 
@@ -184,8 +182,14 @@ impl Spares {
             self.wanted.notify_one();
             return Ok(());
         }
+        self.start_thread(state)
+    }
+
+    /// Apart, for what it takes on the stack: whoever only finds the thread there may be a thread that stays.
+    #[inline(never)]
+    fn start_thread(&self, state: &mut State) -> Result<()> {
         let Some(this) = self.this.upgrade().filter(|_| !state.stopped) else { return Ok(()) };
-        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(PREPARING_STACK);
+        let thread = std::thread::Builder::new().name(format!("tl-prep-s{}", self.shard)).stack_size(ON_DEMAND_STACK);
         // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
         thread.spawn(move || this.run()).map_err(Error::io("start a thread for", &self.directory))?;
         state.running = true;

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::limits::{MAX_WALKING_THREADS, SEGMENT_HEADER_LEN};
 use crate::types::WalSegmentId;
 use crate::wal::batch::Expected;
-use crate::wal::recovery::LogIdentity;
+use crate::wal::identity::LogIdentity;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Listing, SegmentFile, Walked};
 

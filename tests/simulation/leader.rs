@@ -529,7 +529,7 @@ impl World {
         if let Some(leading) = self.leading(id) {
             leading.streams.insert(follower, stream);
             let is_rebuild = kind == WireKind::Rebuild && !counts_rebuilding;
-            leading.commits.stream_begins(request.node, is_rebuild, marks).unwrap();
+            leading.commits.stream_begins(request.node, session.id.0, is_rebuild, marks).unwrap();
         }
         let durable = self.node(id).engine.durable();
         self.take_committed(id, durable);
@@ -630,7 +630,10 @@ impl World {
             {
                 stream.agreed = ack.received;
             }
-            leading.commits.acknowledge(NodeId(follower), [ack.received, ack.durable, ack.applied]).unwrap();
+            leading
+                .commits
+                .acknowledge(NodeId(follower), ack.session.0, [ack.received, ack.durable, ack.applied])
+                .unwrap();
         }
         self.apply(id, Event::SyncAckReceived(facts));
         let session = self.node(id).engine.session(NodeId(follower)).filter(|session| session.phase.is_live());
@@ -695,7 +698,7 @@ impl World {
                 self.apply(id, Event::SessionCompleted { epoch, replica, session, achieved, durable: achieved, head });
                 let Some(leading) = self.leading(id) else { return Ok(()) };
                 let Some(stream) = leading.streams.get(&follower) else { return Ok(()) };
-                leading.commits.rebuilt(replica, achieved.min(stream.agreed)).unwrap();
+                leading.commits.rebuilt(replica, ack.session.0, achieved.min(stream.agreed)).unwrap();
                 let control = SessionControl {
                     session: ack.session,
                     epoch,
