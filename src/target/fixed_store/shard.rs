@@ -28,8 +28,9 @@ use super::index::KeyIndex;
 use super::slots_map::{SlotWriter, SlotsMap};
 use super::{Entry, Visit};
 use crate::error::{Error, Result};
+use crate::limits::PAGE_LEN;
 use crate::types::{Lsn, ShardId};
-use crate::wal::segment::{read_at, write_all_at, zero_in_pages};
+use crate::wal::segment::{read_at, write_all_at, write_in_pages, zero_in_pages};
 
 pub(super) struct Shard {
     pub(super) id: ShardId,
@@ -198,6 +199,20 @@ impl Shard {
         }
         self.check_serving()?;
         Ok(std::ops::ControlFlow::Continue(()))
+    }
+
+    /// Replaces a mapped slot.
+    ///
+    /// Long ones go in through the file, where that shows in the mapping: to sync a page that was stored to, the kernel
+    /// must make it read-only again where it is mapped, and tells the other processors so page by page; and then the next
+    /// store takes a fault.
+    pub(super) fn write_mapped(&self, slots: &mut SlotWriter, slot: u64, bytes: &[u8]) -> Result<()> {
+        if cfg!(target_os = "linux") && bytes.len() as u64 >= PAGE_LEN {
+            let put = || write_in_pages(&self.file, bytes, self.layout.slot_offset(slot));
+            return self.map.write_by(slots, slot, put).map_err(Error::io("write", &self.path));
+        }
+        self.map.write(slots, slot, bytes);
+        Ok(())
     }
 
     /// Syncs the slots, then notes in the header how far they are applied.
