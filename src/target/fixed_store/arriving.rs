@@ -21,7 +21,7 @@ use super::shard::Shard;
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
-use crate::wal::segment::{write_in_pages, zero_in_pages};
+use crate::wal::segment::zero_in_pages;
 
 /// Bytes looked at together where blanks are searched for.
 const LOOK_LEN: usize = 256 * 1024;
@@ -92,11 +92,8 @@ impl Shard {
         self.fill_blanks(arriving, first)?;
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
-        let write = |from: usize, to: usize| {
-            let at = self.layout.slot_offset(first + from as u64);
-            write_in_pages(&self.file, &blocks[from * slot_len..to * slot_len], at)
-                .map_err(Error::io("write", &self.path))
-        };
+        let write =
+            |from: usize, to: usize| self.write_slots(first + from as u64, &blocks[from * slot_len..to * slot_len]);
         let mut from = 0;
         for (here, block) in blocks.chunks_exact(slot_len).enumerate() {
             let slot = first + here as u64;
@@ -125,7 +122,7 @@ impl Shard {
             // Before it is written: a write that fails may have left something.
             arriving.ahead.insert(slot);
         }
-        write_in_pages(&self.file, bytes, self.layout.slot_offset(slot)).map_err(Error::io("write", &self.path))
+        self.write_slots(slot, bytes)
     }
 
     /// Reads from the beginning of a slot that is not mapped on; what was never written is zeros.
