@@ -45,6 +45,8 @@ mod files;
 mod log;
 #[path = "common/random.rs"]
 mod random;
+#[path = "crash_images/resume.rs"]
+mod resume;
 #[path = "crash_images/store.rs"]
 mod store;
 
@@ -130,7 +132,7 @@ fn records_of(log: &Arc<Log>, lsn: Lsn) -> Vec<(u64, Vec<u8>)> {
 
 #[test]
 fn a_log_keeps_what_is_synced_and_cuts_the_rest() {
-    runs("log", 60, log::run);
+    runs("log", 52, log::run);
 }
 
 #[test]
@@ -146,6 +148,11 @@ fn a_store_and_its_log_agree_after_a_replay() {
 #[test]
 fn a_store_being_rebuilt_keeps_its_mark() {
     runs("rebuild", 8, store::rebuild);
+}
+
+#[test]
+fn an_interrupted_rebuild_goes_on_with_what_was_saved() {
+    runs("resumed rebuild", 8, resume::run);
 }
 
 #[test]
