@@ -34,10 +34,11 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const COPY: &str = "mapped file to socket to file";
 const SYNCED: &str = "mapped file to socket to file, synced";
 const LOADED: &str = "mapped file to socket to file, synced, beside an append";
-const STREAMED: &str = "the same beside an append that is streamed";
-const APPLIED: &str = "the same beside an append that is streamed, synced and applied";
-const STEADY_STREAMED: &str = "the same beside a steady append that is streamed";
-const STEADY_APPLIED: &str = "the same beside a steady append that is streamed, synced and applied";
+const STREAMED: &str = "mapped file to socket to file, synced, beside a streamed append";
+const APPLIED: &str = "mapped file to socket to file, synced, beside an append streamed, synced and applied";
+const STEADY_STREAMED: &str = "mapped file to socket to file, synced, beside a steady streamed append";
+const STEADY_APPLIED: &str =
+    "mapped file to socket to file, synced, beside a steady append streamed, synced and applied";
 const WITHOUT: &str = "puts without a rebuild";
 const FOLLOWED: &str = "puts that a follower receives";
 const STEADY_FOLLOWED: &str = "steady puts that a follower receives";

@@ -223,6 +223,7 @@ mod tests {
 
     use super::super::tests::{Log, OPTIONS, contents};
     use super::super::{FixedStore, FixedStoreOptions, shard_path};
+    use super::SlotSet;
     use crate::target::fixed_store::format::Operation;
     use crate::target::{BlockId, KeptBase, ReplicationTarget};
     use crate::types::ShardId;
@@ -243,6 +244,19 @@ mod tests {
             runs.push((run.first, buffer[..run.len].to_vec()));
         }
         runs
+    }
+
+    #[test]
+    fn slots_far_apart_take_a_part_each_and_what_lies_below_is_forgotten() {
+        let mut set = SlotSet::default();
+        let slots = [0, 63, 64, 4_095, 4_096, 1 << 39];
+        slots.into_iter().for_each(|slot| set.insert(slot));
+        assert!(slots.into_iter().all(|slot| set.contains(slot)));
+        assert!([1, 62, 65, 4_094, 4_097, 8_192, (1 << 39) - 1].into_iter().all(|slot| !set.contains(slot)));
+        assert_eq!(set.parts.len(), 3);
+        set.forget_below(4_097);
+        assert!(!set.contains(4_095) && set.contains(4_096), "a part goes as a whole");
+        assert_eq!(set.parts.len(), 2);
     }
 
     #[test]
