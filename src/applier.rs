@@ -84,8 +84,9 @@ impl Applier {
                 // A segment publishes bytes just before the log's mark says so. What is applied is never ahead of it.
                 wait_any(&[self.log.written().until(last)], self.log.options().wait, None);
                 if durable_first && last > self.log.synced().load() {
-                    // Everything received so far in one sync, and this thread does it: nobody else waits for it here.
-                    self.log.wait_synced(last, None)?;
+                    // Everything received so far in one sync, and this thread does it: nobody else waits for it here, so
+                    // segments to come need not be settled on the device for it.
+                    self.log.sync_up_to(last)?;
                 }
                 if !self.apply(&batch)? {
                     return Ok(false);

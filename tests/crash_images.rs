@@ -24,10 +24,10 @@
 //! before the second; a segment released before its successor was durable; a torn tail not told. By the test of the
 //! store: the clean mark written before the slots were synced, or left in place by the next change; the applied mark
 //! written before the slots were synced; a header that tells of new slots written before the file's growth was synced. By
-//! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; a small
-//! file renamed before it was synced, or its name not synced; a manifest made before its shards' directories were
-//! durable. Not noticed: the chain of a batch not compared, as long as cut and recycled bytes
-//! are zeroed. Found in the code by these tests when they were new: the removals, the first segment's name, and a store
+//! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; how far a
+//! base has come noted before that was synced; a small file renamed before it was synced, or its name not synced; a
+//! manifest made before its shards' directories were durable. Not noticed: the chain of a batch not compared, as long as
+//! cut and recycled bytes are zeroed. Found in the code by these tests when they were new: the removals, the first segment's name, and a store
 //! whose directory had no durable name.
 //!
 //! A failing run prints a seed, which gives the same choices again (threads in the background may still come at other
@@ -45,6 +45,8 @@ mod files;
 mod log;
 #[path = "common/random.rs"]
 mod random;
+#[path = "crash_images/resume.rs"]
+mod resume;
 #[path = "crash_images/store.rs"]
 mod store;
 
@@ -130,7 +132,7 @@ fn records_of(log: &Arc<Log>, lsn: Lsn) -> Vec<(u64, Vec<u8>)> {
 
 #[test]
 fn a_log_keeps_what_is_synced_and_cuts_the_rest() {
-    runs("log", 60, log::run);
+    runs("log", 52, log::run);
 }
 
 #[test]
@@ -146,6 +148,11 @@ fn a_store_and_its_log_agree_after_a_replay() {
 #[test]
 fn a_store_being_rebuilt_keeps_its_mark() {
     runs("rebuild", 8, store::rebuild);
+}
+
+#[test]
+fn an_interrupted_rebuild_goes_on_with_what_was_saved() {
+    runs("resumed rebuild", 8, resume::run);
 }
 
 #[test]

@@ -21,7 +21,7 @@ const SHARD: ShardId = ShardId(0);
 const SLOTS: &str = "slots-0000.tfs";
 const KEYS: u64 = 40;
 
-type Model = BTreeMap<Vec<u8>, Vec<u8>>;
+pub type Model = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// What is known at the moment of a crash.
 #[derive(Clone)]
@@ -72,18 +72,18 @@ fn open_log(home: &Path) -> towline::Result<(Wal, LogWriter)> {
     Wal::open(&directory.shard_path(SHARD), identity, log_options())
 }
 
-fn key(random: &mut Random) -> Vec<u8> {
+pub fn key(random: &mut Random) -> Vec<u8> {
     format!("key {}", random.below(KEYS)).into_bytes()
 }
 
-fn value(random: &mut Random, options: &FixedStoreOptions) -> Vec<u8> {
+pub fn value(random: &mut Random, options: &FixedStoreOptions) -> Vec<u8> {
     // A record fits in a segment.
     let len = random.index(options.value_len.min(50_000) as usize + 1);
     let byte = random.next().to_le_bytes()[0];
     vec![byte; len]
 }
 
-fn contents(store: &FixedStore) -> Model {
+pub fn contents(store: &FixedStore) -> Model {
     let mut contents = Model::new();
     store
         .scan(|entry| {

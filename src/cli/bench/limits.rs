@@ -95,6 +95,24 @@ pub(super) fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Re
     Ok(())
 }
 
+#[cfg(unix)]
+pub(super) fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+pub(super) fn read_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let read = std::os::windows::fs::FileExt::seek_read(file, bytes, offset)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes = &mut bytes[read..];
+        offset += read as u64;
+    }
+    Ok(())
+}
+
 /// Bytes that a record takes in a bare log.
 pub(super) fn slot_len(record_len: usize) -> usize {
     (BARE_HEADER + record_len).next_multiple_of(8)
@@ -109,6 +127,11 @@ fn fill_slot(slot: &mut [u8], record: &[u8]) {
     slot[4..BARE_HEADER].copy_from_slice(&len.to_le_bytes());
     let crc = crc32fast::hash(&slot[4..end]);
     slot[..4].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The record that a slot holds.
+pub(super) fn record_in(slot: &[u8], len: usize) -> &[u8] {
+    &slot[BARE_HEADER..BARE_HEADER + len]
 }
 
 /// Appends `record` until `count` are there or `to` is full. Returns the bytes filled.

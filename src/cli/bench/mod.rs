@@ -13,6 +13,7 @@ mod group;
 mod idle;
 mod limits;
 mod load;
+mod log_lane;
 mod machine;
 mod nodes;
 mod plot;

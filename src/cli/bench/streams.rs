@@ -17,7 +17,7 @@ const PIECE: usize = 256 * 1024;
 const ACK: usize = 32;
 
 /// Two ends of one connection.
-fn connect() -> io::Result<(TcpStream, TcpStream)> {
+pub(super) fn connect() -> io::Result<(TcpStream, TcpStream)> {
     connect_to(&TcpListener::bind("127.0.0.1:0")?)
 }
 

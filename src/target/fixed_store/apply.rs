@@ -248,7 +248,8 @@ impl Shard {
     fn write_slot(&self, writer: &mut Writer, lsn: Lsn, operation: &Operation<'_>) -> Result<()> {
         let slot = operation.slot;
         let was_torn = writer.torn.contains(&slot);
-        let before = if was_torn { Slot::Free } else { self.front_of(slot, &mut writer.front)? };
+        let is_blank = was_torn || writer.arriving.as_ref().is_some_and(|arriving| arriving.is_blank(slot));
+        let before = if is_blank { Slot::Free } else { self.front_of(slot, &mut writer.front)? };
         if before.lsn() >= lsn {
             return Ok(());
         }
@@ -310,10 +311,7 @@ impl Shard {
     fn write_image(&self, writer: &mut Writer, slot: u64) -> Result<()> {
         match &mut writer.arriving {
             Some(arriving) if slot >= self.map.slot_count() => self.write_unmapped(arriving, slot, &writer.image),
-            _ => {
-                self.map.write(&mut writer.slots, slot, &writer.image);
-                Ok(())
-            }
+            _ => self.write_mapped(&mut writer.slots, slot, &writer.image),
         }
     }
 

@@ -6,19 +6,22 @@
 //! what is blank gets its real zeros, everything is synced once, and then mapped.
 //!
 //! What a slot has before its block comes stands in the file too: what a record left there, or nothing, which reads as
-//! zeros, as a free slot does. So nothing is kept in memory for each slot.
+//! zeros, as a free slot does. In memory there is one bit for each slot that a record has written ahead of the base, so
+//! that nobody reads, and fills the page cache with, what is known to be nothing.
 //!
 //! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
 //! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
+
+use std::collections::HashMap;
 
 use super::apply::Writer;
 use super::format::Slot;
 use super::reader::fill;
 use super::shard::Shard;
 use crate::error::{Error, Result};
-use crate::limits::{self, PAGE_LEN};
+use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
-use crate::wal::segment::{write_in_pages, zero_in_pages};
+use crate::wal::segment::zero_in_pages;
 
 /// Bytes looked at together where blanks are searched for.
 const LOOK_LEN: usize = 256 * 1024;
@@ -27,26 +30,61 @@ const LOOK_LEN: usize = 256 * 1024;
 pub(super) struct Arriving {
     /// Every slot below is on blocks that were written.
     filled: u64,
-    /// No slot from here on was written.
-    touched: u64,
+    /// Of the slots from there on, those that a record has written. All others are blank.
+    ahead: SlotSet,
     /// What the file has where blocks are to go.
     there: Vec<u8>,
+}
+
+impl Arriving {
+    /// Whether nothing has been written to a slot behind those mapped.
+    pub(super) fn is_blank(&self, slot: u64) -> bool {
+        slot >= self.filled && !self.ahead.contains(slot)
+    }
+}
+
+/// Slots of a [`SlotSet`] in one part.
+const PART_SLOTS: u64 = 4096;
+const WORD_BITS: u64 = u64::BITS as u64;
+
+/// A set of slots. Its memory grows with those in it, however far apart a leader says they are.
+#[derive(Default)]
+struct SlotSet {
+    parts: HashMap<u64, Box<[u64; index(PART_SLOTS / WORD_BITS)]>>,
+}
+
+impl SlotSet {
+    fn insert(&mut self, slot: u64) {
+        let part = self.parts.entry(slot / PART_SLOTS).or_insert_with(|| Box::new([0; index(PART_SLOTS / WORD_BITS)]));
+        part[index(slot % PART_SLOTS / WORD_BITS)] |= 1 << (slot % WORD_BITS);
+    }
+
+    fn contains(&self, slot: u64) -> bool {
+        let word = self.parts.get(&(slot / PART_SLOTS)).map_or(0, |part| part[index(slot % PART_SLOTS / WORD_BITS)]);
+        word & 1 << (slot % WORD_BITS) != 0
+    }
+
+    /// Forgets whole parts below a slot.
+    fn forget_below(&mut self, slot: u64) {
+        self.parts.retain(|part, _| *part >= slot / PART_SLOTS);
+    }
 }
 
 impl Shard {
     /// Begins to take a base. Of the slots that are not mapped, those below `kept` stay, and all others are blank.
     pub(super) fn begin_arriving(&self, writer: &mut Writer, kept: u64) -> Result<()> {
         let mapped = self.map.slot_count();
-        let touched = mapped.max(kept);
-        let end = self.layout.slot_offset(touched);
+        let filled = mapped.max(kept);
+        let end = self.layout.slot_offset(filled);
         let len = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
         if len > end {
             // Where a file cannot be cut while it is mapped, zeros do as well.
             let cut = self.file.set_len(end).or_else(|_| zero_in_pages(&self.file, end..len));
             cut.map_err(Error::io("cut", &self.path))?;
         }
-        let arriving = writer.arriving.insert(Arriving { filled: mapped, touched, there: Vec::new() });
-        self.fill_blanks(arriving, kept)
+        let arriving = Arriving { filled, ahead: SlotSet::default(), there: Vec::new() };
+        let arriving = writer.arriving.insert(arriving);
+        self.fill_holes(arriving, mapped, kept)
     }
 
     /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay.
@@ -54,42 +92,37 @@ impl Shard {
         self.fill_blanks(arriving, first)?;
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
-        let write = |from: usize, to: usize| {
-            let at = self.layout.slot_offset(first + from as u64);
-            write_in_pages(&self.file, &blocks[from * slot_len..to * slot_len], at)
-                .map_err(Error::io("write", &self.path))
-        };
-        if first >= arriving.touched {
-            write(0, count)?;
-        } else {
-            arriving.there.resize(blocks.len(), 0);
-            self.read_unmapped(first, &mut arriving.there)?;
-            let mut from = 0;
-            let pairs = blocks.chunks_exact(slot_len).zip(arriving.there.chunks_exact(slot_len));
-            for ((block, there), slot) in pairs.zip(first..) {
-                let version = |bytes| Slot::decode_prefix(&self.layout, bytes).map(|slot| slot.lsn());
-                let damaged = |reason| self.damaged(slot, reason);
-                let version_there = version(there).map_err(damaged)?;
-                // What is blank there may have no blocks of the file yet.
-                if version_there != Lsn::ZERO && version_there >= version(block).map_err(damaged)? {
-                    let here = usize::try_from(slot - first).unwrap_or(count);
-                    write(from, here)?;
-                    from = here + 1;
-                }
+        let write =
+            |from: usize, to: usize| self.write_slots(first + from as u64, &blocks[from * slot_len..to * slot_len]);
+        let mut from = 0;
+        for (here, block) in blocks.chunks_exact(slot_len).enumerate() {
+            let slot = first + here as u64;
+            if arriving.is_blank(slot) {
+                continue;
             }
-            write(from.min(count), count)?;
+            arriving.there.resize(self.layout.prefix_len(), 0);
+            self.read_unmapped(slot, &mut arriving.there)?;
+            let version = |bytes| Slot::decode_prefix(&self.layout, bytes).map(|slot| slot.lsn());
+            let damaged = |reason| self.damaged(slot, reason);
+            let version_there = version(&arriving.there).map_err(damaged)?;
+            if version_there != Lsn::ZERO && version_there >= version(block).map_err(damaged)? {
+                write(from, here)?;
+                from = here + 1;
+            }
         }
-        let end = first + count as u64;
-        arriving.filled = arriving.filled.max(end);
-        arriving.touched = arriving.touched.max(end);
+        write(from.min(count), count)?;
+        arriving.filled = arriving.filled.max(first + count as u64);
+        arriving.ahead.forget_below(arriving.filled);
         Ok(())
     }
 
     /// Writes the whole of a slot that is not mapped.
     pub(super) fn write_unmapped(&self, arriving: &mut Arriving, slot: u64, bytes: &[u8]) -> Result<()> {
-        write_in_pages(&self.file, bytes, self.layout.slot_offset(slot)).map_err(Error::io("write", &self.path))?;
-        arriving.touched = arriving.touched.max(slot + 1);
-        Ok(())
+        if slot >= arriving.filled {
+            // Before it is written: a write that fails may have left something.
+            arriving.ahead.insert(slot);
+        }
+        self.write_slots(slot, bytes)
     }
 
     /// Reads from the beginning of a slot that is not mapped on; what was never written is zeros.
@@ -118,33 +151,39 @@ impl Shard {
         Ok(())
     }
 
-    /// Real zeros for what was not written of every slot below `end`: whole slots, and after a power cut also single pages
-    /// of slots that were written with zeros in them.
+    /// Real zeros for every blank slot below `end`.
     fn fill_blanks(&self, arriving: &mut Arriving, end: u64) -> Result<()> {
+        while arriving.filled < end {
+            let is_ahead = |slot: &u64| arriving.ahead.contains(*slot);
+            let to = (arriving.filled..end).find(is_ahead).unwrap_or(end);
+            let blank = self.layout.slot_offset(arriving.filled)..self.layout.slot_offset(to);
+            zero_in_pages(&self.file, blank).map_err(Error::io("extend", &self.path))?;
+            arriving.filled = (to..end).find(|slot| !is_ahead(slot)).unwrap_or(end);
+        }
+        Ok(())
+    }
+
+    /// Real zeros for what was not written of slots that a crash has left: whole slots, and after a power cut also single
+    /// pages of slots that were written with zeros in them.
+    fn fill_holes(&self, arriving: &mut Arriving, first: u64, end: u64) -> Result<()> {
         let slot_len = self.layout.slot_len();
-        let zero = |range| zero_in_pages(&self.file, range).map_err(Error::io("extend", &self.path));
-        let written_to = end.min(arriving.touched);
-        while arriving.filled < written_to {
+        let mut slot = first;
+        while slot < end {
             let most = (LOOK_LEN / slot_len).max(1);
-            let count = usize::try_from(written_to - arriving.filled).unwrap_or(most).min(most);
+            let count = usize::try_from(end - slot).unwrap_or(most).min(most);
             arriving.there.resize(count * slot_len, 0);
-            self.read_unmapped(arriving.filled, &mut arriving.there)?;
-            let (mut at, mut rest) = (self.layout.slot_offset(arriving.filled), arriving.there.as_slice());
+            self.read_unmapped(slot, &mut arriving.there)?;
+            let (mut at, mut rest) = (self.layout.slot_offset(slot), arriving.there.as_slice());
             while !rest.is_empty() {
-                let (page, behind) = rest.split_at(limits::index(PAGE_LEN - at % PAGE_LEN).min(rest.len()));
+                let (page, behind) = rest.split_at(index(PAGE_LEN - at % PAGE_LEN).min(rest.len()));
                 let to = at + page.len() as u64;
                 if page.iter().all(|&byte| byte == 0) {
-                    zero(at..to)?;
+                    zero_in_pages(&self.file, at..to).map_err(Error::io("extend", &self.path))?;
                 }
                 (at, rest) = (to, behind);
             }
-            arriving.filled += count as u64;
+            slot += count as u64;
         }
-        if arriving.filled < end {
-            zero(self.layout.slot_offset(arriving.filled)..self.layout.slot_offset(end))?;
-            arriving.filled = end;
-        }
-        arriving.touched = arriving.touched.max(arriving.filled);
         Ok(())
     }
 
@@ -165,7 +204,7 @@ impl Shard {
         for (slot, block) in (first..).zip(here.chunks_exact(slot_len)) {
             let version = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?.lsn();
             if self.front_of(slot, &mut writer.front)?.lsn() < version {
-                self.map.write(&mut writer.slots, slot, block);
+                self.write_mapped(&mut writer.slots, slot, block)?;
             }
         }
         if behind.is_empty() {
@@ -184,6 +223,7 @@ mod tests {
 
     use super::super::tests::{Log, OPTIONS, contents};
     use super::super::{FixedStore, FixedStoreOptions, shard_path};
+    use super::SlotSet;
     use crate::target::fixed_store::format::Operation;
     use crate::target::{BlockId, KeptBase, ReplicationTarget};
     use crate::types::ShardId;
@@ -204,6 +244,19 @@ mod tests {
             runs.push((run.first, buffer[..run.len].to_vec()));
         }
         runs
+    }
+
+    #[test]
+    fn slots_far_apart_take_a_part_each_and_what_lies_below_is_forgotten() {
+        let mut set = SlotSet::default();
+        let slots = [0, 63, 64, 4_095, 4_096, 1 << 39];
+        slots.into_iter().for_each(|slot| set.insert(slot));
+        assert!(slots.into_iter().all(|slot| set.contains(slot)));
+        assert!([1, 62, 65, 4_094, 4_097, 8_192, (1 << 39) - 1].into_iter().all(|slot| !set.contains(slot)));
+        assert_eq!(set.parts.len(), 3);
+        set.forget_below(4_097);
+        assert!(!set.contains(4_095) && set.contains(4_096), "a part goes as a whole");
+        assert_eq!(set.parts.len(), 2);
     }
 
     #[test]

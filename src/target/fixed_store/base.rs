@@ -198,7 +198,7 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
             }
         } else if bytes.iter().any(|&byte| byte != 0) {
             bytes.fill(0);
-            shard.map.write(&mut writer.slots, slot, &bytes);
+            shard.write_mapped(&mut writer.slots, slot, &bytes)?;
         }
     }
     shard.torn.store(torn, Ordering::Release);

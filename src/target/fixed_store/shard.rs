@@ -28,8 +28,9 @@ use super::index::KeyIndex;
 use super::slots_map::{SlotWriter, SlotsMap};
 use super::{Entry, Visit};
 use crate::error::{Error, Result};
+use crate::limits::PAGE_LEN;
 use crate::types::{Lsn, ShardId};
-use crate::wal::segment::{read_at, write_all_at, zero_in_pages};
+use crate::wal::segment::{read_at, write_all_at, write_in_pages, zero_in_pages};
 
 pub(super) struct Shard {
     pub(super) id: ShardId,
@@ -198,6 +199,32 @@ impl Shard {
         }
         self.check_serving()?;
         Ok(std::ops::ControlFlow::Continue(()))
+    }
+
+    /// Replaces a mapped slot.
+    pub(super) fn write_mapped(&self, slots: &mut SlotWriter, slot: u64, bytes: &[u8]) -> Result<()> {
+        if !self.writes_through_file() {
+            self.map.write(slots, slot, bytes);
+            return Ok(());
+        }
+        self.map.write_by(slots, slot, || self.write_slots(slot, bytes))
+    }
+
+    /// Whether slots are written through the file also where they are mapped, which shows in the mapping at once.
+    ///
+    /// That is better for long ones: to sync a page that was stored to, the kernel must make it read-only again where it is
+    /// mapped, and tells the other processors so page by page; and then the next store takes a fault.
+    fn writes_through_file(&self) -> bool {
+        cfg!(target_os = "linux") && self.layout.slot_len() as u64 >= PAGE_LEN
+    }
+
+    /// Writes whole slots to the file.
+    pub(super) fn write_slots(&self, first: u64, bytes: &[u8]) -> Result<()> {
+        let at = self.layout.slot_offset(first);
+        // In one piece they can become a large folio, which counts as dirty as a whole once it is stored to through a
+        // mapping; writes through the file count by blocks.
+        let write = if self.writes_through_file() { write_all_at } else { write_in_pages };
+        write(&self.file, bytes, at).map_err(Error::io("write", &self.path))
     }
 
     /// Syncs the slots, then notes in the header how far they are applied.

@@ -8,8 +8,9 @@
 //! 2. **Alignment.** Extents begin at whole pages of the file and slots are whole words of 8 bytes, so every word
 //!    accessed is aligned.
 //! 3. **Only atomics.** The mapping is read and written through relaxed loads and stores of whole words, nothing else:
-//!    no reference to plain bytes of it is ever made. Threads may therefore meet in a slot without undefined behaviour;
-//!    whether what they read belongs together is for the sequence numbers to say.
+//!    no reference to plain bytes of it is ever made. The system may write to the same pages through the file. Threads may
+//!    therefore meet in a slot without undefined behaviour; whether what they read belongs together is for the sequence
+//!    numbers to say.
 //! 4. **Extents stay.** An extent, once in the list, stays mapped and in its place until the whole map is dropped.
 //!
 //! # Whole slots
@@ -133,14 +134,21 @@ impl SlotsMap {
 
     /// Replaces a slot by `bytes`, which are as long as a slot.
     #[inline]
-    pub(super) fn write(&self, _writer: &mut SlotWriter, slot: u64, bytes: &[u8]) {
+    pub(super) fn write(&self, writer: &mut SlotWriter, slot: u64, bytes: &[u8]) {
+        self.write_by(writer, slot, || self.store(slot, bytes));
+    }
+
+    /// Lets `put` replace a slot through the file, where that shows in the mapping at once.
+    #[inline]
+    pub(super) fn write_by<T>(&self, _writer: &mut SlotWriter, slot: u64, put: impl FnOnce() -> T) -> T {
         let sequence = self.sequence(slot);
         let before = sequence.load(Ordering::Relaxed);
         sequence.store(before.wrapping_add(1), Ordering::Relaxed);
-        // The odd number comes before every word below.
+        // The odd number comes before every word that `put` writes.
         fence(Ordering::Release);
-        self.store(slot, bytes);
+        let result = put();
         sequence.store(before.wrapping_add(2), Ordering::Release);
+        result
     }
 
     /// Writes every changed page back and waits until the device has it.
@@ -255,6 +263,24 @@ mod tests {
     #[test]
     fn readers_never_see_half_a_slot() {
         let (map, mut writer, _file) = map(16);
+        read_while(&map, |byte| map.write(&mut writer, 3, &[byte; 256]));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn readers_never_see_half_a_slot_that_is_written_through_the_file() {
+        let (map, mut writer, file) = map(16);
+        let at = map.layout.slot_offset(3);
+        read_while(&map, |byte| {
+            map.write_by(&mut writer, 3, || crate::wal::segment::write_all_at(&file, &[byte; 256], at)).unwrap();
+            let mut bytes = [0; 256];
+            map.read(3, &mut bytes);
+            assert_eq!(bytes, [byte; 256], "it shows at once");
+        });
+    }
+
+    /// Writes slot 3 again and again while others read it.
+    fn read_while(map: &SlotsMap, mut write: impl FnMut(u8)) {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..3 {
@@ -266,9 +292,7 @@ mod tests {
                     }
                 });
             }
-            for round in 0..20_000_u32 {
-                map.write(&mut writer, 3, &[round.to_le_bytes()[0]; 256]);
-            }
+            (0..20_000_u32).for_each(|round| write(round.to_le_bytes()[0]));
             done.store(true, Ordering::Relaxed);
         });
     }

@@ -1,0 +1,280 @@
+//! A bare log lane, to run beside a bare base: records are appended at one end and streamed to the other, and where the
+//! log is to be worth as much as Towline's, synced and then applied at both.
+//!
+//! Each end has a log file that is written over again and again, and waits where its applier has not made room. Everything
+//! goes through files, a piece at a time, so that the threads of an end share nothing but two numbers.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::limits;
+use super::streams::connect;
+
+/// Pieces that a log file has room for.
+const ROOM: u64 = 256;
+
+/// When the groups of a load are due.
+pub(super) struct Pace {
+    every: Option<Duration>,
+    due: Instant,
+}
+
+impl Pace {
+    /// From now on a group of so many whenever `per_second` say so; one behind the other where there is no such number.
+    pub(super) fn new(group: u64, per_second: Option<u64>) -> Pace {
+        let every = per_second.map(|rate| Duration::from_secs_f64(group as f64 / rate.max(1) as f64));
+        Pace { every, due: Instant::now() }
+    }
+
+    /// Sleeps until the next one is due.
+    pub(super) fn wait(&mut self) {
+        if let Some(every) = self.every {
+            self.due += every;
+            std::thread::sleep(self.due.saturating_duration_since(Instant::now()));
+        }
+    }
+}
+
+/// The log's two ends.
+pub(super) struct LogLane {
+    near: File,
+    far: File,
+    /// One record of it.
+    record: Vec<u8>,
+    /// Records of a piece.
+    together: u64,
+    /// Records that the stores have room for.
+    slots: u64,
+}
+
+/// Where both ends apply what they have synced.
+#[derive(Clone, Copy)]
+pub(super) struct Stores<'a> {
+    pub(super) near: &'a File,
+    pub(super) far: &'a File,
+}
+
+impl LogLane {
+    pub(super) fn new(directory: &Path, record: Vec<u8>, together: u64, slots: u64) -> io::Result<LogLane> {
+        let piece_len = limits::slot_len(record.len()) * usize::try_from(together).unwrap_or_default();
+        let len = piece_len * usize::try_from(ROOM).unwrap_or_default();
+        let near = limits::zeroed_file(&directory.join("near-log"), len)?;
+        let far = limits::zeroed_file(&directory.join("far-log"), len)?;
+        Ok(LogLane { near, far, record, together, slots })
+    }
+
+    /// Appends and streams at a pace while `work` runs. Done when what was appended until then is at the other end, and
+    /// applied at both if there are `stores`. Gives how many records were appended.
+    pub(super) fn beside(
+        &self,
+        per_second: Option<u64>,
+        stores: Option<Stores<'_>>,
+        work: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<u64> {
+        let near = End { log: &self.near, store: stores.map(|stores| stores.near), progress: Progress::default() };
+        let far = End { log: &self.far, store: stores.map(|stores| stores.far), progress: Progress::default() };
+        let (near_stream, far_stream) = connect()?;
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let appending = scope.spawn(|| {
+                let appended = self.append_until(&over, per_second, &near, &near_stream);
+                near.progress.end();
+                // Also after a failure, so that the other end hears of it.
+                near_stream.shutdown(Shutdown::Write).and(appended)
+            });
+            let receiving = scope.spawn(|| {
+                let received = self.receive(&far, &far_stream);
+                far.progress.end();
+                // Also after a failure, so that the other end does not wait for it.
+                received.and(far_stream.shutdown(Shutdown::Both))
+            });
+            let applying = [&near, &far].map(|end| {
+                scope.spawn(|| {
+                    let applied = self.apply(end);
+                    end.progress.end();
+                    applied
+                })
+            });
+            let done = work();
+            over.store(true, Ordering::Relaxed);
+            let panicked = |_| io::Error::other("a thread of a bare log panicked");
+            let appended = appending.join().map_err(panicked)?;
+            receiving.join().map_err(panicked)??;
+            for applied in applying {
+                applied.join().map_err(panicked)??;
+            }
+            done.and(appended)
+        })
+    }
+
+    fn piece(&self) -> Vec<u8> {
+        vec![0; limits::slot_len(self.record.len()) * usize::try_from(self.together).unwrap_or_default()]
+    }
+
+    fn append_until(
+        &self,
+        over: &AtomicBool,
+        per_second: Option<u64>,
+        end: &End<'_>,
+        mut stream: &TcpStream,
+    ) -> io::Result<u64> {
+        let mut piece = self.piece();
+        let mut pace = Pace::new(self.together, per_second);
+        let mut appended = 0;
+        while !over.load(Ordering::Relaxed) {
+            limits::append(&mut piece, &self.record, self.together);
+            end.write(&piece)?;
+            stream.write_all(&piece)?;
+            appended += self.together;
+            pace.wait();
+        }
+        Ok(appended)
+    }
+
+    fn receive(&self, end: &End<'_>, mut stream: &TcpStream) -> io::Result<()> {
+        let mut piece = self.piece();
+        loop {
+            match stream.read_exact(&mut piece) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                other => other?,
+            }
+            std::hint::black_box(crc32fast::hash(&piece));
+            end.write(&piece)?;
+        }
+    }
+
+    /// Syncs what has been written since the last time, and then puts each record into its slot, all over the store.
+    fn apply(&self, end: &End<'_>) -> io::Result<()> {
+        let Some(store) = end.store else { return Ok(()) };
+        let mut piece = self.piece();
+        let mut applied = 0;
+        while let Some(written) = end.progress.wait_for_more(applied) {
+            end.log.sync_data()?;
+            for number in applied..written {
+                let place = number % ROOM * piece.len() as u64;
+                limits::read_at(end.log, &mut piece, place)?;
+                let records = piece.chunks_exact(limits::slot_len(self.record.len()));
+                for (count, record) in (number * self.together..).zip(records) {
+                    let slot = super::rebuild::scattered(count, self.slots);
+                    let record = limits::record_in(record, self.record.len());
+                    limits::write_at(store, record, slot * record.len() as u64)?;
+                }
+                end.progress.set_applied(number + 1);
+            }
+            applied = written;
+        }
+        Ok(())
+    }
+}
+
+struct End<'a> {
+    log: &'a File,
+    store: Option<&'a File>,
+    progress: Progress,
+}
+
+impl End<'_> {
+    /// Writes one more piece, once there is room for it.
+    fn write(&self, piece: &[u8]) -> io::Result<()> {
+        let number = if self.store.is_some() { self.progress.wait_for_room()? } else { self.progress.written() };
+        limits::write_at(self.log, piece, number % ROOM * piece.len() as u64)?;
+        self.progress.set_written(number + 1);
+        Ok(())
+    }
+}
+
+/// How many pieces an end has written, and how many of them it has applied.
+#[derive(Default)]
+struct Progress {
+    marks: Mutex<Marks>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Marks {
+    written: u64,
+    applied: u64,
+    /// One of the end's threads has ended.
+    is_over: bool,
+}
+
+impl Progress {
+    fn written(&self) -> u64 {
+        self.marks.lock().written
+    }
+
+    fn set_written(&self, written: u64) {
+        self.marks.lock().written = written;
+        self.changed.notify_all();
+    }
+
+    fn set_applied(&self, applied: u64) {
+        self.marks.lock().applied = applied;
+        self.changed.notify_all();
+    }
+
+    fn end(&self) {
+        self.marks.lock().is_over = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until a piece can be written over. Gives the number of the next one.
+    fn wait_for_room(&self) -> io::Result<u64> {
+        let mut marks = self.marks.lock();
+        while marks.written - marks.applied >= ROOM {
+            if marks.is_over {
+                return Err(io::Error::other("nothing is applied any more"));
+            }
+            self.changed.wait(&mut marks);
+        }
+        Ok(marks.written)
+    }
+
+    /// Waits until more than `applied` is written. Gives how much; none once that is all.
+    fn wait_for_more(&self, applied: u64) -> Option<u64> {
+        let mut marks = self.marks.lock();
+        while marks.written <= applied && !marks.is_over {
+            self.changed.wait(&mut marks);
+        }
+        (marks.written > applied).then_some(marks.written)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_appended_is_at_both_ends_and_applied_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let record = vec![3; 100];
+        let lane = LogLane::new(directory.path(), record.clone(), 4, 10).unwrap();
+        let store = || tempfile::tempfile().unwrap();
+        let (near, far) = (store(), store());
+        for stores in [None, Some(Stores { near: &near, far: &far })] {
+            let mut begun = 0;
+            let appended = lane.beside(Some(40_000), stores, || {
+                begun += 1;
+                std::thread::sleep(Duration::from_millis(20));
+                Ok(())
+            });
+            assert!(appended.unwrap() >= 4 && begun == 1);
+        }
+        let logs = ["near-log", "far-log"].map(|name| std::fs::read(directory.path().join(name)).unwrap());
+        assert!(logs[0] == logs[1] && logs[0].contains(&3));
+        for mut applied in [near, far] {
+            let mut bytes = Vec::new();
+            std::io::Seek::rewind(&mut applied).unwrap();
+            applied.read_to_end(&mut bytes).unwrap();
+            assert!(bytes.chunks(100).any(|slot| slot == record));
+        }
+        let failed = lane.beside(None, None, || Err(io::Error::other("the base")));
+        assert_eq!(failed.unwrap_err().to_string(), "the base");
+    }
+}
