@@ -131,17 +131,22 @@ pub const fn is_valid_size(bytes: u64) -> bool {
 /// dirtiness for a mapping: after zeroing in large pieces, syncing one record of 1 KiB writes 1 MiB to the device;
 /// after zeroing in pages, about 5 KiB.
 pub(crate) fn zero_in_pages(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
-    zero_in_pieces(file, range, &[0; limits::index(PAGE_LEN)])
+    zero_in_pieces(file, range, PAGE_LEN)
 }
 
-/// The same in pieces as long as `zeros`, for where nobody waits for syncs of single records: pieces of 64 KiB cost a third
-/// of pages.
-pub(crate) fn zero_in_pieces(file: &File, range: std::ops::Range<u64>, zeros: &[u8]) -> io::Result<()> {
-    let piece_len = zeros.len().max(1) as u64;
+/// The longest piece of zeros that is written at once.
+pub(crate) const MAX_ZERO_PIECE: u64 = 64 << 10;
+
+/// The same in larger pieces, of at most [`MAX_ZERO_PIECE`], for where nobody waits for syncs of single records: such
+/// pieces cost a third of pages.
+pub(crate) fn zero_in_pieces(file: &File, range: std::ops::Range<u64>, piece_len: u64) -> io::Result<()> {
+    // Not from the heap, which would keep them for each thread.
+    static ZEROS: [u8; limits::index(MAX_ZERO_PIECE)] = [0; limits::index(MAX_ZERO_PIECE)];
+    let piece_len = piece_len.clamp(1, MAX_ZERO_PIECE);
     let mut at = range.start;
     while at < range.end {
         let len = (piece_len - at % piece_len).min(range.end - at);
-        write_all_at(file, &zeros[..limits::index(len)], at)?;
+        write_all_at(file, &ZEROS[..limits::index(len)], at)?;
         at += len;
     }
     Ok(())

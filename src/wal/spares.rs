@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
-use crate::limits::{self, PAGE_LEN};
+use crate::limits::PAGE_LEN;
 use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
-use crate::wal::segment::{sync_directory, zero_in_pieces};
+use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory, zero_in_pieces};
 use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
@@ -31,7 +31,7 @@ const ZERO_STEP: u64 = 1 << 20;
 
 /// Bytes of zeros written at once where nobody waits for syncs: the page cache keeps them as one folio, which takes one
 /// fault where its pages would take sixteen, and is written back as one. A record that is synced alone there costs 64 KiB.
-const FILL_PIECE: usize = 64 << 10;
+const FILL_PIECE: u64 = MAX_ZERO_PIECE;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
@@ -449,7 +449,7 @@ impl Spares {
         let len = file.metadata().map_err(Error::io("look at", path))?.len();
         let is_new = len != self.segment_size;
         let nobody_waited = !self.sync_waited.load(Ordering::Relaxed) && self.state.lock().taken > 0;
-        let zeros = vec![0; if nobody_waited { FILL_PIECE } else { limits::index(PAGE_LEN) }];
+        let piece_len = if nobody_waited { FILL_PIECE } else { PAGE_LEN };
         if is_new {
             file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
         } else {
@@ -470,7 +470,7 @@ impl Spares {
             // Where that is not possible, for want of room say, writing zeros tells why.
             write = write || !mapping.populate(at..to);
             if write {
-                zero_in_pieces(&file, at..to, &zeros).map_err(Error::io("fill", path))?;
+                zero_in_pieces(&file, at..to, piece_len).map_err(Error::io("fill", path))?;
             }
             if is_new && nobody_waited {
                 mapping.populate(at..to);
@@ -545,6 +545,7 @@ fn spare_path(directory: &Path, number: u64) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits;
     use crate::types::{Chain, Epoch, WalSegmentId};
     use crate::wal::log_fixture::{IDENTITY, SIZE};
     use crate::wal::segment::SegmentHeader;

@@ -35,6 +35,8 @@ const STREAM_LEN: usize = 32 << 20;
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     let for_at_least = Duration::from_millis(if bench.quick { 50 } else { 300 });
+    // Five logs take long to prepare for each round.
+    let cases = if bench.quick { 3 } else { CASES.len() };
     for size in bench.record_sizes(&[1024]) {
         let record = super::record(size);
         let count = bench.volume(256 << 20, 32 << 20) / size;
@@ -44,7 +46,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let mut bare_log = log("log".to_owned(), log_len)?;
         let from = log("from".to_owned(), STREAM_LEN)?;
         let mut sinks = (0..4).map(|sink| log(format!("to-{sink}"), STREAM_LEN)).collect::<Result<Vec<_>, _>>()?;
-        for (followers, ours, bare) in CASES {
+        for (followers, ours, bare) in CASES.into_iter().take(cases) {
             Contest::new("fan-out", size, Unit::RecordsPerSecond)
                 .bare(bare, || {
                     bare_log.make_writable();
@@ -71,7 +73,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
             move || append_to_nodes(bench, followers, size, count, |writer| append_steadily(writer, record, count))
         };
         let mut contest = Contest::new("fan-out", size, Unit::RecordsPerSecond).among_ours();
-        for (followers, ours) in STEADY.into_iter().take(if bench.quick { 3 } else { 4 }) {
+        for (followers, ours) in STEADY.into_iter().take(cases) {
             let against: &[&str] = if followers == 0 { &[] } else { &[STEADY[0].1] };
             contest = contest.ours(ours, against, steady(followers));
         }
