@@ -29,9 +29,13 @@ use crate::wal::{LogIdentity, WalOptions};
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
 
-/// Bytes of zeros written at once where nobody waits for syncs: the page cache keeps them as one folio, which takes one
-/// fault where its pages would take sixteen, and is written back as one. A record that is synced alone there costs 64 KiB.
+/// Bytes of zeros written at once where nobody waits for syncs and those that are done cover much: the page cache keeps them
+/// as one folio, which takes one fault where its pages would take sixteen, and is written back as one. A record that is
+/// synced alone there costs 64 KiB.
 const FILL_PIECE: u64 = MAX_ZERO_PIECE;
+
+/// Syncs of fewer bytes should find pages: to write back a folio more at either end would cost them much.
+const SMALL_SYNC: u64 = 512 << 10;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
@@ -65,6 +69,8 @@ pub(super) struct Spares {
     /// Somebody has waited for a sync since the last spare was made. A hint: set by waiters, taken by the preparing
     /// thread.
     sync_waited: AtomicBool,
+    /// The last sync covered little, whether anybody waited for it or not. A hint: set by whoever syncs.
+    sync_was_small: AtomicBool,
     /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set by
     /// the writer.
     in_bulk: AtomicBool,
@@ -141,6 +147,7 @@ impl Spares {
             populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             sync_waited: AtomicBool::new(false),
+            sync_was_small: AtomicBool::new(false),
             in_bulk: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
@@ -231,6 +238,14 @@ impl Spares {
     pub(super) fn syncs_are_waited_for(&self) {
         if !self.sync_waited.load(Ordering::Relaxed) {
             self.sync_waited.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Says how many bytes a sync covered.
+    pub(super) fn has_synced(&self, bytes: u64) {
+        let is_small = bytes < SMALL_SYNC;
+        if is_small != self.sync_was_small.load(Ordering::Relaxed) {
+            self.sync_was_small.store(is_small, Ordering::Relaxed);
         }
     }
 
@@ -448,8 +463,8 @@ impl Spares {
         let file = file.map_err(Error::io("create", path))?;
         let len = file.metadata().map_err(Error::io("look at", path))?.len();
         let is_new = len != self.segment_size;
-        let nobody_waited = !self.sync_waited.load(Ordering::Relaxed) && self.state.lock().taken > 0;
-        let piece_len = if nobody_waited { FILL_PIECE } else { PAGE_LEN };
+        let in_pieces = self.fills_in_pieces();
+        let piece_len = if in_pieces { FILL_PIECE } else { PAGE_LEN };
         if is_new {
             file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
         } else {
@@ -457,9 +472,9 @@ impl Spares {
             sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
         }
         let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
-        // Where somebody waits for syncs, a new file gets its zeros page by page, by having its pages touched: one pass, and
-        // they are ready for stores after it.
-        let mut write = !is_new || nobody_waited;
+        // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores after
+        // it.
+        let mut write = !is_new || in_pieces;
         let mut at = 0;
         while at < self.segment_size {
             if is_new && self.in_bulk.load(Ordering::Relaxed) {
@@ -472,7 +487,7 @@ impl Spares {
             if write {
                 zero_in_pieces(&file, at..to, piece_len).map_err(Error::io("fill", path))?;
             }
-            if is_new && nobody_waited {
+            if is_new && in_pieces {
                 mapping.populate(at..to);
             }
             at = to;
@@ -502,6 +517,13 @@ impl Spares {
             self.settle(&mut prepared)?;
         }
         Ok(prepared)
+    }
+
+    /// Whether syncs, if there are any, cover so much that pages need not be what is written back. Only once the writer has
+    /// filled a segment is that known.
+    fn fills_in_pieces(&self) -> bool {
+        let syncs_are_small = self.sync_was_small.load(Ordering::Relaxed) || self.sync_waited.load(Ordering::Relaxed);
+        !syncs_are_small && self.state.lock().taken > 1
     }
 
     /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held comes
@@ -591,7 +613,7 @@ mod tests {
     fn files_are_zeros_whether_anybody_waits_for_syncs_or_not() {
         let directory = tempfile::tempdir().unwrap();
         let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
-        spares.state.lock().taken = 1;
+        spares.state.lock().taken = 2;
         for (number, waits) in [(1, false), (2, true)] {
             if waits {
                 spares.syncs_are_waited_for();
@@ -604,5 +626,21 @@ mod tests {
             assert!(used.filled && used.settled, "what a used file held must not come back");
             assert!(std::fs::read(&path).unwrap() == vec![0; limits::index(SIZE)]);
         }
+    }
+
+    #[test]
+    fn large_pieces_are_for_writers_whose_syncs_cover_much() {
+        let directory = tempfile::tempdir().unwrap();
+        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+        spares.state.lock().taken = 1;
+        assert!(!spares.fills_in_pieces(), "nothing is known yet");
+        spares.state.lock().taken = 2;
+        assert!(spares.fills_in_pieces());
+        spares.has_synced(SMALL_SYNC - 1);
+        assert!(!spares.fills_in_pieces());
+        spares.has_synced(SMALL_SYNC);
+        assert!(spares.fills_in_pieces());
+        spares.syncs_are_waited_for();
+        assert!(!spares.fills_in_pieces());
     }
 }

@@ -121,6 +121,7 @@ impl Leading {
         let (mut crashes, mut kept) = (Vec::new(), kept);
         let mut next_block = kept.map_or(0, |kept| kept.blocks);
         let mut is_over = false;
+        let mut in_flight = None;
         while !is_over {
             let applied = follower.applied(SHARD).unwrap();
             if random.percent(10) {
@@ -128,12 +129,22 @@ impl Leading {
             }
             let mut saved = kept;
             match random.below(100) {
+                0..40 if in_flight.is_some() => {
+                    let (first, count, blocks): (BlockId, u32, Vec<u8>) = in_flight.take().unwrap();
+                    // Records may be applied between the read of a run and its arrival: then they are newer.
+                    if random.percent(30) {
+                        (0..5).for_each(|_| self.write(random));
+                        self.apply(follower, self.head());
+                    }
+                    sink.put_blocks(first, block_len, &blocks).unwrap();
+                    next_block = first.0 + u64::from(count);
+                }
                 0..40 => {
                     let mut blocks = vec![0; (1 + random.index(4)) * block_len];
                     match base.next_run(&mut blocks).unwrap() {
                         Some(run) => {
-                            sink.put_blocks(run.first, block_len, &blocks[..run.len]).unwrap();
-                            next_block = run.first.0 + u64::from(run.count);
+                            blocks.truncate(run.len);
+                            in_flight = Some((run.first, run.count, blocks));
                         }
                         None => is_over = true,
                     }

@@ -60,6 +60,17 @@ pub(super) struct Stores<'a> {
     pub(super) far: &'a File,
 }
 
+/// What went on while something ran beside the log lane.
+#[derive(Debug)]
+pub(super) struct Beside {
+    /// How long that took. What the lane had left to do then is not in it.
+    pub(super) took: Duration,
+    /// Records appended.
+    pub(super) appended: u64,
+    /// Records appended when it ended that the other end had not received, or applied where there are stores.
+    pub(super) behind: u64,
+}
+
 impl LogLane {
     pub(super) fn new(directory: &Path, record: Vec<u8>, together: u64, slots: u64) -> io::Result<LogLane> {
         let piece_len = limits::slot_len(record.len()) * usize::try_from(together).unwrap_or_default();
@@ -69,14 +80,14 @@ impl LogLane {
         Ok(LogLane { near, far, record, together, slots })
     }
 
-    /// Appends and streams at a pace while `work` runs. Done when what was appended until then is at the other end, and
-    /// applied at both if there are `stores`. Gives how many records were appended.
+    /// Appends and streams at a pace while `work` runs. Returns when what was appended until then is at the other end, and
+    /// applied at both if there are `stores`.
     pub(super) fn beside(
         &self,
         per_second: Option<u64>,
         stores: Option<Stores<'_>>,
         work: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<u64> {
+    ) -> io::Result<Beside> {
         let near = End { log: &self.near, store: stores.map(|stores| stores.near), progress: Progress::default() };
         let far = End { log: &self.far, store: stores.map(|stores| stores.far), progress: Progress::default() };
         let (near_stream, far_stream) = connect()?;
@@ -101,7 +112,10 @@ impl LogLane {
                     applied
                 })
             });
+            let began = Instant::now();
             let done = work();
+            let took = began.elapsed();
+            let behind = near.progress.written().saturating_sub(far.arrived()) * self.together;
             over.store(true, Ordering::Relaxed);
             let panicked = |_| io::Error::other("a thread of a bare log panicked");
             let appended = appending.join().map_err(panicked)?;
@@ -109,7 +123,8 @@ impl LogLane {
             for applied in applying {
                 applied.join().map_err(panicked)??;
             }
-            done.and(appended)
+            done?;
+            Ok(Beside { took, appended: appended?, behind })
         })
     }
 
@@ -180,6 +195,12 @@ struct End<'a> {
 }
 
 impl End<'_> {
+    /// Pieces that are where they are to be.
+    fn arrived(&self) -> u64 {
+        let marks = self.progress.marks.lock();
+        if self.store.is_some() { marks.applied } else { marks.written }
+    }
+
     /// Writes one more piece, once there is room for it.
     fn write(&self, piece: &[u8]) -> io::Result<()> {
         let number = if self.store.is_some() { self.progress.wait_for_room()? } else { self.progress.written() };
@@ -259,12 +280,13 @@ mod tests {
         let (near, far) = (store(), store());
         for stores in [None, Some(Stores { near: &near, far: &far })] {
             let mut begun = 0;
-            let appended = lane.beside(Some(40_000), stores, || {
+            let beside = lane.beside(Some(40_000), stores, || {
                 begun += 1;
                 std::thread::sleep(Duration::from_millis(20));
                 Ok(())
             });
-            assert!(appended.unwrap() >= 4 && begun == 1);
+            let Beside { took, appended, behind } = beside.unwrap();
+            assert!(appended >= 4 && behind <= appended && begun == 1 && took >= Duration::from_millis(20));
         }
         let logs = ["near-log", "far-log"].map(|name| std::fs::read(directory.path().join(name)).unwrap());
         assert!(logs[0] == logs[1] && logs[0].contains(&3));

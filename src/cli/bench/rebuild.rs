@@ -78,18 +78,18 @@ fn compare_rebuilds(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<
     let beside_lane = |per_second: Option<u64>, is_applied: bool| -> Result<Sample> {
         let path = scratch.join("to");
         let mut file = File::create(&path)?;
-        let far = file.try_clone()?;
+        // Of its own position: elsewhere than on Unix, writing somewhere moves it.
+        let far = File::options().write(true).open(&path)?;
         let stores = is_applied.then_some(Stores { near: from_file, far: &far });
-        let began = Instant::now();
-        let appended = lane.beside(per_second, stores, || {
+        let beside = lane.beside(per_second, stores, || {
             streams::stream_to_file(&[from.bytes()], &mut file)?;
             file.sync_data()
         })?;
-        far.sync_data()?;
-        let sample = rate(bytes, began);
-        let per_second = appended as f64 / began.elapsed().as_secs_f64();
         std::fs::remove_file(path)?;
-        Ok(sample.with("puts_per_second", Some(per_second)))
+        let seconds = beside.took.as_secs_f64();
+        Ok(Sample::new(bytes as f64 / 1e6 / seconds)
+            .with("puts_per_second", Some(beside.appended as f64 / seconds))
+            .with("records_behind", Some(beside.behind as f64)))
     };
     let under_load = |per_second: Option<u64>| -> Result<Sample> {
         stage.settle()?;
@@ -295,7 +295,8 @@ impl<'a> Stage<'a> {
     fn rebuild(&self, bytes: u64, over: &AtomicBool) -> Result<Sample> {
         let rebuilt = self.start_rebuild()?;
         over.store(true, Ordering::Relaxed);
-        let sample = Sample::new(bytes as f64 / 1e6 / rebuilt.took.as_secs_f64());
+        let sample = Sample::new(bytes as f64 / 1e6 / rebuilt.took.as_secs_f64())
+            .with("records_behind", Some(rebuilt.behind as f64));
         rebuilt.end()?;
         Ok(sample)
     }
@@ -311,7 +312,10 @@ impl<'a> Stage<'a> {
             .max_wal_bytes(None)
             .follow(self.leader.local_address(), store as Arc<dyn ReplicationTarget>)?;
         wait_until(Until { mark: follower.applied(SHARD)?, at_least: head.max(Lsn::FIRST) }, "the follower's store")?;
-        Ok(Rebuilt { leader: &self.leader, node, follower, took: began.elapsed(), _scratch: scratch })
+        let took = began.elapsed();
+        let applied = follower.applied(SHARD)?.load();
+        let behind = self.leader.log(SHARD)?.head().get().saturating_sub(applied.get());
+        Ok(Rebuilt { leader: &self.leader, node, follower, took, behind, _scratch: scratch })
     }
 }
 
@@ -322,6 +326,8 @@ struct Rebuilt<'a> {
     follower: Follower,
     /// From nothing to serving.
     took: Duration,
+    /// Records that the leader had then, and this store had not.
+    behind: u64,
     _scratch: Scratch,
 }
 

@@ -92,9 +92,15 @@ impl Shard {
         self.fill_blanks(arriving, first)?;
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
-        let write =
-            |from: usize, to: usize| self.write_slots(first + from as u64, &blocks[from * slot_len..to * slot_len]);
-        let mut from = 0;
+        // A write that fails leaves blank slots blank: whatever it left there is overwritten. Others it may have torn.
+        let write = |from: usize, to: usize, replaces: bool| {
+            let written = self.write_slots(first + from as u64, &blocks[from * slot_len..to * slot_len]);
+            written.map_err(|source| match replaces {
+                true => self.poison("write", source),
+                false => Error::io("write", &self.path)(source),
+            })
+        };
+        let (mut from, mut replaces) = (0, false);
         for (here, block) in blocks.chunks_exact(slot_len).enumerate() {
             let slot = first + here as u64;
             if arriving.is_blank(slot) {
@@ -106,23 +112,30 @@ impl Shard {
             let damaged = |reason| self.damaged(slot, reason);
             let version_there = version(&arriving.there).map_err(damaged)?;
             if version_there != Lsn::ZERO && version_there >= version(block).map_err(damaged)? {
-                write(from, here)?;
-                from = here + 1;
+                write(from, here, replaces)?;
+                (from, replaces) = (here + 1, false);
+            } else {
+                replaces = true;
             }
         }
-        write(from.min(count), count)?;
+        write(from.min(count), count, replaces)?;
         arriving.filled = arriving.filled.max(first + count as u64);
         arriving.ahead.forget_below(arriving.filled);
         Ok(())
     }
 
-    /// Writes the whole of a slot that is not mapped.
+    /// Writes the whole of a slot that is not mapped. A write that fails leaves a blank slot blank: whatever it left there
+    /// is overwritten, by this record, by its block or by zeros. Of another slot it may have torn what was there.
     pub(super) fn write_unmapped(&self, arriving: &mut Arriving, slot: u64, bytes: &[u8]) -> Result<()> {
-        if slot >= arriving.filled {
-            // Before it is written: a write that fails may have left something.
+        let is_blank = arriving.is_blank(slot);
+        self.write_slots(slot, bytes).map_err(|source| match is_blank {
+            true => Error::io("write", &self.path)(source),
+            false => self.poison("write", source),
+        })?;
+        if is_blank {
             arriving.ahead.insert(slot);
         }
-        self.write_slots(slot, bytes)
+        Ok(())
     }
 
     /// Reads from the beginning of a slot that is not mapped on; what was never written is zeros.

@@ -201,13 +201,14 @@ impl Shard {
         Ok(std::ops::ControlFlow::Continue(()))
     }
 
-    /// Replaces a mapped slot.
+    /// Replaces a mapped slot. A write that fails may have torn what was there: then nothing more is written, and opening
+    /// the shard again finds it.
     pub(super) fn write_mapped(&self, slots: &mut SlotWriter, slot: u64, bytes: &[u8]) -> Result<()> {
         if !self.writes_through_file() {
             self.map.write(slots, slot, bytes);
             return Ok(());
         }
-        self.map.write_by(slots, slot, || self.write_slots(slot, bytes))
+        self.map.write_by(slots, slot, || self.write_slots(slot, bytes)).map_err(|source| self.poison("write", source))
     }
 
     /// Whether slots are written through the file also where they are mapped, which shows in the mapping at once.
@@ -219,12 +220,12 @@ impl Shard {
     }
 
     /// Writes whole slots to the file.
-    pub(super) fn write_slots(&self, first: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write_slots(&self, first: u64, bytes: &[u8]) -> std::io::Result<()> {
         let at = self.layout.slot_offset(first);
         // In one piece they can become a large folio, which counts as dirty as a whole once it is stored to through a
-        // mapping; writes through the file count by blocks.
+        // mapping; writes through the file count by blocks (ext4; XFS since Linux 6.6).
         let write = if self.writes_through_file() { write_all_at } else { write_in_pages };
-        write(&self.file, bytes, at).map_err(Error::io("write", &self.path))
+        write(&self.file, bytes, at)
     }
 
     /// Syncs the slots, then notes in the header how far they are applied.
@@ -299,7 +300,8 @@ impl Shard {
         self.map.extend(slots, &self.file, grown).map_err(Error::io("map", &self.path))
     }
 
-    /// After a failed sync nobody can know what is on disk: nothing more is written or reported as durable.
+    /// After a failed sync nobody can know what is on disk, and after a failed write what is in a slot: nothing more is
+    /// written or reported as durable.
     pub(super) fn poison(&self, action: &'static str, source: std::io::Error) -> Error {
         let _ = self.poisoned.set(format!("cannot {action} {}: {source}", self.path.display()));
         log::error!("shard {} is read-only: cannot {action} {}: {source}", self.id, self.path.display());
