@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -69,8 +69,9 @@ pub(super) struct Spares {
     /// Somebody has waited for a sync since the last spare was made. A hint: set by waiters, taken by the preparing
     /// thread.
     sync_waited: AtomicBool,
-    /// The last sync covered little, whether anybody waited for it or not. A hint: set by whoever syncs.
-    sync_was_small: AtomicBool,
+    /// Syncs that covered little since the last spare was taken, whether anybody waited for them or not. Counted by whoever
+    /// syncs.
+    small_syncs: AtomicU64,
     /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set by
     /// the writer.
     in_bulk: AtomicBool,
@@ -105,6 +106,8 @@ struct State {
     populated: (Lsn, u64),
     /// Spares that have become segments.
     taken: u64,
+    /// Syncs that covered little while the segment before the newest was filled.
+    small_syncs: u64,
     next_name: u64,
     /// The preparing thread is there.
     running: bool,
@@ -147,7 +150,7 @@ impl Spares {
             populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             sync_waited: AtomicBool::new(false),
-            sync_was_small: AtomicBool::new(false),
+            small_syncs: AtomicU64::new(0),
             in_bulk: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
@@ -216,6 +219,7 @@ impl Spares {
             if let Some(prepared) = state.ready.pop_front() {
                 state.waiting = false;
                 state.taken += 1;
+                state.small_syncs = self.small_syncs.swap(0, Ordering::Relaxed);
                 self.want(&mut state);
                 return Ok(prepared);
             }
@@ -243,9 +247,8 @@ impl Spares {
 
     /// Says how many bytes a sync covered.
     pub(super) fn has_synced(&self, bytes: u64) {
-        let is_small = bytes < SMALL_SYNC;
-        if is_small != self.sync_was_small.load(Ordering::Relaxed) {
-            self.sync_was_small.store(is_small, Ordering::Relaxed);
+        if bytes < SMALL_SYNC {
+            self.small_syncs.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -519,11 +522,17 @@ impl Spares {
         Ok(prepared)
     }
 
-    /// Whether syncs, if there are any, cover so much that pages need not be what is written back. Only once the writer has
-    /// filled a segment is that known.
+    /// Whether pages need not be what is written back: nobody waits for syncs, and of those that cover little there were so
+    /// few in the last segment that a folio more for each is at most a thirty-second of it. Only once the writer has filled
+    /// a segment is that known.
     fn fills_in_pieces(&self) -> bool {
-        let syncs_are_small = self.sync_was_small.load(Ordering::Relaxed) || self.sync_waited.load(Ordering::Relaxed);
-        !syncs_are_small && self.state.lock().taken > 1
+        let (taken, before) = {
+            let state = self.state.lock();
+            (state.taken, state.small_syncs)
+        };
+        let small_syncs = before.max(self.small_syncs.load(Ordering::Relaxed));
+        let cost = small_syncs.saturating_mul(32 * FILL_PIECE);
+        taken > 1 && !self.sync_waited.load(Ordering::Relaxed) && cost <= self.segment_size
     }
 
     /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held comes
@@ -636,11 +645,20 @@ mod tests {
         assert!(!spares.fills_in_pieces(), "nothing is known yet");
         spares.state.lock().taken = 2;
         assert!(spares.fills_in_pieces());
-        spares.has_synced(SMALL_SYNC - 1);
-        assert!(!spares.fills_in_pieces());
-        spares.has_synced(SMALL_SYNC);
-        assert!(spares.fills_in_pieces());
         spares.syncs_are_waited_for();
         assert!(!spares.fills_in_pieces());
+        spares.sync_waited.store(false, Ordering::Relaxed);
+        let most = SIZE / (32 * FILL_PIECE);
+        (0..most).for_each(|_| spares.has_synced(SMALL_SYNC - 1));
+        spares.has_synced(SMALL_SYNC);
+        assert!(spares.fills_in_pieces());
+        spares.has_synced(SMALL_SYNC - 1);
+        assert!(!spares.fills_in_pieces());
+        // What was true of the segment before is not forgotten at once.
+        spares.begin().unwrap();
+        spares.take().unwrap();
+        assert!(!spares.fills_in_pieces());
+        spares.take().unwrap();
+        assert!(spares.fills_in_pieces());
     }
 }
