@@ -8,8 +8,8 @@
 //!
 //! # When the acknowledger is there
 //!
-//! The receiver starts it before something that can take long, and otherwise only once it has acknowledged, if more is to
-//! be said than that: whoever waits at the leader waits for no thread to start. It ends when nothing has moved for a while,
+//! The receiver starts it before something that can take long, as waiting for the rest of a frame can, and otherwise only
+//! once it has acknowledged, if more is to be said than that: whoever waits at the leader waits for no thread to start. It ends when nothing has moved for a while,
 //! a heartbeat at least, and all that was received is durable, applied and acknowledged. On a quiet stream the receiver
 //! answers the leader's heartbeats instead; a leader that beats more slowly than this node has the acknowledger stay.
 

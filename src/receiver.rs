@@ -273,6 +273,11 @@ impl Receiver {
             accept_rebuild(intake, lane)?;
         }
         loop {
+            // What has been received is said while the next frame is waited for, should it begin and then not come.
+            let waits_unsaid = unacknowledged > 0 && !receiver.has_whole();
+            if waits_unsaid && lane.begins_long() {
+                acknowledge()?;
+            }
             let header = receiver.receive_header()?;
             self.own.state.heard_from_leader();
             // What was to be acknowledged with the next piece of log waits for nothing else, nor for a large piece.
@@ -280,6 +285,9 @@ impl Receiver {
             if unacknowledged > 0 && !goes_on && header.kind != FrameKind::Error {
                 lane.send_if_moved()?;
                 unacknowledged = 0;
+                if lane.ends_frame(true) {
+                    acknowledge()?;
+                }
             }
             match header.kind {
                 FrameKind::WalData => {
@@ -313,7 +321,9 @@ impl Receiver {
     ) -> Result<()> {
         let asks_durable = header.flags & FLAG_ACK_DURABLE != 0;
         lane.set_haste(header.flags);
-        if (asks_durable || u64::from(header.len) > TAKE_IN) && lane.begins_long() {
+        // However short the frame, its rest comes when the network lets it.
+        let takes_long = asks_durable || u64::from(header.len) > TAKE_IN || !receiver.has_whole();
+        if takes_long && lane.begins_long() {
             acknowledge()?;
         }
         {
