@@ -15,6 +15,7 @@ use common::random::Random;
 use common::{append, deadline, until};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tempfile::tempdir;
+use towline::protocol::{SessionId, SessionKind};
 use towline::status::FollowerStatus;
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, FrameReceiver, Listener, Transport};
@@ -62,6 +63,13 @@ fn follower_of(leader: &Leader) -> Option<FollowerStatus> {
     leader.status().shards[0].followers.iter().find(|follower| follower.connected).cloned()
 }
 
+/// The session of the follower, once it keeps up: one that catches up goes over into it on the same stream.
+fn session_of(leader: &Leader) -> SessionId {
+    let session = || follower_of(leader)?.session.filter(|session| session.kind == SessionKind::KeepUp);
+    until("the follower keeps up", || session().is_some());
+    session().unwrap().id
+}
+
 /// Nothing moves at the follower but what is received, nobody beats, and behind the log comes the word that this was all:
 /// the acknowledgement can come from nobody but the receiver, and for no other reason.
 fn what_came_before_the_follower_is_acknowledged(net: &Net) {
@@ -100,12 +108,12 @@ fn a_quiet_stream_is_kept_alive_by_the_receiver(net: &Net) {
         until("the acknowledger ends", || threads("tl-ack") == Some(0));
     }
     let mut heard_at_ms = follower_of(&leader).unwrap().acked_at_ms;
-    let session = follower_of(&leader).unwrap().session.map(|session| session.id);
+    let session = session_of(&leader);
     for _ in 0..5 {
         until("the follower is heard", || follower_of(&leader).unwrap().acked_at_ms > heard_at_ms);
         let follower = follower_of(&leader).unwrap();
         heard_at_ms = follower.acked_at_ms;
-        assert_eq!(follower.session.map(|session| session.id), session, "the stream is another one");
+        assert_eq!(follower.session.map(|session| session.id), Some(session), "the stream is another one");
         assert!(threads("tl-ack").is_none_or(|count| count == 0), "somebody else acknowledges");
     }
 }
@@ -184,10 +192,9 @@ fn a_frame_that_trickles_in_costs_no_stream() {
     if threads("tl-recv").is_some() {
         until("the acknowledger ends", || threads("tl-ack") == Some(0));
     }
-    let session = follower_of(&leader).unwrap().session.map(|session| session.id);
+    let session = session_of(&leader);
     wait(&leader, writer.append(&record).unwrap(), "received:1");
-    let now = follower_of(&leader).unwrap().session.map(|session| session.id);
-    assert_eq!(now, session, "the stream is another one");
+    assert_eq!(session_of(&leader), session, "the stream is another one");
 }
 
 /// A network that stalls in the middle of what comes behind a frame of log.
@@ -323,3 +330,25 @@ over_both!(
     a_quiet_stream_is_kept_alive_by_the_receiver,
     the_acknowledger_ends_and_comes_back,
 );
+
+/// Who connects and says nothing holds one thread of the node, and leaves none behind.
+#[test]
+fn a_connection_that_says_nothing_holds_one_thread() {
+    let _alone = alone();
+    if threads("").is_none() {
+        return;
+    }
+    let net = Net::tcp();
+    let directory = tempdir().unwrap();
+    let builder = net.node(directory.path()).shards(1).segment_size(1 << 20);
+    let leader = builder.handshake_timeout(Duration::from_secs(600)).lead(&net.address).unwrap();
+    until("the log's threads end", || threads("tl-prep") == Some(0) && threads("tl-sync") == Some(0));
+    let before = threads("tl-").unwrap();
+    let silent: Vec<_> = (0..20).map(|_| net.connect()).collect();
+    until("each has its thread", || threads("tl-agree") == Some(20));
+    assert_eq!(threads("tl-"), Some(before + 20));
+    drop(silent);
+    until("they end", || threads("tl-") == Some(before));
+    leader.shutdown().unwrap();
+    assert_eq!(threads("tl-"), Some(0));
+}
