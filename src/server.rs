@@ -1,10 +1,10 @@
 //! What a node answers to those who connect: followers, readers of the log, and who asks how it is.
 //!
 //! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
-//! all; how a follower recovers is decided by the shard's [`Host`] alone. For a follower it then starts the shipper, and
-//! another thread in its own place, which reads acknowledgements (see [`stream`]). Nothing that a peer sends makes a node do more than its limits allow: frames have a
-//! maximum length by type, connections a maximum number, in all and from one address ([`admission`]). What happens on a
-//! connection once its request has been answered is in [`stream`].
+//! all; how a follower recovers is decided by the shard's [`Host`] alone. For a follower it then starts the shipper and, in
+//! its own place, the thread that reads acknowledgements. Nothing that a peer sends makes a node do more than its limits
+//! allow: frames have a maximum length by type, connections a maximum number, in all and from one address ([`admission`]).
+//! What happens on a connection once its request has been answered is in [`stream`].
 
 mod stream;
 

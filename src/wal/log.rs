@@ -67,7 +67,7 @@ pub struct Log {
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Arc<Spares>,
-    syncer: Syncer,
+    syncer: Arc<Syncer>,
     health: Health,
     landmarks: Landmarks,
 }
@@ -152,7 +152,7 @@ impl Log {
             named: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
-            syncer: Syncer::default(),
+            syncer: Arc::default(),
             health: Health::default(),
             landmarks: Landmarks::default(),
         }
@@ -317,7 +317,7 @@ impl Log {
         &self.sync_wanted
     }
 
-    pub(super) fn syncer(&self) -> &Syncer {
+    pub(super) fn syncer(&self) -> &Arc<Syncer> {
         &self.syncer
     }
 
