@@ -250,7 +250,7 @@ impl Server {
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
         let (server, peer) = (Arc::clone(server), peer.to_owned());
         let stream = Stream { server, peer, request, info, signals, of_shard, history, agreement };
-        let rest = stream.begin(key, lanes, sender)?;
+        let Some(rest) = stream.begin(key, lanes, sender)? else { return Ok(None) };
         Ok(Some(Box::new(Agreed {
             stream,
             _leave: leave,

@@ -40,7 +40,6 @@ pub(super) struct Agreed {
 
 /// What is left to be done for a stream that has been agreed on.
 pub(super) enum Rest {
-    Nothing,
     /// A node that repairs its log asks for ranges.
     Ranges(Box<dyn FrameSender>),
     /// A reader is shipped to.
@@ -54,7 +53,6 @@ impl Agreed {
     pub(super) fn serve(mut self: Box<Self>) -> Result<()> {
         let (stream, receiver) = (&self.stream, self.receiver.as_mut());
         match self.rest {
-            Rest::Nothing => Ok(()),
             Rest::Ranges(sender) => stream.serve_ranges(sender, receiver),
             Rest::Tail(lanes, sender) => stream.serve_tail(lanes, sender, receiver),
             Rest::Follower(key, follower, shipper) => stream.serve_follower(key, &follower, &shipper, receiver),
@@ -84,16 +82,22 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's.
-    pub(super) fn begin(&self, key: Option<StreamKey>, lanes: Lanes, sender: Box<dyn FrameSender>) -> Result<Rest> {
+    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's. `None` if that was
+    /// all.
+    pub(super) fn begin(
+        &self,
+        key: Option<StreamKey>,
+        lanes: Lanes,
+        sender: Box<dyn FrameSender>,
+    ) -> Result<Option<Rest>> {
         match (key, lanes) {
-            (_, Lanes::None) => Ok(Rest::Nothing),
-            (_, Lanes::Ranges) => Ok(Rest::Ranges(sender)),
-            (None, lanes) => Ok(Rest::Tail(lanes, sender)),
+            (_, Lanes::None) => Ok(None),
+            (_, Lanes::Ranges) => Ok(Some(Rest::Ranges(sender))),
+            (None, lanes) => Ok(Some(Rest::Tail(lanes, sender))),
             (Some(key), lanes) => {
                 let follower = self.of_shard.commits.acknowledged().follower(self.request.node)?;
                 let shipper = self.start_shipper(key, lanes, sender, &follower)?;
-                Ok(Rest::Follower(key, follower, shipper))
+                Ok(Some(Rest::Follower(key, follower, shipper)))
             }
         }
     }
