@@ -302,6 +302,12 @@ mod tests {
             assert_eq!(wal.log().syncer().state.lock().holding, 0, "there was nothing left to sync");
         }
         let lsn = writer.append_batch_quietly(&[b"record"]).unwrap();
+        wal.log().sync_will_be_waited_for(lsn);
+        wal.log().wake_readers();
+        assert_eq!(wal.log().syncer().state.lock().holding, 0, "somebody is about to do it");
+        wal.log().leave_sync();
+        reach_synced(wal.log(), lsn);
+        let lsn = writer.append_batch_quietly(&[b"record"]).unwrap();
         wal.log().wake_readers();
         reach_synced(wal.log(), lsn);
         drop(writer);

@@ -209,7 +209,7 @@ impl LogWriter {
             self.log.publish_written(last);
             return Ok(last);
         }
-        self.log.syncer().will_be_waited_for(last);
+        self.log.sync_will_be_waited_for(last);
         self.log.publish_written(last);
         self.log.wait_synced(last, None)?;
         Ok(last)
