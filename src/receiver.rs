@@ -298,8 +298,8 @@ impl Receiver {
                 FrameKind::Heartbeat => {
                     self.take_heartbeat(peer, receiver, header, lane)?;
                     lane.answer()?;
-                    // It may be there still, or again.
-                    if lane.ends_frame(true) {
+                    // Should it be missing because no thread could be started.
+                    if lane.ends_frame(false) {
                         acknowledge();
                     }
                 }
