@@ -8,10 +8,13 @@
 //!
 //! # When the acknowledger is there
 //!
-//! The receiver starts it before something that can take long, and otherwise only once it has acknowledged, if more is to
-//! be said than that: whoever waits at the leader waits for no thread to start. It ends when nothing has moved for a while,
+//! The receiver starts it before something that can take long, as waiting for the rest of a frame can, and otherwise only
+//! once it has acknowledged, if more is to be said than that: whoever waits at the leader waits for no thread to start. It ends when nothing has moved for a while,
 //! a heartbeat at least, and all that was received is durable, applied and acknowledged. On a quiet stream the receiver
 //! answers the leader's heartbeats instead; a leader that beats more slowly than this node has the acknowledger stay.
+//!
+//! Where no thread can be started, the stream goes on without: the receiver acknowledges what it receives, what moves
+//! besides goes with the answer to the next heartbeat, and with each frame it is tried again to start the acknowledger.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +61,8 @@ pub(crate) struct AckLane {
     /// acknowledger, which in turn looks here after saying that there is none, all in one order: one of the two sees the
     /// other.
     is_busy: AtomicBool,
+    /// The last attempt to start the acknowledger failed, which was said.
+    was_not_started: AtomicBool,
     /// What ended the acknowledger.
     pub(crate) failure: Mutex<Option<Error>>,
 }
@@ -111,6 +116,7 @@ impl AckLane {
             stays: is_rebuild || Duration::from_millis(u64::from(info.heartbeat_ms)) > heartbeat,
             is_acknowledging: AtomicBool::new(false),
             is_busy: AtomicBool::new(false),
+            was_not_started: AtomicBool::new(false),
             failure: Mutex::new(None),
         }))
     }
@@ -174,7 +180,7 @@ impl AckLane {
             self.is_busy.store(false, Ordering::SeqCst);
         }
         !self.is_acknowledging.load(Ordering::SeqCst)
-            && self.moves_by_itself(is_acknowledged)
+            && (self.stays || self.moves_by_itself(is_acknowledged))
             && self.calls_acknowledger()
     }
 
@@ -186,6 +192,20 @@ impl AckLane {
             self.state.lock().stay.begins(Instant::now());
         }
         calls
+    }
+
+    /// What became of starting the acknowledger. Where there can be none, the receiver goes on alone, and at the end of
+    /// each frame it looks again whether one is to be started.
+    #[inline(never)]
+    pub(crate) fn acknowledger_started(&self, result: Result<()>) {
+        let failed_before = self.was_not_started.swap(result.is_err(), Ordering::Relaxed);
+        if let Err(error) = result {
+            self.is_acknowledging.store(false, Ordering::SeqCst);
+            if !failed_before {
+                let shard = self.log.shard();
+                log::warn!("shard {shard}: no thread to acknowledge, so the receiver alone does it: {error}");
+            }
+        }
     }
 
     /// Whether more is to be acknowledged although nothing more arrives: it will move, or has moved since the receiver

@@ -342,10 +342,17 @@ impl Commits {
         }
         let lsn = writer.append_batch_quietly(records)?;
         self.want_shipped(lsn, commit);
+        let every_batch = self.log.options().sync == SyncPolicy::EveryBatch;
+        if every_batch {
+            self.log.sync_will_be_waited_for(lsn);
+        }
         // Those who have it by now sleep on.
         self.log.wake_readers();
-        let every_batch = self.log.options().sync == SyncPolicy::EveryBatch;
-        Ok((lsn, self.wait_shipped(lsn, if every_batch { commit.and_synced() } else { commit }, deadline)))
+        let outcome = self.wait_shipped(lsn, if every_batch { commit.and_synced() } else { commit }, deadline);
+        if every_batch && self.log.synced().load() < lsn {
+            self.log.leave_sync();
+        }
+        Ok((lsn, outcome))
     }
 
     /// Waits until `lsn` is committed as `commit` says, or the deadline passes.

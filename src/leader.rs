@@ -5,7 +5,7 @@
 //! | thread | how many | blocks in |
 //! |---|---|---|
 //! | `tl-accept` | one | accepting |
-//! | `tl-peer-…` | one a connection | reading acknowledgements |
+//! | `tl-peer-…` | one a connection once it has its answer | reading acknowledgements |
 //! | `tl-agree-…` | one a connection until it has its answer | reading the request, deciding on it |
 //! | `tl-ship-…` | one a follower and shard | waiting for `written`, or writing to its socket |
 //! | `tl-ckpt` | one | waiting for marks |

@@ -19,6 +19,7 @@ use crate::follower_shard::AppliedMark;
 use crate::host::{Clock, Host, HostSettings, OnProjection};
 use crate::leader::Leader;
 use crate::limits::{DEFAULT_REBUILDS, DEFAULT_SEGMENT_SIZE, MAX_CONNECTIONS, MAX_SHARDS};
+use crate::on_demand::ON_DEMAND_STACK;
 use crate::protocol::{self, Projection, SessionLimits};
 use crate::registry::Registry;
 use crate::replication::Checkpoint;
@@ -75,6 +76,8 @@ pub(crate) struct NodeOptions {
     pub(crate) sessions: SessionLimits,
     pub(crate) max_rebuilds: usize,
     pub(crate) scrub: ScrubOptions,
+    /// Stack of the threads that come and go with what a stream does, in bytes.
+    pub(crate) on_demand_stack: usize,
 }
 
 impl Default for NodeOptions {
@@ -94,6 +97,7 @@ impl Default for NodeOptions {
             sessions: SessionLimits::default(),
             max_rebuilds: DEFAULT_REBUILDS,
             scrub: ScrubOptions::default(),
+            on_demand_stack: ON_DEMAND_STACK,
         }
     }
 }
@@ -589,7 +593,12 @@ pub(crate) struct Threads(Mutex<Vec<JoinHandle<()>>>);
 impl Threads {
     /// Starts a thread. Its name is for those who look at the process.
     pub(crate) fn spawn(&self, name: String, run: impl FnOnce() + Send + 'static) -> Result<()> {
-        let thread = std::thread::Builder::new().name(name.clone()).stack_size(NODE_THREAD_STACK).spawn(run);
+        self.spawn_with(name, NODE_THREAD_STACK, run)
+    }
+
+    /// The same with a stack of so many bytes.
+    pub(crate) fn spawn_with(&self, name: String, stack: usize, run: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new().name(name.clone()).stack_size(stack).spawn(run);
         let mut threads = self.0.lock();
         // Those that have ended need no joining; a leader with many short connections must not gather them.
         threads.retain(|thread| !thread.is_finished());

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::follower_shard::FollowerShard;
 use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
-use crate::on_demand::{ON_DEMAND_STACK, run_aside};
+use crate::on_demand::run_aside;
 use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};
 use crate::shutdown::{ShutdownGuard, ShutdownSignal};
@@ -107,7 +107,8 @@ impl Receiver {
     /// One stream, from connecting to its end.
     fn follow_once(&mut self) -> Result<()> {
         let over = self.own.node.stop.child();
-        let mut agreed = run_aside(&format!("tl-agree-s{}", self.own.shard), || self.agree(&over))?;
+        let stack = self.own.node.options.on_demand_stack;
+        let mut agreed = run_aside(&format!("tl-agree-s{}", self.own.shard), stack, || self.agree(&over))?;
         let result = self.run_stream(&mut agreed, &over);
         if let Some(intake) = &agreed.intake {
             intake.end(&mut self.own);
@@ -163,11 +164,11 @@ impl Receiver {
     fn run_stream(&mut self, agreed: &mut Agreed, over: &ShutdownSignal) -> Result<()> {
         let Agreed { peer, receiver, lane, intake, completion, .. } = agreed;
         let (lane, intake) = (lane.as_ref(), intake.as_deref());
-        let shard = self.own.shard;
+        let (shard, stack) = (self.own.shard, self.own.node.options.on_demand_stack);
         std::thread::scope(|scope| {
             let acknowledge = || {
                 let run = || lane.run_acknowledger(over);
-                start_in(scope, format!("tl-ack-s{shard}"), ON_DEMAND_STACK, run)
+                lane.acknowledger_started(start_in(scope, format!("tl-ack-s{shard}"), stack, run));
             };
             let mut started = Ok(());
             if let (Some(intake), Some(completion)) = (intake, &*completion) {
@@ -261,18 +262,23 @@ impl Receiver {
         &mut self,
         peer: &str,
         receiver: &mut dyn FrameReceiver,
-        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+        (lane, acknowledge): (&AckLane, &dyn Fn()),
         intake: Option<&Intake>,
     ) -> Result<()> {
         let mut unacknowledged = 0;
         let mut arrived = Arrived::new();
         if lane.begins()? {
-            acknowledge()?;
+            acknowledge();
         }
         if let Some(intake) = intake {
             accept_rebuild(intake, lane)?;
         }
         loop {
+            // What has been received is said while the next frame is waited for, should it begin and then not come.
+            let waits_unsaid = unacknowledged > 0 && !receiver.has_whole();
+            if waits_unsaid && lane.begins_long() {
+                acknowledge();
+            }
             let header = receiver.receive_header()?;
             self.own.state.heard_from_leader();
             // What was to be acknowledged with the next piece of log waits for nothing else, nor for a large piece.
@@ -280,6 +286,9 @@ impl Receiver {
             if unacknowledged > 0 && !goes_on && header.kind != FrameKind::Error {
                 lane.send_if_moved()?;
                 unacknowledged = 0;
+                if lane.ends_frame(true) {
+                    acknowledge();
+                }
             }
             match header.kind {
                 FrameKind::WalData => {
@@ -289,6 +298,10 @@ impl Receiver {
                 FrameKind::Heartbeat => {
                     self.take_heartbeat(peer, receiver, header, lane)?;
                     lane.answer()?;
+                    // Should it be missing because no thread could be started.
+                    if lane.ends_frame(false) {
+                        acknowledge();
+                    }
                 }
                 FrameKind::CaughtUp => self.take_caught_up(peer, receiver, header)?,
                 FrameKind::Error => return Err(receive_refusal(peer, receiver, header)),
@@ -308,13 +321,15 @@ impl Receiver {
         peer: &str,
         receiver: &mut dyn FrameReceiver,
         header: FrameHeader,
-        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+        (lane, acknowledge): (&AckLane, &dyn Fn()),
         unacknowledged: &mut u64,
     ) -> Result<()> {
         let asks_durable = header.flags & FLAG_ACK_DURABLE != 0;
         lane.set_haste(header.flags);
-        if (asks_durable || u64::from(header.len) > TAKE_IN) && lane.begins_long() {
-            acknowledge()?;
+        // However short the frame, its rest comes when the network lets it.
+        let takes_long = asks_durable || u64::from(header.len) > TAKE_IN || !receiver.has_whole();
+        if takes_long && lane.begins_long() {
+            acknowledge();
         }
         {
             // The leader hears of it first, unless it waits for the applier.
@@ -337,7 +352,7 @@ impl Receiver {
             }
         }
         if lane.ends_frame(*unacknowledged == 0) {
-            acknowledge()?;
+            acknowledge();
         }
         Ok(())
     }
@@ -349,13 +364,13 @@ impl Receiver {
         peer: &str,
         receiver: &mut dyn FrameReceiver,
         header: FrameHeader,
-        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+        (lane, acknowledge): (&AckLane, &dyn Fn()),
     ) -> Result<()> {
         let message = expect_sync(peer, receiver.receive_message_body(header)?)?;
         lane.set_haste(header.flags);
         if header.flags & FLAG_ACK_DURABLE != 0 {
             if lane.begins_long() {
-                acknowledge()?;
+                acknowledge();
             }
             let log = self.own.writer()?.log();
             log.wait_synced(message.min(log.head()), None)?;
@@ -364,7 +379,7 @@ impl Receiver {
         // The leader sends no heartbeats meanwhile.
         lane.answer()?;
         if lane.ends_frame(true) {
-            acknowledge()?;
+            acknowledge();
         }
         Ok(())
     }
@@ -419,7 +434,7 @@ impl Receiver {
         &mut self,
         peer: &str,
         receiver: &mut dyn FrameReceiver,
-        (lane, acknowledge): (&AckLane, &dyn Fn() -> Result<()>),
+        (lane, acknowledge): (&AckLane, &dyn Fn()),
     ) -> Result<u64> {
         let mut fields = [0; WalDataHeader::LEN];
         receiver.receive_exact(&mut fields)?;
@@ -427,7 +442,7 @@ impl Receiver {
             WalDataHeader::decode(&fields).map_err(|error| error.from_peer(peer))?;
         // Room for a new segment may have to be waited for.
         if offset == 0 && lane.begins_long() {
-            acknowledge()?;
+            acknowledge();
         }
         let total = u64::from(receiver.remaining());
         let node = Arc::clone(&self.own.node);
@@ -532,5 +547,57 @@ fn expect_sync(peer: &str, message: Message) -> Result<Lsn> {
     match message {
         Message::Sync(sync) => Ok(sync.lsn),
         other => Err(refusal(peer, other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::commit::Outcome;
+    use crate::node::{Node, NodeBuilder};
+    use crate::protocol::SessionKind;
+    use crate::target::LogOnly;
+    use crate::transport::InProcessTransport;
+    use crate::types::{NodeId, ShardId};
+
+    #[test]
+    fn where_no_thread_can_be_started_the_receiver_does_without() {
+        let transport = Arc::new(InProcessTransport::new());
+        let node = |directory: &Path, stack: usize| -> NodeBuilder {
+            let mut builder = Node::builder(directory).transport(transport.clone());
+            builder.options.on_demand_stack = stack;
+            builder.heartbeat(Duration::from_millis(50)).peer_timeout(Duration::from_secs(60))
+        };
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let usual = crate::on_demand::ON_DEMAND_STACK;
+        let leader = node(a.path(), usual).shards(1).segment_size(1 << 20).lead("leader").unwrap();
+        // More than there are addresses.
+        let follower = node(b.path(), usize::MAX / 2).node_id(NodeId(2));
+        let follower = follower.follow("leader", Arc::new(LogOnly)).unwrap();
+        let mut writer = leader.writer(ShardId(0)).unwrap();
+        let mut commit = |level: &str| {
+            let lsn = writer.append(b"record").unwrap();
+            let deadline = Instant::now().checked_add(Duration::from_secs(60));
+            let outcome = leader.wait(ShardId(0), lsn, level.parse().unwrap(), deadline);
+            assert_eq!(outcome.unwrap(), Outcome::Committed, "{level}");
+        };
+        // A session that catches up goes over into one that keeps up, which has another name.
+        let session = || {
+            let status = leader.status();
+            let session = status.shards[0].followers.first().and_then(|follower| follower.session);
+            session.filter(|session| session.kind == SessionKind::KeepUp).map(|session| session.id)
+        };
+        commit("received:1");
+        let first = loop {
+            match session() {
+                Some(id) => break id,
+                None => std::thread::yield_now(),
+            }
+        };
+        ["durable:1", "applied:1", "received:1", "durable:1"].iter().for_each(|level| commit(level));
+        assert_eq!(session(), Some(first), "more than one stream");
+        follower.shutdown().unwrap();
     }
 }

@@ -364,9 +364,6 @@ impl ShardRetention {
         released.waits_for_sync = plan.waits_for_sync;
         released.waits_for_target = plan.waits_for_target;
         released.hurry = plan.hurry;
-        if let Some(through) = plan.wants_sync {
-            log.want_synced(through);
-        }
         if let Some(through) = plan.through {
             // Whatever is too large goes at once: the device may be slower than whoever appends.
             let gone = if plan.forced {
@@ -379,6 +376,12 @@ impl ShardRetention {
                 Ok(count) => released.again = count > 0,
                 Err(error) => log::error!("shard {}: a segment was not released: {error}", log.shard()),
             }
+        }
+        if let Some(through) = plan.wants_sync {
+            let log = Arc::clone(log);
+            // Where there can be no thread to sync, this one does it: nobody is kept from replacing the log meanwhile.
+            drop(kept);
+            log.want_synced(through);
         }
         released
     }

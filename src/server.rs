@@ -1,10 +1,10 @@
 //! What a node answers to those who connect: followers, readers of the log, and who asks how it is.
 //!
 //! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
-//! all; how a follower recovers is decided by the shard's [`Host`] alone. A follower's thread then starts the shipper and
-//! goes on reading acknowledgements. Nothing that a peer sends makes a node do more than its limits allow: frames have a
-//! maximum length by type, connections a maximum number, in all and from one address ([`admission`]). What happens on a
-//! connection once its request has been answered is in [`stream`].
+//! all; how a follower recovers is decided by the shard's [`Host`] alone. For a follower it then starts the shipper and, in
+//! its own place, the thread that reads acknowledgements. Nothing that a peer sends makes a node do more than its limits
+//! allow: frames have a maximum length by type, connections a maximum number, in all and from one address ([`admission`]).
+//! What happens on a connection once its request has been answered is in [`stream`].
 
 mod stream;
 
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::admission;
 use crate::commit::Commits;
@@ -23,7 +23,6 @@ use crate::follower::ShardState;
 use crate::host::{Admitted, Declined as Refusal, Host, StreamKey, StreamSignals, rebuild_goes_on};
 use crate::limits::MAX_STATUS_LEN;
 use crate::node::{NodeOptions, Threads};
-use crate::on_demand::run_aside;
 use crate::parting::ask_where_logs_part;
 use crate::protocol::{FailureReason, SessionKind as Recovery};
 use crate::rebuild::places::Places;
@@ -177,15 +176,13 @@ impl Server {
             }
         };
         let this = Arc::clone(server);
-        let name = format!("tl-peer-{}", place.id());
-        // Boxed, for what a thread begins with stands on its stack more than once.
-        let accepted = Box::new((connection, place));
-        let spawned = server.threads.spawn(name, move || {
-            let peer = accepted.0.peer.clone();
-            if let Err(error) = Server::serve(&this, &peer, accepted) {
-                say_why_it_ended(&peer, &error, this.stop.is_shutdown());
-            } else {
-                log::debug!("{peer} left");
+        let id = place.id();
+        let spawned = server.threads.spawn_with(format!("tl-agree-{id}"), server.options.on_demand_stack, move || {
+            let peer = connection.peer.clone();
+            match Server::agree(&this, &peer, (connection, place)) {
+                Ok(Some(agreed)) => Server::serve_on_another_thread(agreed, format!("tl-peer-{id}")),
+                Ok(None) => say_how_it_ended(&this, &peer, &Ok(())),
+                Err(error) => say_how_it_ended(&this, &peer, &Err(error)),
             }
         });
         if let Err(error) = spawned {
@@ -193,26 +190,26 @@ impl Server {
         }
     }
 
-    /// One connection, from its request to its end.
-    fn serve(server: &Arc<Server>, peer: &str, accepted: Box<Accepted>) -> Result<()> {
-        match Server::agree_aside(server, peer, accepted)? {
-            Some(agreed) => agreed.serve(),
-            None => Ok(()),
+    /// Serves what has been agreed on: on a thread that has none of the stack that agreeing touched, and whose beginning is
+    /// the end of this one; where there can be none, on this one.
+    fn serve_on_another_thread(agreed: Box<Agreed>, name: String) {
+        let server = Arc::clone(&agreed.stream.server);
+        let handed_over = Arc::new(Mutex::new(Some(agreed)));
+        let serve = move || {
+            let agreed = handed_over.lock().take();
+            if let Some(agreed) = agreed {
+                let (server, peer) = (Arc::clone(&agreed.stream.server), agreed.stream.peer.clone());
+                say_how_it_ended(&server, &peer, &agreed.serve());
+            }
+        };
+        if let Err(error) = server.threads.spawn(name, serve.clone()) {
+            log::warn!("one that was there already does it: {error}");
+            serve();
         }
     }
 
-    #[inline(never)]
-    fn agree_aside<'a>(
-        server: &'a Arc<Server>,
-        peer: &'a str,
-        accepted: Box<Accepted>,
-    ) -> Result<Option<Box<Agreed<'a>>>> {
-        let name = format!("tl-agree-{}", accepted.1.id());
-        run_aside(&name, || Server::agree(server, peer, *accepted))
-    }
-
     /// Reads the request and answers it. `None` if that was all.
-    fn agree<'a>(server: &'a Arc<Server>, peer: &'a str, accepted: Accepted) -> Result<Option<Box<Agreed<'a>>>> {
+    fn agree(server: &Arc<Server>, peer: &str, accepted: Accepted) -> Result<Option<Box<Agreed>>> {
         let (Connection { mut sender, mut receiver, closer, .. }, mut place) = accepted;
         let over = server.stop.child();
         let close_at_stop = over.on_shutdown(move || closer.close());
@@ -242,7 +239,7 @@ impl Server {
                 return Ok(None);
             }
         };
-        let leave = key.map(|stream| LeaveStream { server, shard: request.shard, stream });
+        let leave = key.map(|stream| LeaveStream { server: Arc::clone(server), shard: request.shard, stream });
         receiver.set_deadline(None)?;
         sender.send_message(&Message::ShardInfo(info))?;
         let of_shard = server.shard(request.shard)?;
@@ -251,8 +248,9 @@ impl Server {
             _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
         };
         let (history, agreement) = (Arc::new(HistoryCheck::new(cursor)), Arc::default());
+        let (server, peer) = (Arc::clone(server), peer.to_owned());
         let stream = Stream { server, peer, request, info, signals, of_shard, history, agreement };
-        let rest = stream.begin(key, lanes, sender)?;
+        let Some(rest) = stream.begin(key, lanes, sender)? else { return Ok(None) };
         Ok(Some(Box::new(Agreed {
             stream,
             _leave: leave,
@@ -549,15 +547,16 @@ impl Server {
     }
 }
 
-/// Says what ended a connection.
+/// Says how a connection ended.
 #[inline(never)]
-fn say_why_it_ended(peer: &str, error: &Error, is_stopping: bool) {
-    let level = match error {
-        _ if is_stopping => log::Level::Debug,
-        error if is_closed_by_peer(error) => log::Level::Info,
-        _ => log::Level::Warn,
+fn say_how_it_ended(server: &Server, peer: &str, result: &Result<()>) {
+    let (level, how) = match result {
+        Ok(()) => (log::Level::Debug, &"it left" as &dyn std::fmt::Display),
+        Err(error) if server.stop.is_shutdown() => (log::Level::Debug, error as _),
+        Err(error) if is_closed_by_peer(error) => (log::Level::Info, error as _),
+        Err(error) => (log::Level::Warn, error as _),
     };
-    log::log!(level, "{peer}: {error}");
+    log::log!(level, "{peer}: {how}");
 }
 
 fn internal(error: Error) -> Refusal {

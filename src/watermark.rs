@@ -90,8 +90,11 @@ struct Waiters {
     /// The list.
     parked: Vec<Waiter>,
     /// What is to be called, at what value.
-    call: Option<(u64, Box<dyn FnOnce() + Send>)>,
+    call: Option<(u64, Call)>,
 }
+
+/// What a mark has called: see [`Watermark::call_at`].
+pub(crate) type Call = Box<dyn FnOnce() + Send>;
 
 struct Waiter {
     threshold: u64,
@@ -211,21 +214,31 @@ impl Watermark {
     }
 
     /// Has `call` made once the mark stands at `at_least` or beyond: by the thread that moves it there, once it has woken
-    /// those who wait, or by this one if it stands there already. A mark has one such call; another takes its place.
+    /// those who wait. If it stands there already, gives the call back, unless another thread has just taken it. A mark has
+    /// one such call; another takes its place.
     ///
     /// It stands in for a waiter that is not there yet: claims 1 and 2 hold for it, and instead of the third, it is only
     /// taken out by a thread that then makes it.
-    pub(crate) fn call_at(&self, at_least: Lsn, call: Box<dyn FnOnce() + Send>) {
-        {
+    #[must_use = "what is given back is to be called"]
+    pub(crate) fn call_at(&self, at_least: Lsn, call: Call) -> Option<Call> {
+        let before = {
             let mut waiters = self.waiters.0.lock();
-            waiters.call = Some((at_least.0, call));
+            let before = waiters.call.replace((at_least.0, call));
             self.set_next_wake(&waiters);
-        }
+            before
+        };
+        // Not under the lock: nobody knows what it owns.
+        drop(before);
         total_order_point();
         // R2.
-        if self.value.load(Ordering::SeqCst) >= at_least.0 {
-            self.wake_reached();
+        let value = self.value.load(Ordering::SeqCst);
+        if value < at_least.0 {
+            return None;
         }
+        let mut waiters = self.waiters.0.lock();
+        let reached = waiters.call.take_if(|(threshold, _)| *threshold <= value);
+        self.set_next_wake(&waiters);
+        reached.map(|(_, call)| call)
     }
 
     /// Whether anyone waits for this mark to reach something. A hint: it may be outdated before it is returned.
@@ -564,9 +577,9 @@ mod tests {
         let calls = Arc::new(AtomicU64::new(0));
         let call = || {
             let calls = Arc::clone(&calls);
-            Box::new(move || _ = calls.fetch_add(1, Ordering::SeqCst))
+            Box::new(move || _ = calls.fetch_add(1, Ordering::SeqCst)) as Call
         };
-        mark.call_at(Lsn(5), call());
+        assert!(mark.call_at(Lsn(5), call()).is_none());
         mark.publish(Lsn(4));
         // Who waits for less leaves the call where it is.
         let soon = Some(Instant::now() + Duration::from_millis(1));
@@ -577,16 +590,35 @@ mod tests {
         mark.publish(Lsn(7));
         assert_eq!(calls.load(Ordering::SeqCst), 1);
         assert!(!mark.has_waiters());
-        mark.call_at(Lsn(7), call());
+        mark.call_at(Lsn(7), call()).unwrap()();
         assert_eq!(calls.load(Ordering::SeqCst), 2);
+        assert!(!mark.has_waiters());
         // A call may ask for the next.
         let again = Arc::clone(&mark);
         let next = call();
-        mark.call_at(Lsn(8), Box::new(move || again.call_at(Lsn(9), next)));
+        let asks = Box::new(move || assert!(again.call_at(Lsn(9), next).is_none()));
+        assert!(mark.call_at(Lsn(8), asks).is_none());
         mark.advance(Lsn(8));
         assert_eq!(calls.load(Ordering::SeqCst), 2);
         mark.advance(Lsn(9));
         assert_eq!(calls.load(Ordering::SeqCst), 3);
+    }
+
+    /// Looks at the mark when it goes.
+    struct Looks(Arc<Watermark>);
+
+    impl Drop for Looks {
+        fn drop(&mut self) {
+            assert!(self.0.waiters.0.try_lock().is_some(), "dropped under the lock");
+        }
+    }
+
+    #[test]
+    fn a_call_that_is_replaced_is_dropped_without_the_lock() {
+        let mark = Arc::new(Watermark::default());
+        let looks = Looks(Arc::clone(&mark));
+        assert!(mark.call_at(Lsn(1), Box::new(move || drop(looks))).is_none());
+        assert!(mark.call_at(Lsn(2), Box::new(|| ())).is_none());
     }
 
     #[test]

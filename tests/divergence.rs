@@ -124,6 +124,10 @@ impl FrameReceiver for Receiver {
         self.0.has_buffered()
     }
 
+    fn has_whole(&self) -> bool {
+        self.0.has_whole()
+    }
+
     fn set_timeout(&mut self, timeout: Option<Duration>) -> towline::Result<()> {
         self.0.set_timeout(timeout)
     }

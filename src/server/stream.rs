@@ -1,8 +1,9 @@
 //! One connection after its request has been answered: the shipper is started, and its acknowledgements are read.
 //!
 //! Reading them is where the connection's thread spends its life. What came before, agreeing on what to send from where and
-//! starting the shipper, was done [aside](run_aside): a thread keeps every page of its stack that it once touched, and a
-//! node has one for each stream. For the same reason what is seldom done here is kept out of the functions that stay.
+//! starting the shipper, was done on another thread, which has ended: a thread keeps every page of its stack that it once
+//! touched, and a node has one for each stream. For the same reason what is seldom done here is kept out of the functions
+//! that stay.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,8 +14,6 @@ use crate::commit::{Commits, FollowerMarks};
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, Result};
 use crate::host::{StreamKey, StreamSignals, reason_of};
-#[cfg(doc)]
-use crate::on_demand::run_aside;
 use crate::rebuild::base_lane::{Agreement, IssuedRebuild};
 use crate::shipper::{LogLane, Shipper};
 use crate::shutdown::ShutdownGuard;
@@ -29,9 +28,9 @@ use crate::wire::{
 
 /// What a stream needs that has been agreed on. Dropped from top to bottom: the stream is over before the shard's host
 /// hears of it.
-pub(super) struct Agreed<'a> {
-    pub(super) stream: Stream<'a>,
-    pub(super) _leave: Option<LeaveStream<'a>>,
+pub(super) struct Agreed {
+    pub(super) stream: Stream,
+    pub(super) _leave: Option<LeaveStream>,
     pub(super) rest: Rest,
     pub(super) receiver: Box<dyn FrameReceiver>,
     /// Among those who may be connected.
@@ -41,7 +40,6 @@ pub(super) struct Agreed<'a> {
 
 /// What is left to be done for a stream that has been agreed on.
 pub(super) enum Rest {
-    Nothing,
     /// A node that repairs its log asks for ranges.
     Ranges(Box<dyn FrameSender>),
     /// A reader is shipped to.
@@ -50,12 +48,11 @@ pub(super) enum Rest {
     Follower(StreamKey, Arc<FollowerMarks>, Arc<Shipper>),
 }
 
-impl Agreed<'_> {
+impl Agreed {
     /// Serves it until it ends.
     pub(super) fn serve(mut self: Box<Self>) -> Result<()> {
         let (stream, receiver) = (&self.stream, self.receiver.as_mut());
         match self.rest {
-            Rest::Nothing => Ok(()),
             Rest::Ranges(sender) => stream.serve_ranges(sender, receiver),
             Rest::Tail(lanes, sender) => stream.serve_tail(lanes, sender, receiver),
             Rest::Follower(key, follower, shipper) => stream.serve_follower(key, &follower, &shipper, receiver),
@@ -71,9 +68,9 @@ enum Word {
 }
 
 /// A stream that has been agreed on.
-pub(super) struct Stream<'a> {
-    pub(super) server: &'a Arc<Server>,
-    pub(super) peer: &'a str,
+pub(super) struct Stream {
+    pub(super) server: Arc<Server>,
+    pub(super) peer: String,
     pub(super) request: SyncRequest,
     pub(super) info: ShardInfo,
     pub(super) signals: StreamSignals,
@@ -84,17 +81,23 @@ pub(super) struct Stream<'a> {
     pub(super) agreement: Arc<Agreement>,
 }
 
-impl Stream<'_> {
-    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's.
-    pub(super) fn begin(&self, key: Option<StreamKey>, lanes: Lanes, sender: Box<dyn FrameSender>) -> Result<Rest> {
+impl Stream {
+    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's. `None` if that was
+    /// all.
+    pub(super) fn begin(
+        &self,
+        key: Option<StreamKey>,
+        lanes: Lanes,
+        sender: Box<dyn FrameSender>,
+    ) -> Result<Option<Rest>> {
         match (key, lanes) {
-            (_, Lanes::None) => Ok(Rest::Nothing),
-            (_, Lanes::Ranges) => Ok(Rest::Ranges(sender)),
-            (None, lanes) => Ok(Rest::Tail(lanes, sender)),
+            (_, Lanes::None) => Ok(None),
+            (_, Lanes::Ranges) => Ok(Some(Rest::Ranges(sender))),
+            (None, lanes) => Ok(Some(Rest::Tail(lanes, sender))),
             (Some(key), lanes) => {
                 let follower = self.of_shard.commits.acknowledged().follower(self.request.node)?;
                 let shipper = self.start_shipper(key, lanes, sender, &follower)?;
-                Ok(Rest::Follower(key, follower, shipper))
+                Ok(Some(Rest::Follower(key, follower, shipper)))
             }
         }
     }
@@ -253,13 +256,13 @@ impl Stream<'_> {
     #[inline(never)]
     fn receive_word(&self, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<Word> {
         if !matches!(header.kind, FrameKind::Ack | FrameKind::SessionAck | FrameKind::Heartbeat | FrameKind::Error) {
-            return Err(Error::protocol(self.peer, format!("{:?} is not for a leader", header.kind)));
+            return Err(Error::protocol(&self.peer, format!("{:?} is not for a leader", header.kind)));
         }
         match receiver.receive_message_body(header)? {
             Message::Ack(ack) => Ok(Word::Acknowledged(ack)),
             Message::SessionAck(ack) => Ok(Word::OfSession(Box::new(ack))),
             Message::Heartbeat(_) => Ok(Word::Lives),
-            other => Err(crate::receiver::refusal(self.peer, other)),
+            other => Err(crate::receiver::refusal(&self.peer, other)),
         }
     }
 
@@ -277,7 +280,7 @@ impl Stream<'_> {
         }
         if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
             return Err(Error::protocol(
-                self.peer,
+                &self.peer,
                 format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
             ));
         }
@@ -288,7 +291,7 @@ impl Stream<'_> {
         let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
         if !is_written || ack.durable > ack.received || ack.applied > ack.received {
             return Err(Error::protocol(
-                self.peer,
+                &self.peer,
                 format!(
                     "it acknowledges received {}, durable {}, applied {} of a log that ends at {}",
                     ack.received,
@@ -298,7 +301,7 @@ impl Stream<'_> {
                 ),
             ));
         }
-        self.history.compare((self.request.node, self.peer, self.request.shard), ack.received, ack.chain)?;
+        self.history.compare((self.request.node, &self.peer, self.request.shard), ack.received, ack.chain)?;
         let marks = [ack.received, ack.durable, ack.applied];
         commits.acknowledged().acknowledge(follower, stream.number(), marks, unix_ms());
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
@@ -330,7 +333,7 @@ impl Stream<'_> {
             SessionPhase::Running | SessionPhase::BaseComplete => {
                 let all = ack.phase == SessionPhase::BaseComplete;
                 let blocks = self.agreement.take_run(all).ok_or_else(|| {
-                    Error::protocol(self.peer, format!("it has taken more of session {session} than was sent"))
+                    Error::protocol(&self.peer, format!("it has taken more of session {session} than was sent"))
                 })?;
                 host.rebuild_progress(stream, session, blocks);
             }
@@ -359,7 +362,7 @@ impl Stream<'_> {
         let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
         if !self.agreement.is_base_sent() || !is_written || ack.achieved < self.info.target {
             return Err(Error::protocol(
-                self.peer,
+                &self.peer,
                 format!(
                     "it says that it completed a session at LSN {}, of a log that ends at {}, with {} to be reached",
                     ack.achieved,
@@ -401,20 +404,20 @@ impl Stream<'_> {
         let result = receiver.receive_header();
         self.signals.over.shutdown();
         match result {
-            Ok(header) => Err(Error::protocol(self.peer, format!("{:?} is not for a reader to send", header.kind))),
+            Ok(header) => Err(Error::protocol(&self.peer, format!("{:?} is not for a reader to send", header.kind))),
             Err(_) => Ok(()),
         }
     }
 }
 
 /// Tells the shard's host that a stream is over when its thread ends, however it ends.
-pub(super) struct LeaveStream<'a> {
-    pub(super) server: &'a Server,
+pub(super) struct LeaveStream {
+    pub(super) server: Arc<Server>,
     pub(super) shard: ShardId,
     pub(super) stream: StreamKey,
 }
 
-impl Drop for LeaveStream<'_> {
+impl Drop for LeaveStream {
     fn drop(&mut self) {
         if let Ok(shard) = self.server.shard(self.shard) {
             shard.host.stream_ended(self.stream);

@@ -452,6 +452,10 @@ impl FrameReceiver for InProcessReceiver {
         self.left() > 0 || !self.side.incoming.is_empty()
     }
 
+    fn has_whole(&self) -> bool {
+        self.has_buffered()
+    }
+
     fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
         refuse_zero_timeout(timeout)?;
         self.timeout = timeout;

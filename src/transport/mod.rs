@@ -299,6 +299,13 @@ pub trait FrameReceiver: Send {
     /// stream.
     fn has_buffered(&self) -> bool;
 
+    /// Whether what comes next is here as a whole, so that receiving it waits for nothing: the rest of the current body or,
+    /// between two frames, the next header. Asks the system nothing, so it may be here although this is `false`, which is
+    /// what a transport that cannot tell says.
+    fn has_whole(&self) -> bool {
+        false
+    }
+
     /// From now on a call gives a time-out ([`Error::is_timeout`]) when no byte arrives for `timeout`; `None` waits
     /// for as long as the stream lives, which is how a receiver begins.
     ///

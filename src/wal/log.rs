@@ -36,7 +36,7 @@ use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{HEADER_FIELDS, SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
-use crate::wal::syncer::Syncer;
+use crate::wal::syncer::{Syncer, start_when_due};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
 use crate::watermark::{Until, Waited, Watermark, wait_any};
 
@@ -67,7 +67,7 @@ pub struct Log {
     pub(super) named: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Arc<Spares>,
-    syncer: Syncer,
+    syncer: Arc<Syncer>,
     health: Health,
     landmarks: Landmarks,
 }
@@ -152,7 +152,7 @@ impl Log {
             named: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
-            syncer: Syncer::default(),
+            syncer: Arc::default(),
             health: Health::default(),
             landmarks: Landmarks::default(),
         }
@@ -317,7 +317,7 @@ impl Log {
         &self.sync_wanted
     }
 
-    pub(super) fn syncer(&self) -> &Syncer {
+    pub(super) fn syncer(&self) -> &Arc<Syncer> {
         &self.syncer
     }
 
@@ -490,6 +490,17 @@ impl Log {
     /// Says that `lsn` should be synced soon although nobody here waits for it.
     pub(crate) fn want_synced(&self, lsn: Lsn) {
         self.sync_wanted.advance(lsn);
+    }
+
+    /// Whoever is about to wake the log's readers waits for the sync up to `lsn` after that: no thread starts for it.
+    pub(crate) fn sync_will_be_waited_for(&self, lsn: Lsn) {
+        self.syncer.will_be_waited_for(lsn);
+    }
+
+    /// It waits no more, and what is not synced yet is left to the thread.
+    pub(crate) fn leave_sync(self: &Arc<Self>) {
+        self.syncer.will_be_waited_for(Lsn::ZERO);
+        start_when_due(self);
     }
 
     /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it. Of a log that has outgrown its

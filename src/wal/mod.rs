@@ -18,7 +18,10 @@
 //!
 //! An open log has at most two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
 //! Each is there while there is something to do, stays a while after it, is started again by whoever then has something,
-//! and ends at the latest when the [`Wal`] is closed or dropped. While a log is being opened, its segments are checked by
+//! and ends at the latest when the [`Wal`] is closed or dropped. A thread begins with the processors, the scheduling and
+//! the priority of the thread that starts it, which here is most often one that appends: who binds that thread to a
+//! processor, or gives it a priority in real time, does so to these two, and may want a thread of its own for it, or not to
+//! leave syncs to the log ([`SyncPolicy::Never`], [`Log::wait_synced`]). While a log is being opened, its segments are checked by
 //! as many threads as there are processors, at most eight.
 
 use std::fs::File;
@@ -77,7 +80,7 @@ use spares::Spares;
 /// When a log is synced, beside when somebody waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyncPolicy {
-    /// Every append returns only once its batch is on stable storage.
+    /// Every append returns only once its batch is on stable storage; what a follower takes in, within a second.
     EveryBatch,
     /// When somebody waits, for everything written by then; what nobody waits for, within a second.
     Group,
@@ -128,7 +131,7 @@ impl Default for WalOptions {
 }
 
 /// An open log. Closing it, or dropping it, ends its threads; readers and the writer then get
-/// [`Error::ShutDown`].
+/// [`Error::ShutDown`]. The threads run where and as urgently as those that append do: see the [module](self).
 #[derive(Debug)]
 pub struct Wal {
     log: Arc<Log>,

@@ -6,14 +6,20 @@
 //! [`SyncPolicy::Never`](crate::wal::SyncPolicy::Never) the same goes for whoever wants something synced, and writes start
 //! nothing.
 //!
-//! Where there can be no thread, whoever called for it syncs.
+//! Under [`SyncPolicy::EveryBatch`](crate::wal::SyncPolicy::EveryBatch) whoever appends waits for the sync at once, and
+//! starts nothing either; a follower's log, which nobody appends to, is synced as under any other policy.
+//!
+//! Where there can be no thread, whoever called for it syncs: who writes does so no more often than the policy lets records
+//! stay unsynced, and what is written between two such syncs waits for the next write, or for somebody who wants it synced.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::on_demand::{ON_DEMAND_STACK, Stay};
+use crate::types::Lsn;
 use crate::wal::Log;
 use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 
@@ -26,40 +32,58 @@ pub(super) struct Syncer {
     /// Locked while the thread is started, or ends.
     state: Mutex<State>,
     ended: Condvar,
+    /// Up to here whoever appended waits for the sync. Written by the log's writer, before what is written is seen.
+    waited_for: AtomicU64,
 }
 
 #[derive(Debug)]
 struct State {
-    /// The thread is there.
+    /// The thread is there, and syncs.
     running: bool,
+    /// Threads that still hold the log: the present one, and those that are about to be gone.
+    holding: usize,
     stay: Stay,
     stack: usize,
-    /// The last attempt to start it failed, which was said.
-    failed: bool,
+    /// When the last attempt to start it failed, which was said.
+    failed: Option<Instant>,
 }
 
 impl Default for Syncer {
     fn default() -> Self {
-        let state = State { running: false, stay: Stay::at_least(STAYS), stack: ON_DEMAND_STACK, failed: false };
-        Syncer { state: Mutex::new(state), ended: Condvar::new() }
+        let stay = Stay::at_least(STAYS);
+        let state = State { running: false, holding: 0, stay, stack: ON_DEMAND_STACK, failed: None };
+        Syncer { state: Mutex::new(state), ended: Condvar::new(), waited_for: AtomicU64::new(0) }
     }
 }
 
 impl Syncer {
-    /// Blocks until the thread has ended. It ends with the log, and is not started after that.
+    /// Blocks until the thread has ended and holds the log no more. It ends with the log, and is not started after that.
     pub(super) fn wait_ended(&self) {
         let mut state = self.state.lock();
-        while state.running {
+        while state.holding > 0 {
             self.ended.wait(&mut state);
         }
+    }
+
+    /// Whoever appends up to `last` waits for the sync: that takes no thread. For the log's writer, before it publishes.
+    pub(super) fn will_be_waited_for(&self, last: Lsn) {
+        // Relaxed: whoever sees what is then published sees this.
+        self.waited_for.store(last.0, Ordering::Relaxed);
     }
 }
 
 /// Has the thread started as soon as there is something to sync. For whoever opens the log, and for the thread that ends.
 pub(super) fn start_when_due(log: &Arc<Log>) {
+    if !is_called_at(log, log.synced().load().next()) {
+        start(log);
+    }
+}
+
+/// Has the thread started once the awaited mark stands at `at_least`. False if it does already.
+fn is_called_at(log: &Arc<Log>, at_least: Lsn) -> bool {
     let of_log = Arc::downgrade(log);
-    let start = move || of_log.upgrade().iter().for_each(start);
-    awaited(log).call_at(log.synced().load().next(), Box::new(start));
+    let call = move || of_log.upgrade().iter().for_each(start);
+    awaited(log).call_at(at_least, Box::new(call)).is_none()
 }
 
 /// The mark that has something to sync when it is past the synced one.
@@ -68,35 +92,71 @@ fn awaited(log: &Log) -> &Watermark {
 }
 
 fn start(log: &Arc<Log>) {
+    // Once, unless others write meanwhile.
+    while let Some(next) = start_or_sync(log) {
+        if is_called_at(log, next) {
+            return;
+        }
+    }
+}
+
+/// Starts the thread, or does what it would do. Returns at what mark to do so again, unless a thread is there or the log
+/// has ended.
+fn start_or_sync(log: &Arc<Log>) -> Option<Lsn> {
     let mut state = log.syncer().state.lock();
     // Whoever ends the log looks under this lock whether there is a thread, after ending it.
     if state.running || log.check_writable().is_err() {
-        return;
+        return None;
+    }
+    if let Some(delay) = log.sync_policy().background_delay() {
+        let written = log.written().load();
+        let is_waited_for = log.syncer().waited_for.load(Ordering::Relaxed) >= written.0;
+        if is_waited_for || state.failed.is_some_and(|failed| failed.elapsed() < delay) {
+            return Some(written.next());
+        }
     }
     let thread = std::thread::Builder::new().name(format!("tl-sync-s{}", log.shard())).stack_size(state.stack);
     state.stay.begins(Instant::now());
-    let (syncing, stay) = (Arc::clone(log), state.stay);
+    let (syncer, syncing, stay) = (Arc::clone(log.syncer()), Arc::clone(log), state.stay);
     // Nobody joins it: until then the system would keep its stack. Who needs to know waits for `ended`.
-    let result = thread.spawn(move || run(&syncing, stay));
+    let result = thread.spawn(move || run(syncer, syncing, stay));
     state.running = result.is_ok();
-    let failed_before = std::mem::replace(&mut state.failed, result.is_err());
+    state.holding += usize::from(result.is_ok());
+    let failed_before = state.failed.take().is_some();
+    if result.is_err() {
+        state.failed = Some(Instant::now());
+    }
     drop(state);
     if let Err(error) = result {
         if !failed_before {
             ::log::warn!("shard {}: no thread to sync, so who writes does it: {error}", log.shard());
         }
         sync_now(log);
-        start_when_due(log);
+        return Some(log.synced().load().next());
     }
+    None
 }
 
 /// The thread.
-fn run(log: &Arc<Log>, stay: Stay) {
-    let running = Running(log);
-    sync_while_due(log, stay);
+fn run(syncer: Arc<Syncer>, log: Arc<Log>, stay: Stay) {
+    // The last to go, also when it panics: who waits for the end finds that nobody here holds the log.
+    let _held = Held(syncer);
+    let log = log;
+    let running = Running(&log);
+    sync_while_due(&log, stay);
     drop(running);
     // Not before: who is called must not find a thread that is about to end. After a log's end, nobody starts one.
-    start_when_due(log);
+    start_when_due(&log);
+}
+
+/// Counts a thread for as long as it holds the log.
+struct Held(Arc<Syncer>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.state.lock().holding -= 1;
+        self.0.ended.notify_all();
+    }
 }
 
 /// Syncs by the policy, until nothing is to be synced for a while, or the log ends.
@@ -123,7 +183,7 @@ fn sync_now(log: &Log) {
     }
 }
 
-/// Says that the thread has ended, also when it panicked.
+/// Says that the thread syncs no more, also when it panicked.
 struct Running<'a>(&'a Log);
 
 impl Drop for Running<'_> {
@@ -132,7 +192,6 @@ impl Drop for Running<'_> {
             ::log::error!("the sync thread of shard {} panicked", self.0.shard());
         }
         self.0.syncer().state.lock().running = false;
-        self.0.syncer().ended.notify_all();
     }
 }
 
@@ -142,7 +201,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::types::{Epoch, Lsn};
+    use crate::types::Epoch;
     use crate::wal::log_fixture::IDENTITY;
     use crate::wal::{LogWriter, SyncPolicy, Wal, WalOptions};
 
@@ -187,7 +246,7 @@ mod tests {
 
     #[test]
     fn where_no_thread_can_be_started_whoever_calls_for_it_syncs() {
-        for (sync, synced) in [(SyncPolicy::Group, 1), (SyncPolicy::Never, 0)] {
+        for (sync, synced) in [(SyncPolicy::Interval(Duration::ZERO), 1), (SyncPolicy::Never, 0)] {
             let directory = tempfile::tempdir().unwrap();
             let (wal, mut writer) = open(directory.path(), sync);
             let log = wal.log();
@@ -197,14 +256,74 @@ mod tests {
             assert_eq!(log.synced().load(), Lsn(synced), "{sync:?}");
             log.want_synced(Lsn(1));
             assert_eq!(log.synced().load(), Lsn(1), "{sync:?}");
-            assert!(log.syncer().state.lock().failed, "{sync:?}");
+            assert!(log.syncer().state.lock().failed.is_some(), "{sync:?}");
             log.syncer().state.lock().stack = ON_DEMAND_STACK;
             let lsn = writer.append(b"record").unwrap();
             log.want_synced(lsn);
             reach_synced(log, lsn);
-            assert!(!log.syncer().state.lock().failed, "{sync:?}");
+            assert!(log.syncer().state.lock().failed.is_none(), "{sync:?}");
             drop(writer);
             wal.close().unwrap();
+        }
+    }
+
+    #[test]
+    fn where_no_thread_can_be_started_not_every_append_syncs() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path(), SyncPolicy::Interval(Duration::from_secs(3600)));
+        let log = wal.log();
+        log.syncer().state.lock().stack = usize::MAX / 2;
+        for _ in 0..5 {
+            writer.append(b"record").unwrap();
+            assert_eq!(log.synced().load(), Lsn(1));
+        }
+        // As if so much time had passed.
+        log.syncer().state.lock().failed = None;
+        for _ in 0..5 {
+            writer.append(b"record").unwrap();
+            assert_eq!(log.synced().load(), Lsn(6));
+        }
+        log.syncer().state.lock().failed = None;
+        log.syncer().state.lock().stack = ON_DEMAND_STACK;
+        let lsn = writer.append(b"record").unwrap();
+        log.want_synced(lsn);
+        reach_synced(log, lsn);
+        drop(writer);
+        wal.close().unwrap();
+    }
+
+    #[test]
+    fn where_every_append_waits_only_what_nobody_waits_for_starts_the_thread() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path(), SyncPolicy::EveryBatch);
+        for lsn in 1..4 {
+            assert_eq!(writer.append(b"record").unwrap(), Lsn(lsn));
+            assert_eq!(wal.log().synced().load(), Lsn(lsn));
+            assert_eq!(wal.log().syncer().state.lock().holding, 0, "there was nothing left to sync");
+        }
+        let lsn = writer.append_batch_quietly(&[b"record"]).unwrap();
+        wal.log().sync_will_be_waited_for(lsn);
+        wal.log().wake_readers();
+        assert_eq!(wal.log().syncer().state.lock().holding, 0, "somebody is about to do it");
+        wal.log().leave_sync();
+        reach_synced(wal.log(), lsn);
+        let lsn = writer.append_batch_quietly(&[b"record"]).unwrap();
+        wal.log().wake_readers();
+        reach_synced(wal.log(), lsn);
+        drop(writer);
+        wal.close().unwrap();
+    }
+
+    #[test]
+    fn a_log_that_was_closed_is_held_by_no_thread() {
+        for _ in 0..20 {
+            let directory = tempfile::tempdir().unwrap();
+            let (wal, mut writer) = open(directory.path(), SyncPolicy::Group);
+            writer.append(b"record").unwrap();
+            let log = Arc::clone(wal.log());
+            drop(writer);
+            wal.close().unwrap();
+            assert_eq!(Arc::strong_count(&log), 1);
         }
     }
 }

@@ -205,10 +205,13 @@ impl LogWriter {
     /// Lets everybody see the log up to `last`.
     #[inline]
     fn publish(&self, last: Lsn) -> Result<Lsn> {
-        self.log.publish_written(last);
-        if self.log.sync_policy() == SyncPolicy::EveryBatch {
-            self.log.wait_synced(last, None)?;
+        if self.log.sync_policy() != SyncPolicy::EveryBatch {
+            self.log.publish_written(last);
+            return Ok(last);
         }
+        self.log.sync_will_be_waited_for(last);
+        self.log.publish_written(last);
+        self.log.wait_synced(last, None)?;
         Ok(last)
     }
 

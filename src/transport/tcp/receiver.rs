@@ -297,6 +297,11 @@ impl FrameReceiver for TcpReceiver {
         self.start < self.end || peek(&self.socket.stream).is_ok_and(|bytes| bytes > 0)
     }
 
+    fn has_whole(&self) -> bool {
+        let len = if self.left > 0 { self.left as usize } else { FRAME_HEADER_LEN };
+        self.end - self.start >= len
+    }
+
     fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
         refuse_zero_timeout(timeout)?;
         if timeout != self.timeout {
