@@ -4,6 +4,7 @@
 //! The limit on the size of files is a process's, so that each case runs in a process of its own.
 
 #![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
 
 use std::process::Command;
 
