@@ -180,12 +180,20 @@ fn answer(bench: &Bench, anonymous_before: Option<u64>) -> Result<()> {
     let window = BEAT * if bench.quick { 1 } else { 4 };
     for line in std::io::stdin().lock().lines() {
         line?;
+        let (usage, seconds, before, after) = loop {
+            let (usage, began, before) = (machine::Usage::now(), Instant::now(), ThreadCounts::now(THREADS));
+            std::thread::sleep(window);
+            let (seconds, after) = (began.elapsed().as_secs_f64(), ThreadCounts::now(THREADS));
+            let (Some(before), Some(after)) = (before, after) else {
+                return Err("threads cannot be counted here".into());
+            };
+            // What a thread did is gone with it: then this was no idle window yet.
+            if after.threads >= before.threads {
+                break (usage, seconds, before, after);
+            }
+        };
         let anonymous =
             machine::anonymous_bytes().zip(anonymous_before).map(|(now, before)| now.saturating_sub(before));
-        let (usage, began, before) = (machine::Usage::now(), Instant::now(), ThreadCounts::now(THREADS));
-        std::thread::sleep(window);
-        let (seconds, after) = (began.elapsed().as_secs_f64(), ThreadCounts::now(THREADS));
-        let (Some(before), Some(after)) = (before, after) else { return Err("threads cannot be counted here".into()) };
         println!(
             "{} {} {} {} {}",
             after.wakes.saturating_sub(before.wakes) as f64 / seconds,
