@@ -79,6 +79,8 @@ fn a_record_that_is_half_written_is_not_applied() {
     limit(None);
     assert!(is_poisoned(apply(&store, &log, 4)), "the same record is not taken for one that is there");
     assert!(is_poisoned(store.sync(SHARD)));
+    assert_eq!(store.touched(SHARD).unwrap(), None, "nobody knows what is in the slot");
+    assert!(store.get(&1_u64.to_be_bytes()).is_err());
     assert_eq!(store.durable_applied(SHARD).unwrap(), Some(Lsn(3)));
     assert!(is_poisoned(store.close()));
 

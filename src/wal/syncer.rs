@@ -91,18 +91,34 @@ fn awaited(log: &Log) -> &Watermark {
     if log.sync_policy().background_delay().is_some() { log.written() } else { log.sync_wanted() }
 }
 
+/// The same for whoever wants something synced, where writes may have to wait for that. True also if there is nothing to
+/// sync: then what is written next calls.
+fn is_called_when_wanted(log: &Arc<Log>) -> bool {
+    let at_least = log.synced().load().next();
+    let of_log = Arc::downgrade(log);
+    let call = move || of_log.upgrade().iter().for_each(start);
+    log.sync_wanted().call_at(at_least, Box::new(call)).is_none() || log.written().load() < at_least
+}
+
 fn start(log: &Arc<Log>) {
     // Once, unless others write meanwhile.
-    while let Some(next) = start_or_sync(log) {
-        if is_called_at(log, next) {
+    while let Some(Again { written, or_wanted }) = start_or_sync(log) {
+        if is_called_at(log, written) && (!or_wanted || is_called_when_wanted(log)) {
             return;
         }
     }
 }
 
-/// Starts the thread, or does what it would do. Returns at what mark to do so again, unless a thread is there or the log
-/// has ended.
-fn start_or_sync(log: &Arc<Log>) -> Option<Lsn> {
+/// When to try again.
+struct Again {
+    /// Once the awaited mark stands here.
+    written: Lsn,
+    /// Or once somebody wants a sync: there is no thread that would see it.
+    or_wanted: bool,
+}
+
+/// Starts the thread, or does what it would do. Returns when to do so again, unless a thread is there or the log has ended.
+fn start_or_sync(log: &Arc<Log>) -> Option<Again> {
     let mut state = log.syncer().state.lock();
     // Whoever ends the log looks under this lock whether there is a thread, after ending it.
     if state.running || log.check_writable().is_err() {
@@ -110,9 +126,12 @@ fn start_or_sync(log: &Arc<Log>) -> Option<Lsn> {
     }
     if let Some(delay) = log.sync_policy().background_delay() {
         let written = log.written().load();
-        let is_waited_for = log.syncer().waited_for.load(Ordering::Relaxed) >= written.0;
-        if is_waited_for || state.failed.is_some_and(|failed| failed.elapsed() < delay) {
-            return Some(written.next());
+        if log.syncer().waited_for.load(Ordering::Relaxed) >= written.0 {
+            return Some(Again { written: written.next(), or_wanted: false });
+        }
+        let is_wanted = log.sync_wanted().load() > log.synced().load();
+        if !is_wanted && state.failed.is_some_and(|failed| failed.elapsed() < delay) {
+            return Some(Again { written: written.next(), or_wanted: true });
         }
     }
     let thread = std::thread::Builder::new().name(format!("tl-sync-s{}", log.shard())).stack_size(state.stack);
@@ -132,7 +151,8 @@ fn start_or_sync(log: &Arc<Log>) -> Option<Lsn> {
             ::log::warn!("shard {}: no thread to sync, so who writes does it: {error}", log.shard());
         }
         sync_now(log);
-        return Some(log.synced().load().next());
+        let or_wanted = log.sync_policy().background_delay().is_some();
+        return Some(Again { written: log.synced().load().next(), or_wanted });
     }
     None
 }
@@ -290,6 +310,31 @@ mod tests {
         reach_synced(log, lsn);
         drop(writer);
         wal.close().unwrap();
+    }
+
+    #[test]
+    fn where_no_thread_can_be_started_what_is_wanted_is_synced_at_once() {
+        for sync in [SyncPolicy::Group, SyncPolicy::Interval(Duration::from_secs(3600)), SyncPolicy::EveryBatch] {
+            let directory = tempfile::tempdir().unwrap();
+            let (wal, mut writer) = open(directory.path(), sync);
+            let log = wal.log();
+            log.syncer().state.lock().stack = usize::MAX / 2;
+            for lsn in [1, 2, 3] {
+                // As what a follower receives, which nobody waits for.
+                assert_eq!(writer.append_batch_quietly(&[b"record"]).unwrap(), Lsn(lsn));
+                log.wake_readers();
+                log.want_synced(Lsn(lsn));
+                assert_eq!(log.synced().load(), Lsn(lsn), "{sync:?}");
+            }
+            log.want_synced(Lsn(9));
+            assert_eq!(log.synced().load(), Lsn(3), "{sync:?}: there is no more");
+            log.syncer().state.lock().stack = ON_DEMAND_STACK;
+            let lsn = writer.append_batch_quietly(&[b"record"]).unwrap();
+            log.wake_readers();
+            reach_synced(log, lsn);
+            drop(writer);
+            wal.close().unwrap();
+        }
     }
 
     #[test]

@@ -297,10 +297,16 @@ impl Shard {
     fn delete_slot(&self, writer: &mut Writer, delete: &Operation<'_>, was_occupied: bool) -> Result<()> {
         let slot = delete.slot;
         // The index first: what it names must be there.
-        if self.index.get(delete.key) == Some(slot) {
+        let is_named = self.index.get(delete.key) == Some(slot);
+        if is_named {
             self.index.remove(delete.key);
         }
-        self.write_image(writer, slot)?;
+        self.write_image(writer, slot).inspect_err(|_| {
+            // What could not be deleted is not missing: reading it says what is wrong.
+            if is_named {
+                self.index.insert(delete.key, slot);
+            }
+        })?;
         writer.take(slot);
         writer.free.insert(slot);
         self.occupied.fetch_sub(u64::from(was_occupied), Ordering::AcqRel);

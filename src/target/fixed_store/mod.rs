@@ -421,10 +421,11 @@ impl ReplicationTarget for FixedStore {
         true
     }
 
-    /// The newest version in the slots, unless one of them is torn: whatever was being written there is not known then.
+    /// The newest version in the slots, unless one of them is torn or could not be written: whatever was being written there
+    /// is not known then.
     fn touched(&self, shard: ShardId) -> Result<Option<Lsn>> {
         let shard = self.shard(shard)?;
-        let is_whole = shard.torn.load(Ordering::Acquire) == 0;
+        let is_whole = shard.torn.load(Ordering::Acquire) == 0 && shard.check_sound().is_ok();
         Ok(is_whole.then(|| shard.consistent_from().max(shard.applied())))
     }
 
