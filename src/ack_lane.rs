@@ -9,9 +9,10 @@
 //! # When the acknowledger is there
 //!
 //! The receiver starts it before something that can take long, as waiting for the rest of a frame can, and otherwise only
-//! once it has acknowledged, if more is to be said than that: whoever waits at the leader waits for no thread to start. It ends when nothing has moved for a while,
-//! a heartbeat at least, and all that was received is durable, applied and acknowledged. On a quiet stream the receiver
-//! answers the leader's heartbeats instead; a leader that beats more slowly than this node has the acknowledger stay.
+//! once it has acknowledged, if more is to be said than that: but for what can take long, whoever waits at the leader waits
+//! for no thread to start. It ends when nothing has moved for a while, a heartbeat at least, and all that was received is
+//! durable, applied and acknowledged. On a quiet stream the receiver answers the leader's heartbeats instead; a leader that
+//! beats more slowly than this node has the acknowledger stay.
 //!
 //! Where no thread can be started, the stream goes on without: the receiver acknowledges what it receives, what moves
 //! besides goes with the answer to the next heartbeat, and with each frame it is tried again to start the acknowledger.

@@ -21,7 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::on_demand::{ON_DEMAND_STACK, Stay};
 use crate::types::Lsn;
 use crate::wal::Log;
-use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
+use crate::watermark::{Call, WaitStrategy, Waited, Watermark, wait_any};
 
 /// How long the thread stays without anything to do, at the least.
 const STAYS: std::time::Duration = std::time::Duration::from_secs(2);
@@ -81,9 +81,13 @@ pub(super) fn start_when_due(log: &Arc<Log>) {
 
 /// Has the thread started once the awaited mark stands at `at_least`. False if it does already.
 fn is_called_at(log: &Arc<Log>, at_least: Lsn) -> bool {
+    awaited(log).call_at(at_least, call(log)).is_none()
+}
+
+/// Starts the thread, if the log is still there.
+fn call(log: &Arc<Log>) -> Call {
     let of_log = Arc::downgrade(log);
-    let call = move || of_log.upgrade().iter().for_each(start);
-    awaited(log).call_at(at_least, Box::new(call)).is_none()
+    Box::new(move || of_log.upgrade().iter().for_each(start))
 }
 
 /// The mark that has something to sync when it is past the synced one.
@@ -95,9 +99,7 @@ fn awaited(log: &Log) -> &Watermark {
 /// sync: then what is written next calls.
 fn is_called_when_wanted(log: &Arc<Log>) -> bool {
     let at_least = log.synced().load().next();
-    let of_log = Arc::downgrade(log);
-    let call = move || of_log.upgrade().iter().for_each(start);
-    log.sync_wanted().call_at(at_least, Box::new(call)).is_none() || log.written().load() < at_least
+    log.sync_wanted().call_at(at_least, call(log)).is_none() || log.written().load() < at_least
 }
 
 fn start(log: &Arc<Log>) {
