@@ -193,7 +193,7 @@ impl Server {
     /// Serves what has been agreed on: on a thread that has none of the stack that agreeing touched, and whose beginning is
     /// the end of this one; where there can be none, on this one.
     fn serve_on_another_thread(agreed: Box<Agreed>, name: String) {
-        let server = Arc::clone(&agreed.stream.server);
+        let (server, peer) = (Arc::clone(&agreed.stream.server), agreed.stream.peer.clone());
         let handed_over = Arc::new(Mutex::new(Some(agreed)));
         let serve = move || {
             let agreed = handed_over.lock().take();
@@ -203,7 +203,7 @@ impl Server {
             }
         };
         if let Err(error) = server.threads.spawn(name, serve.clone()) {
-            log::warn!("one that was there already does it: {error}");
+            log::warn!("{peer}: no thread to serve it, so the one that answered it does: {error}");
             serve();
         }
     }
