@@ -13,6 +13,7 @@
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
 //! | `tl-sync-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-prep-s…` | one a shard while it receives | see [`crate::wal`] |
+//! | `tl-unmap-s…` | one a shard while removed segments go | see [`crate::wal`] |
 //! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -14,6 +14,7 @@
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
 //! | `tl-apply-s…` | one a shard, if the leader has a target | waiting for `written`, or in the target |
 //! | `tl-prep-s…`, `tl-sync-s…` | one a shard while it writes | see [`crate::wal`] |
+//! | `tl-unmap-s…` | one a shard while removed segments go | see [`crate::wal`] |
 //!
 //! The caller's threads append and wait; no thread of the node stands between them and the log.
 

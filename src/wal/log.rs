@@ -652,9 +652,9 @@ impl Log {
                 // Only the pages written: those made ready ahead of the writer stay out of it.
                 let start = position.offset - position.offset % PAGE_LEN;
                 segment.sync_range(start..published)?;
-                // A segment's last sync says nothing about how much is synced at once.
+                // A segment's last sync ends where the segment does: nothing of it is written again.
                 if sealed.is_none() {
-                    self.spares.has_synced(published - start);
+                    self.spares.has_synced();
                 }
                 if position.offset == 0 {
                     sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;

@@ -1,11 +1,14 @@
 //! Logs on disk for tests, written batch by batch with what a crash or a bad disk makes of them.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::limits::{MIN_SEGMENT_SIZE, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::{self, BatchHeader, Expected};
 use crate::wal::identity::LogIdentity;
+use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::segment::{SegmentHeader, write_all_at};
 
 pub(super) const SIZE: u64 = MIN_SEGMENT_SIZE;
@@ -155,4 +158,18 @@ pub(super) fn image(directory: &Path) -> Vec<(String, Vec<u8>)> {
         .collect();
     files.sort();
     files
+}
+
+/// A segment that nobody reads any more, and where its file is.
+pub(super) fn given_up(directory: &Path, first_lsn: u64) -> (PathBuf, Segment) {
+    let id = WalSegmentId { region: IDENTITY.region, shard: IDENTITY.shard, first_lsn: Lsn(first_lsn) };
+    let path = directory.join(id.to_string());
+    std::fs::write(&path, vec![7; usize::try_from(SIZE).unwrap()]).unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mapping = Mapping::new(&file, SIZE).unwrap();
+    let (cluster, epoch, chain_before) = (IDENTITY.cluster, Epoch(1), Chain(1));
+    let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: SIZE };
+    let (segment, writer) = Segment::new(header, path.clone(), file, mapping, SIZE, Some(Lsn(first_lsn)));
+    drop(writer);
+    (path, Arc::into_inner(segment).unwrap())
 }

@@ -16,11 +16,11 @@
 //!
 //! # Threads
 //!
-//! An open log has at most two: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]).
-//! Each is there while there is something to do, stays a while after it, is started again by whoever then has something,
+//! An open log has at most three: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]),
+//! one lets go of the mappings of segments that were removed. Each is there while there is something to do, stays a while after it, is started again by whoever then has something,
 //! and ends at the latest when the [`Wal`] is closed or dropped. A thread begins with the processors, the scheduling and
 //! the priority of the thread that starts it, which here is most often one that appends: who binds that thread to a
-//! processor, or gives it a priority in real time, does so to these two, and may want a thread of its own for it, or not to
+//! processor, or gives it a priority in real time, does so to these, and may want a thread of its own for it, or not to
 //! leave syncs to the log ([`SyncPolicy::Never`], [`Log::wait_synced`]). While a log is being opened, its segments are checked by
 //! as many threads as there are processors, at most eight.
 
@@ -46,6 +46,7 @@ mod mapping;
 pub(crate) mod mend;
 mod reader;
 pub(crate) mod recovery;
+mod removed;
 pub mod scan;
 pub mod segment;
 mod spares;

@@ -23,25 +23,23 @@ use crate::limits::PAGE_LEN;
 use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
 use crate::wal::mapping::{Mapping, Segment};
+use crate::wal::removed::Removed;
 use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory, zero_in_pieces};
 use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes zeroed between two looks at what the writer needs.
 const ZERO_STEP: u64 = 1 << 20;
 
-/// Bytes of zeros written at once where nobody waits for syncs and those that are done cover much: the page cache keeps them
-/// as one folio, which takes one fault where its pages would take sixteen, and is written back as one. A record that is
-/// synced alone there costs 64 KiB.
-const FILL_PIECE: u64 = MAX_ZERO_PIECE;
+/// Bytes of zeros written at once, at most, where nobody waits for syncs: the page cache keeps such a piece as one folio,
+/// which takes one fault where its pages would take sixteen, and is written back as one. So where a sync ends in the middle
+/// of a piece, the next one writes that whole piece again.
+const LONGEST_PIECE: u64 = MAX_ZERO_PIECE;
 
-/// Syncs of fewer bytes should find pages: to write back a folio more at either end would cost them much.
-const SMALL_SYNC: u64 = 512 << 10;
+/// What all syncs of a segment together may write again for that reason: one part in so many of it.
+const WRITTEN_AGAIN: u64 = 16;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
-
-/// Removed files whose mappings may wait while the writer has no spare.
-const MOST_UNMAPPED: usize = 2;
 
 /// A file that can become a segment: allocated, zero, mapped.
 pub(super) struct Prepared {
@@ -60,6 +58,7 @@ pub(super) struct Prepared {
 pub(super) struct Spares {
     /// For the thread, which keeps them.
     this: Weak<Spares>,
+    removed: Arc<Removed>,
     directory: PathBuf,
     shard: ShardId,
     segment_size: u64,
@@ -69,9 +68,8 @@ pub(super) struct Spares {
     /// Somebody has waited for a sync since the last spare was made. A hint: set by waiters, taken by the preparing
     /// thread.
     sync_waited: AtomicBool,
-    /// Syncs that covered little since the last spare was taken, whether anybody waited for them or not. Counted by whoever
-    /// syncs.
-    small_syncs: AtomicU64,
+    /// Syncs since the last spare was taken, whether anybody waited for them or not. Counted by whoever syncs.
+    syncs: AtomicU64,
     /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set by
     /// the writer.
     in_bulk: AtomicBool,
@@ -90,8 +88,6 @@ struct State {
     refilling: bool,
     /// Files that held segments or spares before.
     used: Vec<PathBuf>,
-    /// Segments whose files are gone, and whose mappings are to go.
-    unmapped: Vec<Segment>,
     /// One more file is being made ready.
     preparing: bool,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
@@ -106,8 +102,8 @@ struct State {
     populated: (Lsn, u64),
     /// Spares that have become segments.
     taken: u64,
-    /// Syncs that covered little while the segment before the newest was filled.
-    small_syncs: u64,
+    /// Syncs while the segment before the newest was filled.
+    syncs: u64,
     next_name: u64,
     /// The preparing thread is there.
     running: bool,
@@ -126,7 +122,6 @@ enum Work {
     Prepare(PathBuf),
     Settle(Prepared),
     Populate(Arc<Segment>, std::ops::Range<u64>),
-    Unmap(Segment),
     Stop,
 }
 
@@ -143,6 +138,7 @@ impl Spares {
         let state = State { used, next_name, ..State::default() };
         Arc::new_cyclic(|this| Spares {
             this: Weak::clone(this),
+            removed: Removed::new(identity.shard),
             directory: directory.to_owned(),
             shard: identity.shard,
             segment_size: identity.segment_size,
@@ -150,7 +146,7 @@ impl Spares {
             populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             sync_waited: AtomicBool::new(false),
-            small_syncs: AtomicU64::new(0),
+            syncs: AtomicU64::new(0),
             in_bulk: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
@@ -219,7 +215,7 @@ impl Spares {
             if let Some(prepared) = state.ready.pop_front() {
                 state.waiting = false;
                 state.taken += 1;
-                state.small_syncs = self.small_syncs.swap(0, Ordering::Relaxed);
+                state.syncs = self.syncs.swap(0, Ordering::Relaxed);
                 self.want(&mut state);
                 return Ok(prepared);
             }
@@ -245,11 +241,9 @@ impl Spares {
         }
     }
 
-    /// Says how many bytes a sync covered.
-    pub(super) fn has_synced(&self, bytes: u64) {
-        if bytes < SMALL_SYNC {
-            self.small_syncs.fetch_add(1, Ordering::Relaxed);
-        }
+    /// Says that something was synced.
+    pub(super) fn has_synced(&self) {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Says whether the writer puts large pieces in through the file.
@@ -324,8 +318,7 @@ impl Spares {
     }
 
     /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. Does not wait for
-    /// the device: a removed file's pages that are being written are waited for where its mapping goes, which is left to
-    /// the preparing thread.
+    /// the device: that is left to [`Removed`].
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment) -> Result<()> {
         let mut state = self.state.lock();
         // In bulk nothing is filled ahead; filling a used file and waiting until that is on the device would only hold
@@ -333,9 +326,7 @@ impl Spares {
         if state.files() >= self.keep || self.in_bulk.load(Ordering::Relaxed) {
             drop(state);
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            let mut state = self.state.lock();
-            state.unmapped.push(segment);
-            self.want(&mut state);
+            self.removed.add(segment);
             return Ok(());
         }
         state.next_name += 1;
@@ -355,14 +346,18 @@ impl Spares {
         state.populate = None;
         self.wanted.notify_all();
         self.made.notify_all();
+        drop(state);
+        self.removed.stop();
     }
 
-    /// Blocks until the thread has ended, after [`stop`](Self::stop) or by itself.
+    /// Blocks until the threads have ended, after [`stop`](Self::stop) or by themselves.
     pub(super) fn wait_ended(&self) {
         let mut state = self.state.lock();
         while state.running {
             self.ended.wait(&mut state);
         }
+        drop(state);
+        self.removed.wait_ended();
     }
 
     /// The preparing thread.
@@ -372,8 +367,7 @@ impl Spares {
             match self.next_work() {
                 Work::Stop => return,
                 Work::Populate(segment, range) => segment.populate(range),
-                Work::Unmap(segment) => drop(segment),
-                Work::Prepare(path) => self.made(&path, self.prepare(&path)),
+                Work::Prepare(path) => self.made(&path, self.prepare_when_there_is_room(&path)),
                 Work::Settle(mut spare) => {
                     let path = spare.path.clone();
                     self.made(&path, self.settle(&mut spare).map(|()| spare));
@@ -416,13 +410,6 @@ impl Spares {
             if let Some((segment, range)) = state.populate.take() {
                 return Work::Populate(segment, range);
             }
-            // A file without a name takes room until its mapping goes. A writer without a spare comes first, but not for ever,
-            // and not where it may be that very room that there is none of.
-            if (!state.ready.is_empty() || !state.refilling || state.failed || state.unmapped.len() > MOST_UNMAPPED)
-                && let Some(segment) = state.unmapped.pop()
-            {
-                return Work::Unmap(segment);
-            }
             // Filled up from half on, so that a burst is not slowed by its own replenishment.
             let ready = state.ready.len();
             state.refilling = ready < self.keep && (state.refilling || ready <= self.keep / 2);
@@ -460,14 +447,27 @@ impl Spares {
         self.ended.notify_all();
     }
 
+    /// Prepares a file. For want of room it is tried again whenever some has come back that is on its way.
+    fn prepare_when_there_is_room(&self, path: &Path) -> Result<Prepared> {
+        loop {
+            match self.prepare(path) {
+                Err(Error::Io { source, .. }) if is_no_room(&source) && self.removed.wait_for_room() => {
+                    // What has been filled of it would only hold on to room.
+                    let _ = std::fs::remove_file(path);
+                }
+                result => return result,
+            }
+        }
+    }
+
     /// Fills a file with zeros, new or not, and maps it; makes that durable unless it is better done later.
     fn prepare(&self, path: &Path) -> Result<Prepared> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;
         let len = file.metadata().map_err(Error::io("look at", path))?.len();
         let is_new = len != self.segment_size;
-        let in_pieces = self.fills_in_pieces();
-        let piece_len = if in_pieces { FILL_PIECE } else { PAGE_LEN };
+        let piece_len = self.piece_len();
+        let in_pieces = piece_len > PAGE_LEN;
         if is_new {
             file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
         } else {
@@ -522,17 +522,20 @@ impl Spares {
         Ok(prepared)
     }
 
-    /// Whether pages need not be what is written back: nobody waits for syncs, and of those that cover little there were so
-    /// few in the last segment that a folio more for each is at most a thirty-second of it. Only once the writer has filled
-    /// a segment is that known.
-    fn fills_in_pieces(&self) -> bool {
+    /// Bytes of the pieces that a new file gets its zeros in, a power of two: pages where somebody waits for syncs, and else
+    /// as long as what the syncs of a segment write again for them stays within its bound. Only once the writer has filled a
+    /// segment is that known.
+    fn piece_len(&self) -> u64 {
         let (taken, before) = {
             let state = self.state.lock();
-            (state.taken, state.small_syncs)
+            (state.taken, state.syncs)
         };
-        let small_syncs = before.max(self.small_syncs.load(Ordering::Relaxed));
-        let cost = small_syncs.saturating_mul(32 * FILL_PIECE);
-        taken > 1 && !self.sync_waited.load(Ordering::Relaxed) && cost <= self.segment_size
+        if taken < 2 || self.sync_waited.load(Ordering::Relaxed) {
+            return PAGE_LEN;
+        }
+        let syncs = before.max(self.syncs.load(Ordering::Relaxed)).max(1);
+        let most = (self.segment_size / WRITTEN_AGAIN / syncs).clamp(PAGE_LEN, LONGEST_PIECE);
+        1 << most.ilog2()
     }
 
     /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held comes
@@ -564,6 +567,10 @@ impl Drop for Running<'_> {
     }
 }
 
+fn is_no_room(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
 /// The number in the name of a spare file.
 fn spare_number(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("spare-")?.strip_suffix(".wal.tmp")?.parse().ok()
@@ -577,23 +584,7 @@ fn spare_path(directory: &Path, number: u64) -> PathBuf {
 mod tests {
     use super::*;
     use crate::limits;
-    use crate::types::{Chain, Epoch, WalSegmentId};
-    use crate::wal::log_fixture::{IDENTITY, SIZE};
-    use crate::wal::segment::SegmentHeader;
-
-    /// A segment that nobody reads any more, and where its file is.
-    fn given_up(directory: &Path, first_lsn: u64) -> (PathBuf, Segment) {
-        let id = WalSegmentId { region: IDENTITY.region, shard: IDENTITY.shard, first_lsn: Lsn(first_lsn) };
-        let path = directory.join(id.to_string());
-        std::fs::write(&path, vec![7; usize::try_from(SIZE).unwrap()]).unwrap();
-        let file = File::options().read(true).write(true).open(&path).unwrap();
-        let mapping = Mapping::new(&file, SIZE).unwrap();
-        let (cluster, epoch, chain_before) = (IDENTITY.cluster, Epoch(1), Chain(1));
-        let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: SIZE };
-        let (segment, writer) = Segment::new(header, path.clone(), file, mapping, SIZE, Some(Lsn(first_lsn)));
-        drop(writer);
-        (path, Arc::into_inner(segment).unwrap())
-    }
+    use crate::wal::log_fixture::{IDENTITY, SIZE, given_up};
 
     #[test]
     fn in_bulk_new_files_are_not_filled_and_used_ones_not_kept() {
@@ -642,23 +633,24 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
         spares.state.lock().taken = 1;
-        assert!(!spares.fills_in_pieces(), "nothing is known yet");
+        assert_eq!(spares.piece_len(), PAGE_LEN, "nothing is known yet");
         spares.state.lock().taken = 2;
-        assert!(spares.fills_in_pieces());
+        assert_eq!(spares.piece_len(), LONGEST_PIECE.min(SIZE / WRITTEN_AGAIN));
         spares.syncs_are_waited_for();
-        assert!(!spares.fills_in_pieces());
+        assert_eq!(spares.piece_len(), PAGE_LEN);
         spares.sync_waited.store(false, Ordering::Relaxed);
-        let most = SIZE / (32 * FILL_PIECE);
-        (0..most).for_each(|_| spares.has_synced(SMALL_SYNC - 1));
-        spares.has_synced(SMALL_SYNC);
-        assert!(spares.fills_in_pieces());
-        spares.has_synced(SMALL_SYNC - 1);
-        assert!(!spares.fills_in_pieces());
+        for syncs in 1..40 {
+            spares.has_synced();
+            let piece_len = spares.piece_len();
+            assert!(piece_len.is_power_of_two());
+            assert!(piece_len == PAGE_LEN || piece_len * syncs <= SIZE / WRITTEN_AGAIN, "{syncs} of {piece_len}");
+        }
+        assert_eq!(spares.piece_len(), PAGE_LEN);
         // What was true of the segment before is not forgotten at once.
         spares.begin().unwrap();
         spares.take().unwrap();
-        assert!(!spares.fills_in_pieces());
+        assert_eq!(spares.piece_len(), PAGE_LEN);
         spares.take().unwrap();
-        assert!(spares.fills_in_pieces());
+        assert!(spares.piece_len() > PAGE_LEN);
     }
 }
