@@ -631,21 +631,23 @@ mod tests {
     #[test]
     fn large_pieces_are_for_writers_whose_syncs_cover_much() {
         let directory = tempfile::tempdir().unwrap();
-        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+        let identity = LogIdentity { segment_size: 4 << 20, ..IDENTITY };
+        let spares = Spares::new(directory.path(), &identity, &WalOptions::default(), Vec::new());
+        let bound = identity.segment_size / WRITTEN_AGAIN;
         spares.state.lock().taken = 1;
         assert_eq!(spares.piece_len(), PAGE_LEN, "nothing is known yet");
         spares.state.lock().taken = 2;
-        assert_eq!(spares.piece_len(), LONGEST_PIECE.min(SIZE / WRITTEN_AGAIN));
+        assert_eq!(spares.piece_len(), LONGEST_PIECE);
         spares.syncs_are_waited_for();
         assert_eq!(spares.piece_len(), PAGE_LEN);
         spares.sync_waited.store(false, Ordering::Relaxed);
-        for syncs in 1..40 {
+        for syncs in 1..=bound / PAGE_LEN {
             spares.has_synced();
             let piece_len = spares.piece_len();
             assert!(piece_len.is_power_of_two());
-            assert!(piece_len == PAGE_LEN || piece_len * syncs <= SIZE / WRITTEN_AGAIN, "{syncs} of {piece_len}");
+            assert!(piece_len == PAGE_LEN || piece_len * syncs <= bound, "{syncs} of {piece_len}");
         }
-        assert_eq!(spares.piece_len(), PAGE_LEN);
+        assert_eq!(spares.piece_len(), PAGE_LEN, "for as many as that");
         // What was true of the segment before is not forgotten at once.
         spares.begin().unwrap();
         spares.take().unwrap();
