@@ -1,13 +1,15 @@
 //! A bare log lane, to run beside a bare base: records are appended at one end and streamed to the other, and where the
 //! log is to be worth as much as Towline's, synced and then applied at both.
 //!
-//! Each end has a log file that is written over again and again, and waits where its applier has not made room. Everything
-//! goes through files, a piece at a time, so that the threads of an end share nothing but two numbers.
+//! Each end has a log file that is written over again and again, and waits where its applier has not made room. That is the
+//! least that can be done; but who appends waits for the slowest of all then. Where the logs are *kept*, they grow, nobody
+//! who appends waits for anybody, and a thread of its own sends what is there: as where a follower may be far behind.
+//! Everything goes through files, a piece at a time, so that the threads of an end share nothing but two numbers.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use super::limits;
 use super::streams::connect;
 
-/// Pieces that a log file has room for.
+/// Pieces that a log file has room for which is not kept.
 const ROOM: u64 = 256;
 
 /// When the groups of a load are due.
@@ -43,6 +45,7 @@ impl Pace {
 
 /// The log's two ends.
 pub(super) struct LogLane {
+    directory: PathBuf,
     near: File,
     far: File,
     /// One record of it.
@@ -51,6 +54,16 @@ pub(super) struct LogLane {
     together: u64,
     /// Records that the stores have room for.
     slots: u64,
+}
+
+/// What runs beside something else.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Load<'a> {
+    /// Records; as many as it can where there is no such number.
+    pub(super) per_second: Option<u64>,
+    pub(super) stores: Option<Stores<'a>>,
+    /// The logs grow.
+    pub(super) is_kept: bool,
 }
 
 /// Where both ends apply what they have synced.
@@ -77,27 +90,36 @@ impl LogLane {
         let len = piece_len * usize::try_from(ROOM).unwrap_or_default();
         let near = limits::zeroed_file(&directory.join("near-log"), len)?;
         let far = limits::zeroed_file(&directory.join("far-log"), len)?;
-        Ok(LogLane { near, far, record, together, slots })
+        Ok(LogLane { directory: directory.to_owned(), near, far, record, together, slots })
     }
 
-    /// Appends and streams at a pace while `work` runs. Returns when what was appended until then is at the other end, and
-    /// applied at both if there are `stores`.
-    pub(super) fn beside(
-        &self,
-        per_second: Option<u64>,
-        stores: Option<Stores<'_>>,
-        work: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<Beside> {
-        let near = End { log: &self.near, store: stores.map(|stores| stores.near), progress: Progress::default() };
-        let far = End { log: &self.far, store: stores.map(|stores| stores.far), progress: Progress::default() };
+    /// Appends and streams while `work` runs. Returns when what was appended until then is at the other end, and applied at
+    /// both if there are `stores`; with logs that are kept, at once.
+    pub(super) fn beside(&self, load: Load<'_>, work: impl FnOnce() -> io::Result<()>) -> io::Result<Beside> {
+        let kept = ["kept-near", "kept-far"].map(|name| self.directory.join(name));
+        let kept_files = match load.is_kept {
+            true => Some((new_file(&kept[0])?, new_file(&kept[1])?)),
+            false => None,
+        };
+        let (near_log, far_log) = kept_files.as_ref().map_or((&self.near, &self.far), |(near, far)| (near, far));
+        let room = if load.is_kept { u64::MAX } else { ROOM };
+        let near_store = load.stores.map(|stores| stores.near);
+        let near = End { log: near_log, room, store: near_store, progress: Progress::default() };
+        let far_store = load.stores.map(|stores| stores.far);
+        let far = End { log: far_log, room, store: far_store, progress: Progress::default() };
         let (near_stream, far_stream) = connect()?;
         let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
+        let is_over = || load.is_kept && over.load(Ordering::Relaxed);
+        let beside = std::thread::scope(|scope| {
             let appending = scope.spawn(|| {
-                let appended = self.append_until(&over, per_second, &near, &near_stream);
+                let appended = self.append_until(&over, load, &near, &near_stream);
                 near.progress.end();
-                // Also after a failure, so that the other end hears of it.
-                near_stream.shutdown(Shutdown::Write).and(appended)
+                // Also after a failure, so that the other end hears of it. Kept logs have a thread that sends.
+                let ended = if load.is_kept { Ok(()) } else { near_stream.shutdown(Shutdown::Write) };
+                ended.and(appended)
+            });
+            let sending = load.is_kept.then(|| {
+                scope.spawn(|| self.send(is_over, &near, &near_stream).and(near_stream.shutdown(Shutdown::Write)))
             });
             let receiving = scope.spawn(|| {
                 let received = self.receive(&far, &far_stream);
@@ -107,7 +129,7 @@ impl LogLane {
             });
             let applying = [&near, &far].map(|end| {
                 scope.spawn(|| {
-                    let applied = self.apply(end);
+                    let applied = self.apply(is_over, end);
                     end.progress.end();
                     applied
                 })
@@ -119,13 +141,17 @@ impl LogLane {
             over.store(true, Ordering::Relaxed);
             let panicked = |_| io::Error::other("a thread of a bare log panicked");
             let appended = appending.join().map_err(panicked)?;
-            receiving.join().map_err(panicked)??;
-            for applied in applying {
-                applied.join().map_err(panicked)??;
+            for ended in [sending, Some(receiving)].into_iter().flatten().chain(applying) {
+                ended.join().map_err(panicked)??;
             }
             done?;
             Ok(Beside { took, appended: appended?, behind })
-        })
+        });
+        drop(kept_files);
+        if load.is_kept {
+            kept.iter().try_for_each(std::fs::remove_file)?;
+        }
+        beside
     }
 
     fn piece(&self) -> Vec<u8> {
@@ -135,21 +161,40 @@ impl LogLane {
     fn append_until(
         &self,
         over: &AtomicBool,
-        per_second: Option<u64>,
+        load: Load<'_>,
         end: &End<'_>,
         mut stream: &TcpStream,
     ) -> io::Result<u64> {
         let mut piece = self.piece();
-        let mut pace = Pace::new(self.together, per_second);
+        let mut pace = Pace::new(self.together, load.per_second);
         let mut appended = 0;
         while !over.load(Ordering::Relaxed) {
             limits::append(&mut piece, &self.record, self.together);
             end.write(&piece)?;
-            stream.write_all(&piece)?;
+            if !load.is_kept {
+                stream.write_all(&piece)?;
+            }
             appended += self.together;
             pace.wait();
         }
         Ok(appended)
+    }
+
+    /// Sends what is in the log.
+    fn send(&self, is_over: impl Fn() -> bool, end: &End<'_>, mut stream: &TcpStream) -> io::Result<()> {
+        let mut piece = self.piece();
+        let mut sent = 0;
+        while let Some(written) = end.progress.wait_for_more(sent) {
+            while sent < written && !is_over() {
+                end.read(&mut piece, sent)?;
+                stream.write_all(&piece)?;
+                sent += 1;
+            }
+            if is_over() {
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     fn receive(&self, end: &End<'_>, mut stream: &TcpStream) -> io::Result<()> {
@@ -165,15 +210,17 @@ impl LogLane {
     }
 
     /// Syncs what has been written since the last time, and then puts each record into its slot, all over the store.
-    fn apply(&self, end: &End<'_>) -> io::Result<()> {
+    fn apply(&self, is_over: impl Fn() -> bool, end: &End<'_>) -> io::Result<()> {
         let Some(store) = end.store else { return Ok(()) };
         let mut piece = self.piece();
         let mut applied = 0;
         while let Some(written) = end.progress.wait_for_more(applied) {
             end.log.sync_data()?;
             for number in applied..written {
-                let place = number % ROOM * piece.len() as u64;
-                limits::read_at(end.log, &mut piece, place)?;
+                if is_over() {
+                    return Ok(());
+                }
+                end.read(&mut piece, number)?;
                 let records = piece.chunks_exact(limits::slot_len(self.record.len()));
                 for (count, record) in (number * self.together..).zip(records) {
                     let slot = super::rebuild::scattered(count, self.slots);
@@ -188,8 +235,14 @@ impl LogLane {
     }
 }
 
+fn new_file(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create(true).truncate(true).open(path)
+}
+
 struct End<'a> {
     log: &'a File,
+    /// Pieces after which the log begins anew.
+    room: u64,
     store: Option<&'a File>,
     progress: Progress,
 }
@@ -203,10 +256,16 @@ impl End<'_> {
 
     /// Writes one more piece, once there is room for it.
     fn write(&self, piece: &[u8]) -> io::Result<()> {
-        let number = if self.store.is_some() { self.progress.wait_for_room()? } else { self.progress.written() };
-        limits::write_at(self.log, piece, number % ROOM * piece.len() as u64)?;
+        let waits = self.store.is_some();
+        let number = if waits { self.progress.wait_for_room(self.room)? } else { self.progress.written() };
+        limits::write_at(self.log, piece, number % self.room * piece.len() as u64)?;
         self.progress.set_written(number + 1);
         Ok(())
+    }
+
+    fn read(&self, piece: &mut [u8], number: u64) -> io::Result<()> {
+        let place = number % self.room * piece.len() as u64;
+        limits::read_at(self.log, piece, place)
     }
 }
 
@@ -246,9 +305,9 @@ impl Progress {
     }
 
     /// Waits until a piece can be written over. Gives the number of the next one.
-    fn wait_for_room(&self) -> io::Result<u64> {
+    fn wait_for_room(&self, room: u64) -> io::Result<u64> {
         let mut marks = self.marks.lock();
-        while marks.written - marks.applied >= ROOM {
+        while marks.written - marks.applied >= room {
             if marks.is_over {
                 return Err(io::Error::other("nothing is applied any more"));
             }
@@ -280,7 +339,8 @@ mod tests {
         let (near, far) = (store(), store());
         for stores in [None, Some(Stores { near: &near, far: &far })] {
             let mut begun = 0;
-            let beside = lane.beside(Some(40_000), stores, || {
+            let load = Load { per_second: Some(40_000), stores, is_kept: false };
+            let beside = lane.beside(load, || {
                 begun += 1;
                 std::thread::sleep(Duration::from_millis(20));
                 Ok(())
@@ -290,13 +350,22 @@ mod tests {
         }
         let logs = ["near-log", "far-log"].map(|name| std::fs::read(directory.path().join(name)).unwrap());
         assert!(logs[0] == logs[1] && logs[0].contains(&3));
-        for mut applied in [near, far] {
+        for mut applied in [&near, &far] {
             let mut bytes = Vec::new();
             std::io::Seek::rewind(&mut applied).unwrap();
             applied.read_to_end(&mut bytes).unwrap();
             assert!(bytes.chunks(100).any(|slot| slot == record));
         }
-        let failed = lane.beside(None, None, || Err(io::Error::other("the base")));
+        let stores = Some(Stores { near: &near, far: &far });
+        let kept = Load { stores, is_kept: true, ..Load::default() };
+        let beside = lane.beside(kept, || {
+            std::thread::sleep(Duration::from_millis(20));
+            Ok(())
+        });
+        let Beside { appended, behind, .. } = beside.unwrap();
+        assert!(appended > ROOM * 4 && behind <= appended, "nobody waits for room");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2, "kept no longer than it takes");
+        let failed = lane.beside(Load::default(), || Err(io::Error::other("the base")));
         assert_eq!(failed.unwrap_err().to_string(), "the base");
     }
 }

@@ -17,7 +17,7 @@ use towline::target::{FixedStore, FixedStoreOptions, ReplicationTarget};
 use towline::{Follower, Leader, Lsn, Node, NodeId, ShardId, Until, WaitStrategy, Waited, wait_any};
 
 use super::limits::{self, MappedFile};
-use super::log_lane::{LogLane, Pace, Stores};
+use super::log_lane::{Load, LogLane, Pace, Stores};
 use super::recover::rate;
 use super::report::{Contest, Sample, Unit};
 use super::{Bench, Result, Scratch, streams};
@@ -36,6 +36,8 @@ const SYNCED: &str = "mapped file to socket to file, synced";
 const LOADED: &str = "mapped file to socket to file, synced, beside an append";
 const STREAMED: &str = "mapped file to socket to file, synced, beside a streamed append";
 const APPLIED: &str = "mapped file to socket to file, synced, beside an append streamed, synced and applied";
+const KEPT: &str =
+    "mapped file to socket to file, synced, beside an append into kept logs, streamed, synced and applied";
 const STEADY_STREAMED: &str = "mapped file to socket to file, synced, beside a steady streamed append";
 const STEADY_APPLIED: &str =
     "mapped file to socket to file, synced, beside a steady append streamed, synced and applied";
@@ -75,13 +77,13 @@ fn compare_rebuilds(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<
         std::fs::remove_file(path)?;
         Ok(sample)
     };
-    let beside_lane = |per_second: Option<u64>, is_applied: bool| -> Result<Sample> {
+    let beside_lane = |per_second: Option<u64>, is_applied: bool, is_kept: bool| -> Result<Sample> {
         let path = scratch.join("to");
         let mut file = File::create(&path)?;
         // Of its own position: elsewhere than on Unix, writing somewhere moves it.
         let far = File::options().write(true).open(&path)?;
         let stores = is_applied.then_some(Stores { near: from_file, far: &far });
-        let beside = lane.beside(per_second, stores, || {
+        let beside = lane.beside(Load { per_second, stores, is_kept }, || {
             streams::stream_to_file(&[from.bytes()], &mut file)?;
             file.sync_data()
         })?;
@@ -113,11 +115,12 @@ fn compare_rebuilds(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<
             };
             Ok(while_running(append, |_| copy(true))?.0)
         })
-        .bare(STREAMED, || beside_lane(None, false))
-        .bare(APPLIED, || beside_lane(None, true))
-        .ours("leader under load", &[LOADED, STREAMED, APPLIED], || under_load(None))
-        .bare(STEADY_STREAMED, || beside_lane(steady, false))
-        .bare(STEADY_APPLIED, || beside_lane(steady, true))
+        .bare(STREAMED, || beside_lane(None, false, false))
+        .bare(APPLIED, || beside_lane(None, true, false))
+        .bare(KEPT, || beside_lane(None, true, true))
+        .ours("leader under load", &[LOADED, STREAMED, APPLIED, KEPT], || under_load(None))
+        .bare(STEADY_STREAMED, || beside_lane(steady, false, false))
+        .bare(STEADY_APPLIED, || beside_lane(steady, true, false))
         .ours("leader under a steady load", &[STEADY_STREAMED, STEADY_APPLIED], || under_load(steady))
         .run(bench)
 }
