@@ -181,14 +181,16 @@ impl BaseLane {
         let bytes = self.buffer.get(..run.len).ok_or_else(|| {
             Error::invalid(format!("a run of {} bytes in a buffer of {}", run.len, self.buffer.len()))
         })?;
+        let mut checksum = crc32fast::Hasher::new();
+        checksum.update(bytes);
+        self.checksum.combine(&checksum);
         let header = BaseDataHeader {
             session: self.issued.session,
             epoch: self.issued.epoch,
             block: run.first.0,
             length: u32::try_from(run.len).unwrap_or(u32::MAX),
-            checksum: crc32fast::hash(bytes),
+            checksum: checksum.finalize(),
         };
-        self.checksum.update(bytes);
         self.blocks += u64::from(run.count);
         // Before the blocks: the word that they have been taken can be here at once.
         self.issued.agreement.runs.lock().sent.push_back(run.count);

@@ -275,7 +275,9 @@ impl Intake {
         if !self.is_about(header.session, header.epoch) {
             return Ok(());
         }
-        let checksum = crc32fast::hash(&arrived.bytes);
+        let mut of_run = crc32fast::Hasher::new();
+        of_run.update(&arrived.bytes);
+        let checksum = of_run.clone().finalize();
         if header.length != left || left == 0 || header.checksum != checksum {
             return Err(Error::protocol(
                 peer,
@@ -285,7 +287,7 @@ impl Intake {
                 ),
             ));
         }
-        arrived.checksum.update(&arrived.bytes);
+        arrived.checksum.combine(&of_run);
         self.put_blocks(&peer, header.block, arrived)?;
         self.base_bytes.advance(Lsn(self.base_bytes.load().0.saturating_add(u64::from(left))));
         let progress = self.session.lock().progress();
