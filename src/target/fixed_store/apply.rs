@@ -54,6 +54,8 @@ pub(super) struct Writer {
     plans: Plans,
     marked_clean: bool,
     image: Vec<u8>,
+    /// What a proposed record is put together in.
+    record: Vec<u8>,
     pub(super) front: Vec<u8>,
 }
 
@@ -88,6 +90,7 @@ impl Writer {
             plans: Plans::default(),
             marked_clean,
             image: Vec::new(),
+            record: Vec::new(),
             front: Vec::new(),
         }
     }
@@ -258,7 +261,9 @@ impl Shard {
         }
         let was_occupied = matches!(before, Slot::Occupied { .. });
         if operation.value.is_some() {
-            self.put_slot(writer, lsn, operation, was_occupied)?;
+            // While the shard serves, the index names the slot of a key that is in one.
+            let is_named = was_occupied && lsn > self.consistent_from() && !self.is_rebuilding();
+            self.put_slot(writer, lsn, operation, was_occupied, is_named)?;
         } else {
             self.delete_slot(writer, operation, was_occupied)?;
         }
@@ -278,9 +283,17 @@ impl Shard {
         }
     }
 
-    fn put_slot(&self, writer: &mut Writer, lsn: Lsn, put: &Operation<'_>, was_occupied: bool) -> Result<()> {
+    /// Puts a slot whose key the index may be known to name there.
+    fn put_slot(
+        &self,
+        writer: &mut Writer,
+        lsn: Lsn,
+        put: &Operation<'_>,
+        was_occupied: bool,
+        is_named: bool,
+    ) -> Result<()> {
         let (slot, key) = (put.slot, put.key);
-        let elsewhere = self.index.get(key).is_some_and(|other| other != slot);
+        let elsewhere = !is_named && self.index.get(key).is_some_and(|other| other != slot);
         if elsewhere && !self.is_elsewhere_since(key, slot, lsn, &mut writer.front)? {
             return Err(self.contradicts(slot, lsn, "the record puts a key that is in another slot already"));
         }
@@ -365,9 +378,11 @@ impl Shard {
                 plan.lsn, self.id
             )));
         }
-        let Some((lsn, record)) = self.propose_locked(&mut writer, key, value, append)? else { return Ok(None) };
-        self.apply(&mut writer, lsn, &record)?;
-        Ok(Some(lsn))
+        let Some(lsn) = self.propose_locked(&mut writer, key, value, append)? else { return Ok(None) };
+        let record = std::mem::take(&mut writer.record);
+        let applied = self.apply(&mut writer, lsn, &record);
+        writer.record = record;
+        applied.map(|()| Some(lsn))
     }
 
     /// Writes to the log only: the log's applier does the rest.
@@ -377,17 +392,17 @@ impl Shard {
         value: Option<&[u8]>,
         append: impl FnOnce(ShardId, &[u8]) -> Result<Lsn>,
     ) -> Result<Option<Lsn>> {
-        let proposed = self.propose_locked(&mut self.writer.lock(), key, value, append)?;
-        Ok(proposed.map(|(lsn, _)| lsn))
+        self.propose_locked(&mut self.writer.lock(), key, value, append)
     }
 
+    /// Leaves the record in `writer.record`.
     fn propose_locked(
         &self,
         writer: &mut Writer,
         key: &[u8],
         value: Option<&[u8]>,
         append: impl FnOnce(ShardId, &[u8]) -> Result<Lsn>,
-    ) -> Result<Option<(Lsn, Vec<u8>)>> {
+    ) -> Result<Option<Lsn>> {
         self.check_serving()?;
         self.check_writable(writer)?;
         if let Some(slot) = writer.first_torn() {
@@ -402,10 +417,9 @@ impl Shard {
             None if value.is_some() => (self.allocate(writer)?, true),
             None => return Ok(None),
         };
-        let mut record = Vec::new();
-        Operation { slot, key, value }.encode(&mut record);
+        Operation { slot, key, value }.encode(&mut writer.record);
         let last = writer.plans.queue.back().map_or(self.applied(), |plan| plan.lsn);
-        let lsn = append(self.id, &record).inspect_err(|_| {
+        let lsn = append(self.id, &writer.record).inspect_err(|_| {
             if is_new {
                 writer.free.insert(slot);
             }
@@ -415,7 +429,7 @@ impl Shard {
         }
         writer.plans.by_key.insert(key.into(), (lsn, value.map(|_| slot)));
         writer.plans.queue.push_back(Plan { lsn, key: key.into(), slot, is_new });
-        Ok(Some((lsn, record)))
+        Ok(Some(lsn))
     }
 
     /// A slot for a new key: the lowest free one, so that shards stay dense.
