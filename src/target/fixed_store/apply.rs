@@ -26,7 +26,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 
-use super::arriving::Arriving;
+use super::arriving::{Arriving, Found};
 use super::format::{Operation, Slot};
 use super::shard::Shard;
 use super::slots_map::SlotWriter;
@@ -121,7 +121,7 @@ impl Writer {
         self.plans = Plans::default();
     }
 
-    /// The slot holds something, or is about to. During a rebuild nobody asks, and its end looks at every slot.
+    /// The slot holds something, or is about to. During a rebuild nobody asks, and its end goes through every slot.
     fn take(&mut self, slot: u64) {
         if self.arriving.is_some() {
             return;
@@ -176,6 +176,34 @@ impl Shard {
         self.occupied.store(occupied, Ordering::Release);
         self.torn.store(writer.torn.len() as u64, Ordering::Release);
         self.consistent_from.store(newest.max(self.applied()).0, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes what has been found while a base came for what the slots hold, as a [`load`](Self::load) would find it.
+    pub(super) fn take_over(&self, writer: &mut Writer, found: Found) -> Result<()> {
+        writer.forget();
+        let mut occupied = 0;
+        for slot in 0..self.map.slot_count() {
+            if found.occupied.contains(slot) {
+                writer.take(slot);
+                occupied += 1;
+            } else if found.deleted.contains(slot) {
+                writer.take(slot);
+                writer.free.insert(slot);
+            }
+        }
+        self.index.replace_by(found.keys);
+        self.occupied.store(occupied, Ordering::Release);
+        self.torn.store(0, Ordering::Release);
+        self.consistent_from.store(self.applied().0, Ordering::Release);
+        if cfg!(debug_assertions) {
+            let all = |writer: &Writer| (self.index.entries(), writer.free.clone(), writer.fresh);
+            let before = all(writer);
+            self.load(writer, true)?;
+            debug_assert_eq!(before, all(writer));
+            debug_assert_eq!(occupied, self.occupied.load(Ordering::Acquire));
+            debug_assert!(writer.ahead.is_empty() && writer.torn.is_empty());
+        }
         Ok(())
     }
 
@@ -266,6 +294,9 @@ impl Shard {
             self.put_slot(writer, lsn, operation, was_occupied, is_named)?;
         } else {
             self.delete_slot(writer, operation, was_occupied)?;
+        }
+        if let Some(arriving) = &mut writer.arriving {
+            arriving.found.note(self, slot, &operation.result(lsn))?;
         }
         if was_torn {
             writer.torn.remove(&slot);

@@ -9,6 +9,10 @@
 //! zeros, as a free slot does. In memory there is one bit for each slot that a record has written ahead of the base, so
 //! that nobody reads, and fills the page cache with, what is known to be nothing.
 //!
+//! Where each key is, and which slots hold none, is found out on the way, aside from what readers look at: at the end no
+//! slot needs to be read again. A key can be in two slots meanwhile, the one that it has left and the one that it has moved
+//! to, as blocks differ in age; the one with the newer version counts.
+//!
 //! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
 //! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
 
@@ -16,6 +20,7 @@ use std::collections::HashMap;
 
 use super::apply::Writer;
 use super::format::Slot;
+use super::index::KeyIndex;
 use super::reader::fill;
 use super::shard::Shard;
 use crate::error::{Error, Result};
@@ -34,6 +39,48 @@ pub(super) struct Arriving {
     ahead: SlotSet,
     /// What the file has where blocks are to go.
     there: Vec<u8>,
+    pub(super) found: Found,
+}
+
+/// What has come, of slots mapped or not.
+pub(super) struct Found {
+    pub(super) keys: KeyIndex,
+    pub(super) occupied: SlotSet,
+    pub(super) deleted: SlotSet,
+    /// Of the slot that a key is in as well.
+    other: Vec<u8>,
+}
+
+impl Found {
+    fn new() -> Found {
+        Found { keys: KeyIndex::new(), occupied: SlotSet::default(), deleted: SlotSet::default(), other: Vec::new() }
+    }
+
+    /// A slot holds something, which is newer than what it held.
+    pub(super) fn note(&mut self, shard: &Shard, slot: u64, holds: &Slot<'_>) -> Result<()> {
+        match *holds {
+            Slot::Free => {}
+            Slot::Deleted { key, .. } => {
+                self.occupied.remove(slot);
+                self.deleted.insert(slot);
+                if self.keys.get(key) == Some(slot) {
+                    self.keys.remove(key);
+                }
+            }
+            Slot::Occupied { lsn, key, .. } => {
+                self.deleted.remove(slot);
+                self.occupied.insert(slot);
+                let is_newer_elsewhere = match self.keys.get(key) {
+                    Some(other) if other != slot => shard.front_of(other, &mut self.other)?.lsn() > lsn,
+                    _ => false,
+                };
+                if !is_newer_elsewhere {
+                    self.keys.insert(key, slot);
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Arriving {
@@ -49,7 +96,7 @@ const WORD_BITS: u64 = u64::BITS as u64;
 
 /// A set of slots. Its memory grows with those in it, however far apart a leader says they are.
 #[derive(Default)]
-struct SlotSet {
+pub(super) struct SlotSet {
     parts: HashMap<u64, Box<[u64; index(PART_SLOTS / WORD_BITS)]>>,
 }
 
@@ -59,7 +106,13 @@ impl SlotSet {
         part[index(slot % PART_SLOTS / WORD_BITS)] |= 1 << (slot % WORD_BITS);
     }
 
-    fn contains(&self, slot: u64) -> bool {
+    fn remove(&mut self, slot: u64) {
+        if let Some(part) = self.parts.get_mut(&(slot / PART_SLOTS)) {
+            part[index(slot % PART_SLOTS / WORD_BITS)] &= !(1 << (slot % WORD_BITS));
+        }
+    }
+
+    pub(super) fn contains(&self, slot: u64) -> bool {
         let word = self.parts.get(&(slot / PART_SLOTS)).map_or(0, |part| part[index(slot % PART_SLOTS / WORD_BITS)]);
         word & 1 << (slot % WORD_BITS) != 0
     }
@@ -82,7 +135,7 @@ impl Shard {
             let cut = self.file.set_len(end).or_else(|_| zero_in_pages(&self.file, end..len));
             cut.map_err(Error::io("cut", &self.path))?;
         }
-        let arriving = Arriving { filled, ahead: SlotSet::default(), there: Vec::new() };
+        let arriving = Arriving { filled, ahead: SlotSet::default(), there: Vec::new(), found: Found::new() };
         let arriving = writer.arriving.insert(arriving);
         self.fill_holes(arriving, mapped, kept)
     }
@@ -103,18 +156,20 @@ impl Shard {
         let (mut from, mut replaces) = (0, false);
         for (here, block) in blocks.chunks_exact(slot_len).enumerate() {
             let slot = first + here as u64;
+            let holds = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?;
             if arriving.is_blank(slot) {
+                arriving.found.note(self, slot, &holds)?;
                 continue;
             }
             arriving.there.resize(self.layout.prefix_len(), 0);
             self.read_unmapped(slot, &mut arriving.there)?;
-            let version = |bytes| Slot::decode_prefix(&self.layout, bytes).map(|slot| slot.lsn());
-            let damaged = |reason| self.damaged(slot, reason);
-            let version_there = version(&arriving.there).map_err(damaged)?;
-            if version_there != Lsn::ZERO && version_there >= version(block).map_err(damaged)? {
+            let there = Slot::decode_prefix(&self.layout, &arriving.there);
+            let version_there = there.map_err(|reason| self.damaged(slot, reason))?.lsn();
+            if version_there != Lsn::ZERO && version_there >= holds.lsn() {
                 write(from, here, replaces)?;
                 (from, replaces) = (here + 1, false);
             } else {
+                arriving.found.note(self, slot, &holds)?;
                 replaces = true;
             }
         }
@@ -144,8 +199,8 @@ impl Shard {
     }
 
     /// Ends taking a base: as many slots as the leader has are written, synced and mapped. Their number is to be put into
-    /// the header.
-    pub(super) fn end_arriving(&self, writer: &mut Writer) -> Result<()> {
+    /// the header. Gives what is in them.
+    pub(super) fn end_arriving(&self, writer: &mut Writer) -> Result<Found> {
         // By the steps that the leader has taken.
         let mut count = self.map.slot_count();
         while count < writer.slot_limit {
@@ -160,8 +215,8 @@ impl Shard {
         }
         self.sync_slots()?;
         self.map.extend(&mut writer.slots, &self.file, count).map_err(Error::io("map", &self.path))?;
-        writer.arriving = None;
-        Ok(())
+        let ended = writer.arriving.take().map(|arriving| arriving.found);
+        ended.ok_or_else(|| Error::invalid(format!("no base of shard {} is coming", self.id)))
     }
 
     /// Real zeros for every blank slot below `end`.
@@ -200,8 +255,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Blocks of a base, from slot `first` on: each is checked, and written if its slot is older. The index waits for the
-    /// end of the rebuild. Returns the newest version among them.
+    /// Blocks of a base, from slot `first` on: each is checked, and written if its slot is older. Returns the newest version
+    /// among them.
     pub(super) fn put_base_slots(&self, writer: &mut Writer, first: u64, blocks: &[u8]) -> Result<Lsn> {
         self.check_sound()?;
         let slot_len = self.layout.slot_len();
@@ -214,19 +269,20 @@ impl Shard {
         let mapped = self.map.slot_count();
         let in_map = usize::try_from(mapped.saturating_sub(first)).unwrap_or(usize::MAX).min(blocks.len() / slot_len);
         let (here, behind) = blocks.split_at(in_map * slot_len);
+        let Some(arriving) = &mut writer.arriving else {
+            return Err(Error::invalid(format!("no base of shard {} is coming", self.id)));
+        };
         for (slot, block) in (first..).zip(here.chunks_exact(slot_len)) {
-            let version = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?.lsn();
-            if self.front_of(slot, &mut writer.front)?.lsn() < version {
+            let holds = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?;
+            if self.front_of(slot, &mut writer.front)?.lsn() < holds.lsn() {
                 self.write_mapped(&mut writer.slots, slot, block)?;
+                arriving.found.note(self, slot, &holds)?;
             }
         }
-        if behind.is_empty() {
-            return Ok(newest);
+        if !behind.is_empty() {
+            self.take_blocks(arriving, first + in_map as u64, behind)?;
         }
-        match &mut writer.arriving {
-            Some(arriving) => self.take_blocks(arriving, first + in_map as u64, behind).map(|()| newest),
-            None => Err(Error::invalid(format!("no base of shard {} is coming", self.id))),
-        }
+        Ok(newest)
     }
 }
 

@@ -190,6 +190,9 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
                 Ok(found) => {
                     occupied += u64::from(matches!(found, Slot::Occupied { .. }));
                     newest = newest.max(found.lsn());
+                    if let Some(arriving) = &mut writer.arriving {
+                        arriving.found.note(shard, slot, &found)?;
+                    }
                 }
                 Err(_) => {
                     writer.note_torn(slot);
@@ -262,12 +265,9 @@ impl BaseSink for SlotSink {
         if let Some(slot) = writer.first_torn() {
             return Err(shard.damaged(slot, "the slot was damaged before the rebuild, which has not written it again"));
         }
-        shard.end_arriving(&mut writer)?;
         // Blocks were checked when they came, kept ones when they were taken on, and the others were written here.
-        shard.load(&mut writer, true)?;
-        if let Some(slot) = writer.first_torn() {
-            return Err(shard.damaged(slot, "the slot was damaged during the rebuild"));
-        }
+        let found = shard.end_arriving(&mut writer)?;
+        shard.take_over(&mut writer, found)?;
         shard.update_header(|header| {
             header.rebuilding = false;
             header.slot_count = shard.map.slot_count();

@@ -40,6 +40,19 @@ impl KeyIndex {
         }
     }
 
+    /// Takes what another one has found for what is here.
+    pub(super) fn replace_by(&self, other: KeyIndex) {
+        for (stripe, found) in self.stripes.iter().zip(other.stripes) {
+            *stripe.write() = found.into_inner();
+        }
+    }
+
+    /// Every key with its slot, in order.
+    pub(super) fn entries(&self) -> std::collections::BTreeMap<Box<[u8]>, u64> {
+        let of = |stripe: &Stripe| stripe.read().iter().map(|(key, slot)| (key.clone(), *slot)).collect::<Vec<_>>();
+        self.stripes.iter().flat_map(of).collect()
+    }
+
     /// Routing uses the upper bits of the hash, so the lower ones still differ within a shard.
     #[inline]
     fn stripe(&self, key: &[u8]) -> &Stripe {
