@@ -56,7 +56,16 @@ impl Found {
         Found { keys: KeyIndex::new(), occupied: SlotSet::default(), deleted: SlotSet::default(), other: Vec::new() }
     }
 
-    /// A slot holds something, which is newer than what it held.
+    /// A slot held something that a block is put over. Where its key was put since, that is still to come.
+    fn forget(&mut self, slot: u64, held: &Slot<'_>) {
+        if let Slot::Occupied { key, .. } = held
+            && self.keys.get(key) == Some(slot)
+        {
+            self.keys.remove(key);
+        }
+    }
+
+    /// A slot holds something newer. What it held before is forgotten, or has the same key or none.
     pub(super) fn note(&mut self, shard: &Shard, slot: u64, holds: &Slot<'_>) -> Result<()> {
         match *holds {
             Slot::Free => {}
@@ -164,11 +173,12 @@ impl Shard {
             arriving.there.resize(self.layout.prefix_len(), 0);
             self.read_unmapped(slot, &mut arriving.there)?;
             let there = Slot::decode_prefix(&self.layout, &arriving.there);
-            let version_there = there.map_err(|reason| self.damaged(slot, reason))?.lsn();
-            if version_there != Lsn::ZERO && version_there >= holds.lsn() {
+            let there = there.map_err(|reason| self.damaged(slot, reason))?;
+            if there.lsn() != Lsn::ZERO && there.lsn() >= holds.lsn() {
                 write(from, here, replaces)?;
                 (from, replaces) = (here + 1, false);
             } else {
+                arriving.found.forget(slot, &there);
                 arriving.found.note(self, slot, &holds)?;
                 replaces = true;
             }
@@ -274,8 +284,10 @@ impl Shard {
         };
         for (slot, block) in (first..).zip(here.chunks_exact(slot_len)) {
             let holds = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?;
-            if self.front_of(slot, &mut writer.front)?.lsn() < holds.lsn() {
+            let there = self.front_of(slot, &mut writer.front)?;
+            if there.lsn() < holds.lsn() {
                 self.write_mapped(&mut writer.slots, slot, block)?;
+                arriving.found.forget(slot, &there);
                 arriving.found.note(self, slot, &holds)?;
             }
         }
@@ -407,6 +419,38 @@ mod tests {
         let metadata = file.metadata().unwrap();
         assert!(metadata.blocks() * 512 >= metadata.len(), "a store to a mapped slot needs no room");
         assert_eq!(contents(&follower), contents(&leader));
+    }
+
+    #[test]
+    fn a_key_is_found_where_it_is_also_if_a_newer_block_has_taken_its_old_slot() {
+        let directory = tempfile::tempdir().unwrap();
+        let (leader, log) = (FixedStore::open(directory.path().join("leader"), &OPTIONS).unwrap(), Log::default());
+        let apply = |slot: u64, key: u64, value: Option<&[u8]>| {
+            let mut record = Vec::new();
+            Operation { slot, key: &key.to_le_bytes(), value }.encode(&mut record);
+            let lsn = log.append(SHARD, &record).unwrap();
+            leader.apply(SHARD, Record { lsn, bytes: &record }).unwrap();
+        };
+        apply(0, 70, Some(b"v"));
+        let info = leader.open_base(SHARD).unwrap().info();
+        apply(1, 71, Some(b"v"));
+        let moved_from = log.head(SHARD);
+        apply(1, 71, None);
+        apply(2, 71, Some(b"v"));
+        apply(1, 72, Some(b"v"));
+
+        let follower = FixedStore::open(directory.path().join("follower"), &OPTIONS).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        log.replay(&follower, SHARD, info.base_lsn, moved_from).unwrap();
+        for (first, blocks) in runs(&leader, 10) {
+            sink.put_blocks(first, info.block_len as usize, &blocks).unwrap();
+        }
+        log.replay(&follower, SHARD, moved_from, log.head(SHARD)).unwrap();
+        sink.complete(log.head(SHARD)).unwrap();
+        assert_eq!(contents(&follower), contents(&leader));
+        for key in [70_u64, 71, 72] {
+            assert_eq!(follower.get(&key.to_le_bytes()).unwrap().as_deref(), Some(&b"v"[..]), "key {key}");
+        }
     }
 
     #[test]
