@@ -155,35 +155,37 @@ impl Shard {
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
         // A write that fails leaves blank slots blank: whatever it left there is overwritten. Others it may have torn.
-        let write = |from: usize, to: usize, replaces: bool| {
-            let written = self.write_slots(first + from as u64, &blocks[from * slot_len..to * slot_len]);
-            written.map_err(|source| match replaces {
+        let write = |found: &mut Found, from: usize, to: usize, replaces: bool| {
+            let (run, first) = (&blocks[from * slot_len..to * slot_len], first + from as u64);
+            self.write_slots(first, run).map_err(|source| match replaces {
                 true => self.poison("write", source),
                 false => Error::io("write", &self.path)(source),
+            })?;
+            (first..).zip(run.chunks_exact(slot_len)).try_for_each(|(slot, block)| {
+                let holds = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?;
+                found.note(self, slot, &holds)
             })
         };
         let (mut from, mut replaces) = (0, false);
         for (here, block) in blocks.chunks_exact(slot_len).enumerate() {
             let slot = first + here as u64;
-            let holds = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?;
             if arriving.is_blank(slot) {
-                arriving.found.note(self, slot, &holds)?;
                 continue;
             }
             arriving.there.resize(self.layout.prefix_len(), 0);
             self.read_unmapped(slot, &mut arriving.there)?;
-            let there = Slot::decode_prefix(&self.layout, &arriving.there);
-            let there = there.map_err(|reason| self.damaged(slot, reason))?;
-            if there.lsn() != Lsn::ZERO && there.lsn() >= holds.lsn() {
-                write(from, here, replaces)?;
+            let front_of =
+                |bytes| Slot::decode_prefix(&self.layout, bytes).map_err(|reason| self.damaged(slot, reason));
+            let there = front_of(&arriving.there)?;
+            if there.lsn() != Lsn::ZERO && there.lsn() >= front_of(block)?.lsn() {
+                write(&mut arriving.found, from, here, replaces)?;
                 (from, replaces) = (here + 1, false);
             } else {
                 arriving.found.forget(slot, &there);
-                arriving.found.note(self, slot, &holds)?;
                 replaces = true;
             }
         }
-        write(from.min(count), count, replaces)?;
+        write(&mut arriving.found, from.min(count), count, replaces)?;
         arriving.filled = arriving.filled.max(first + count as u64);
         arriving.ahead.forget_below(arriving.filled);
         Ok(())
@@ -442,7 +444,7 @@ mod tests {
         let follower = FixedStore::open(directory.path().join("follower"), &OPTIONS).unwrap();
         let mut sink = follower.begin_base(SHARD, info).unwrap();
         log.replay(&follower, SHARD, info.base_lsn, moved_from).unwrap();
-        for (first, blocks) in runs(&leader, 10) {
+        for (first, blocks) in runs(&leader, 1) {
             sink.put_blocks(first, info.block_len as usize, &blocks).unwrap();
         }
         log.replay(&follower, SHARD, moved_from, log.head(SHARD)).unwrap();
