@@ -49,6 +49,7 @@ pub(crate) mod recovery;
 pub mod scan;
 pub mod segment;
 mod spares;
+mod sync_line;
 mod syncer;
 #[cfg(test)]
 mod tests;

@@ -243,6 +243,37 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
 }
 
 #[test]
+fn many_who_wait_for_syncs_are_all_woken_and_some_give_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    let writer = parking_lot::Mutex::new(writer);
+    std::thread::scope(|scope| {
+        for thread in 0..12 {
+            let (log, writer) = (wal.log(), &writer);
+            scope.spawn(move || {
+                for round in 0..100 {
+                    let lsn = writer.lock().append(&[thread; 300]).unwrap();
+                    // Some have no time, also while it is their turn: then somebody else must get it.
+                    let deadline = (round % 3 == 0)
+                        .then(|| std::time::Instant::now() + Duration::from_micros(20 * u64::from(thread)));
+                    match log.wait_synced(lsn, deadline) {
+                        Err(Error::TimedOut { .. }) if deadline.is_some() => {}
+                        result => {
+                            result.unwrap();
+                            assert!(log.synced().load() >= lsn);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    wal.log().wait_synced(Lsn(1200), None).unwrap();
+    assert_eq!(wal.log().sync_line().len(), 0, "nobody is left in the line");
+}
+
+#[test]
 fn the_first_bytes_of_a_long_stream_say_that_it_comes_in_bulk() {
     let directory = tempfile::tempdir().unwrap();
     let options = WalOptions { populate_ahead: 0, ..WalOptions::default() };
@@ -535,10 +566,11 @@ fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
     writer.ingest_filled(4096).unwrap();
     let mut reader = wal.log().reader_from(Lsn(1)).unwrap();
     assert_eq!(reader.next(u64::MAX).unwrap().unwrap().len(), 4096);
-    let turns = wal.log().turns();
+    let place = wal.log().sync_line().enter(Lsn(1));
     writer.set_epoch(Epoch(2)).unwrap();
     append(&mut writer, 1..=3);
-    assert_eq!(wal.log().turns(), turns.next(), "whoever wanted to sync meanwhile waits for a turn");
+    assert!(place.until_called().holds(), "whoever wanted to sync meanwhile waits for a turn");
+    assert!(wal.log().sync_line().leave(place));
     let range = reader.next(u64::MAX).unwrap().unwrap();
     assert_eq!((range.start(), range.segment().header().epoch), (0, Epoch(2)));
     wal.log().wait_synced(Lsn(3), None).unwrap();
