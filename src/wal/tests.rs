@@ -243,6 +243,38 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
 }
 
 #[test]
+fn what_follows_a_sync_goes_in_through_the_file_and_is_read_like_the_rest() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    let mut framed = 0;
+    for lsn in 1..=1000 {
+        let (before, framed_before) = (writer.end(), writer.framed_len());
+        append(&mut writer, lsn..=lsn);
+        let after = writer.end();
+        // Syncs after single records, and after runs of some: by turns stores and writes share a page, and a segment.
+        let is_synced = lsn == 1 || (lsn - 1) % 7 == 0 || (lsn - 1) % 11 < 3;
+        if cfg!(target_os = "linux") && is_synced && after.segment == before.segment && before.offset > 0 {
+            assert_eq!(writer.framed_len() as u64, after.offset - before.offset, "LSN {lsn}");
+            framed += 1;
+        } else if !is_synced {
+            assert_eq!(writer.framed_len(), framed_before, "LSN {lsn} follows one that is not synced");
+        }
+        assert_eq!(records(wal.log(), lsn), [(Lsn(lsn), record(lsn))], "readers see it at once");
+        if lsn % 7 == 0 || lsn % 11 < 3 {
+            wal.log().wait_synced(Lsn(lsn), None).unwrap();
+        }
+    }
+    assert!(framed > 300 || !cfg!(target_os = "linux"), "{framed}");
+    drop(writer);
+    wal.close().unwrap();
+    let (wal, writer) = open(directory.path());
+    assert!(writer.torn_tail().is_none());
+    assert_holds(wal.log(), 1..=1000);
+}
+
+#[test]
 fn many_who_wait_for_syncs_are_all_woken_and_some_give_up() {
     let directory = tempfile::tempdir().unwrap();
     let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
