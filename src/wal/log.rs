@@ -9,15 +9,16 @@
 //! | `written` | the [`LogWriter`](super::LogWriter), after the segment published the bytes | readers may read it |
 //! | `synced` | whoever holds `sync`, after the device has the bytes | it survives a power cut |
 //! | `sync_wanted` | anyone | somebody will want it synced without waiting here |
-//! | `sync_turns` | whoever held `sync`, after letting go | counts syncs, so that one of those not covered takes over |
 //! | `opened` | the [`LogWriter`](super::LogWriter), after the segment is in the list | the first LSN of the newest segment |
 //! | `ended` | the first of close and poison | 1: waiting is over |
 //!
 //! # Who syncs
 //!
 //! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
-//! for; the others wait for that one. A commit by one thread therefore crosses no other thread. The shard's sync thread
-//! does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
+//! for; the others wait for that one. A commit by one thread therefore crosses no other thread. Of those who came too late
+//! for a sync, the first does the next one (see [`sync_line`](super::sync_line)). They and those whom the sync has covered
+//! are woken after the lock has been let go: while many are woken, one by one, the device has work again. The shard's sync
+//! thread does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,6 +37,7 @@ use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{HEADER_FIELDS, SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
+use crate::wal::sync_line::SyncLine;
 use crate::wal::syncer::{Syncer, start_when_due};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
 use crate::watermark::{Until, Waited, Watermark, wait_any};
@@ -52,10 +54,11 @@ pub struct Log {
     written: Watermark,
     synced: Watermark,
     sync_wanted: Watermark,
-    sync_turns: Watermark,
     opened: Watermark,
     ended: Watermark,
     sync: Mutex<SyncPosition>,
+    /// Those who found `sync` locked.
+    sync_line: SyncLine,
     /// How often somebody came to wait for a sync. Counted by those who wait, read by whoever syncs; a hint, so relaxed.
     sync_waits: AtomicU64,
     /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
@@ -90,8 +93,6 @@ struct SyncPosition {
     segment: Lsn,
     /// Bytes of that segment that are synced; 0 if its name is not durable yet.
     offset: u64,
-    /// Syncs so far; what `sync_turns` says after the lock has been let go.
-    turns: Lsn,
     group: SyncGroup,
 }
 
@@ -137,16 +138,11 @@ impl Log {
             written: Watermark::new(head),
             synced: Watermark::new(Lsn::ZERO),
             sync_wanted: Watermark::new(Lsn::ZERO),
-            sync_turns: Watermark::new(Lsn::ZERO),
             opened: Watermark::new(opened),
             ended: Watermark::new(Lsn::ZERO),
             sync_waits: AtomicU64::new(0),
-            sync: Mutex::new(SyncPosition {
-                segment: next_sync,
-                offset: 0,
-                turns: Lsn::ZERO,
-                group: SyncGroup::default(),
-            }),
+            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, group: SyncGroup::default() }),
+            sync_line: SyncLine::default(),
             given_up: Mutex::default(),
             releasing: Mutex::default(),
             named: AtomicU64::new(0),
@@ -538,24 +534,31 @@ impl Log {
     fn sync_through(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
         while self.synced.load() < lsn {
             self.check_writable()?;
-            // Read before trying the lock: whoever holds it then counts a turn after letting go.
-            let turn = self.sync_turns.load();
             if let Some(position) = self.sync.try_lock() {
                 self.sync_locked(position, lsn)?;
-                continue;
-            }
-            let conditions = [
-                Until { mark: &self.synced, at_least: lsn },
-                Until { mark: &self.sync_turns, at_least: turn.next() },
-                self.until_ended(),
-            ];
-            if wait_any(&conditions, self.options.wait, deadline) == Waited::TimedOut {
+            } else if self.wait_in_line(lsn, deadline) == Waited::TimedOut {
                 return Err(Error::TimedOut {
                     what: format!("LSN {lsn} of shard {} to be synced", self.shard()).into(),
                 });
             }
         }
         Ok(())
+    }
+
+    /// Waits until `lsn` is synced, or the log ends, or it may be this thread's turn to sync.
+    fn wait_in_line(&self, lsn: Lsn, deadline: Option<Instant>) -> Waited {
+        let place = self.sync_line.enter(lsn);
+        // Looked at again: only whoever holds the lock from now on finds this place.
+        let waited = if self.sync.is_locked() {
+            let conditions = [self.synced.until(lsn), place.until_called(), self.until_ended()];
+            wait_any(&conditions, self.options.wait, deadline)
+        } else {
+            Waited::Reached(1)
+        };
+        if self.sync_line.leave(place) && waited == Waited::TimedOut {
+            self.sync_line.call_next(self.synced.load());
+        }
+        waited
     }
 
     /// Puts everything up to `lsn` on stable storage, or up to the head if that is less.
@@ -608,18 +611,18 @@ impl Log {
         group.waits = waits;
     }
 
-    /// Lets go of the sync lock. Whoever found it taken waits for this turn, so it is counted whatever the lock was taken for.
-    fn give_turn(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>) {
-        position.turns = position.turns.next();
-        let turns = position.turns;
+    /// Lets go of the sync lock, calls whoever syncs next, and then wakes those that the sync has covered. Whoever found the
+    /// lock taken waits for that, whatever it was taken for.
+    fn give_turn(&self, position: parking_lot::MutexGuard<'_, SyncPosition>) {
         drop(position);
-        self.sync_turns.advance(turns);
+        self.sync_line.call_next(self.synced.load());
+        self.synced.wake();
     }
 
-    /// How often the sync lock has been let go.
+    /// Those who wait for their turn to sync.
     #[cfg(test)]
-    pub(super) fn turns(&self) -> Lsn {
-        self.sync_turns.load()
+    pub(super) fn sync_line(&self) -> &SyncLine {
+        &self.sync_line
     }
 
     /// Up to where the log is on stable storage: a segment, and bytes of it.
@@ -629,14 +632,15 @@ impl Log {
         (position.segment, position.offset)
     }
 
-    /// Syncs up to `lsn`, and whatever more the segments up to there hold, and says so.
+    /// Syncs up to `lsn`, and whatever more the segments up to there hold, and says so: quietly, as whoever waits for that is
+    /// to be woken once the lock has been let go.
     fn sync_segments(&self, position: &mut SyncPosition, lsn: Lsn) -> Result<()> {
         // Of the newest segment at least that much is published when it is looked at.
         let written = self.written.load();
         loop {
             let Some(segment) = self.segment_to_sync(position.segment)? else {
                 if position.segment > written {
-                    self.synced.advance(written);
+                    self.synced.advance_quietly(written);
                     return Ok(());
                 }
                 let path = self.directory.join(format!("(the segment of LSN {})", position.segment));
@@ -663,7 +667,7 @@ impl Log {
                 position.offset = published;
             }
             let Some(last_lsn) = sealed else {
-                self.synced.advance(written);
+                self.synced.advance_quietly(written);
                 return Ok(());
             };
             (position.segment, position.offset) = (last_lsn.next(), 0);

@@ -50,6 +50,7 @@ mod removed;
 pub mod scan;
 pub mod segment;
 mod spares;
+mod sync_line;
 mod syncer;
 #[cfg(test)]
 mod tests;

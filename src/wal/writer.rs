@@ -3,6 +3,11 @@
 //! Both end the same way: bytes above the published end are filled and checked, the segment publishes them, and the
 //! `written` mark moves. Nothing on that path takes a lock, allocates or calls the system; rolling to the next
 //! segment, once in a segment's length, does.
+//!
+//! How bytes get in is told by who waits. A leader's batch is stored to the mapping; on Linux it goes in by one write to the
+//! file where everything before it is synced, so that whoever waits for each append is the only one to find it so, or
+//! where no pages are made ready and the batch is long. A follower's bytes are received into the mapping, or, in bulk, into
+//! memory and then written to the file. Readers read the mapping, whichever way it was.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -273,7 +278,8 @@ impl LogWriter {
         if !open.takes_stores() {
             open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
-        if total < self.write_from {
+        let is_stored = total < self.write_from && !follows_sync(&header);
+        if is_stored {
             self.chain = put_batch(open.unpublished(0..total), header, fill);
             open.prefetch(total);
         } else {
@@ -283,7 +289,7 @@ impl LogWriter {
         open.publish(total);
         let last = header.last_lsn();
         self.next_lsn = last.next();
-        if open.end() >= self.populate_at {
+        if is_stored && open.end() >= self.populate_at {
             self.populate_at = self.log.populate_behind(open.segment(), open.end());
         }
         if open.end() >= self.landmark_at {
@@ -472,6 +478,12 @@ impl LogWriter {
         self.open.as_ref().is_none_or(SegmentWriter::takes_stores)
     }
 
+    /// Bytes of the last batch that was framed in memory and went in through the file.
+    #[cfg(test)]
+    pub(super) fn framed_len(&self) -> usize {
+        self.frame.len()
+    }
+
     /// Forgets the beginning of a batch that will not be completed by the stream it came from, and leaves zeros.
     pub fn discard_partial(&mut self) {
         // Also what was handed out and may have been filled without anybody saying so.
@@ -630,6 +642,15 @@ fn put_record(to: &mut [u8], record: &[u8]) {
     bytes.copy_from_slice(record);
 }
 
+/// Whether everything before a batch is on stable storage, as where each append is waited for: then it goes in through
+/// the file. A store would take a fault, as the page that it begins in was made read-only by that sync, and the next sync
+/// would have to make it so again: measured here, 6 us of a durable append of 100 to 140. Appends that nobody waits for
+/// find it so at most once a sync.
+#[inline]
+fn follows_sync(header: &BatchHeader) -> bool {
+    cfg!(target_os = "linux") && header.synced_lsn.next() == header.first_lsn
+}
+
 /// Fills a whole batch: records, padding, header, checksum. Returns the chain after it.
 #[inline]
 fn put_batch(batch: &mut [u8], header: BatchHeader, fill: impl FnOnce(&mut [u8])) -> Chain {
@@ -655,7 +676,10 @@ fn write_batch(
 ) -> Result<Chain> {
     frame.resize(limits::index(total), 0);
     let chain = put_batch(frame, header, fill);
-    open.write_unpublished(frame).map_err(Error::io("write", open.segment().path()))?;
+    if let Err(error) = open.write_unpublished(frame) {
+        open.clear_unpublished(total);
+        return Err(Error::io("write", open.segment().path())(error));
+    }
     if frame.capacity() > KEEP_FRAME {
         *frame = Vec::new();
     }
