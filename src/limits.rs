@@ -68,8 +68,9 @@ pub const MAX_HANDSHAKES: usize = 256;
 pub const MAX_PATIENCE_MS: u32 = 60 * 60 * 1000;
 /// Places of damage that are remembered of an open log.
 pub const MAX_FINDINGS: usize = 64;
-/// Places of a log that are remembered while it is written: they reach back some tens of mebibytes.
-pub const MAX_LANDMARKS: usize = 512;
+/// Places of a log that are remembered while it is written: they reach back 256 MiB, which is how far a writer on two
+/// processors gets ahead of its follower within a tenth of a second or two, and take 32 KiB.
+pub const MAX_LANDMARKS: usize = 2048;
 /// Followers that can be waited for.
 pub const MAX_FOLLOWERS: usize = 64;
 

@@ -68,6 +68,9 @@ const LOG_BEFORE_BASE: u64 = BASE_RUN_LEN as u64;
 /// enough for a wake-up not to matter.
 const AT_ONCE: u64 = 64 * 1024;
 
+/// Times that a woken shipper gives way at most.
+const MOST_GIVEN_WAY: u32 = 8;
+
 /// The stream, and how far a shipper has come with it.
 pub(crate) struct LogLane {
     reader: LogReader,
@@ -170,10 +173,7 @@ impl Shipper {
             ];
             let waited = wait_any_as(self.name, &conditions, log.options().wait, deadline);
             if waited == Waited::Reached(0) {
-                // Where more threads are ready than there are processors, whoever appends goes on first, and one frame takes
-                // what several would have. On a processor that nobody else wants this returns at once; who waits for a
-                // commit has shipped by itself.
-                std::thread::yield_now();
+                self.give_way();
             }
             if waited == Waited::TimedOut {
                 let mut lane = self.lane.lock();
@@ -183,6 +183,21 @@ impl Shipper {
                     self.beat(&mut lane)?;
                 }
             }
+        }
+    }
+
+    /// Lets whoever appends go on first where more threads are ready than there are processors, again and again as long as
+    /// that brings more to ship: one frame then takes what several would have, each with its wake-ups on both sides. On a
+    /// processor that nobody else wants this returns at once; who waits for a commit has shipped by itself.
+    fn give_way(&self) {
+        let mut written = self.log.written().load();
+        for _ in 0..MOST_GIVEN_WAY {
+            std::thread::yield_now();
+            let now = self.log.written().load();
+            if now == written {
+                return;
+            }
+            written = now;
         }
     }
 

@@ -8,6 +8,7 @@
 //!
 //! Either runs in a process of its own, the same program once more, and is asked for a measurement by a line on its input.
 
+use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -29,6 +30,8 @@ const BEAT_LEN: usize = 32;
 /// Names of the threads that count begin with this.
 const THREADS: &str = "tl-";
 
+const ENDED: &str = "the idle process ended";
+
 /// The arguments that make this program one of the two.
 pub(super) const NODES: &str = "idle-nodes";
 pub(super) const HEARTBEATS: &str = "idle-heartbeats";
@@ -38,20 +41,30 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         log::warn!("idle: left out, for this system does not tell what threads do");
         return Ok(());
     }
-    let mut nodes = Idle::start(bench, NODES)?;
-    let mut heartbeats = Idle::start(bench, HEARTBEATS)?;
+    let mut both = [Idle::start(bench, HEARTBEATS)?, Idle::start(bench, NODES)?];
+    // Both are looked at in the same second, by whoever comes first in a round: neither takes anything from the other.
+    let awaited: RefCell<[Option<Measured>; 2]> = RefCell::default();
     // Memory is looked at in the same rounds, and shown below.
-    let (mut of_nodes, mut of_heartbeats) = (Vec::new(), Vec::new());
-    let measure = |process: &mut Idle, kept: &mut Vec<Measured>| -> Result<Sample> {
-        let measured = process.measure()?;
+    let kept: RefCell<[Vec<Measured>; 2]> = RefCell::default();
+    let mut measure = |which: usize| -> Result<Sample> {
+        let mut awaited = awaited.borrow_mut();
+        if awaited[which].is_none() {
+            both.iter_mut().try_for_each(Idle::ask)?;
+            for (process, measured) in both.iter_mut().zip(awaited.iter_mut()) {
+                *measured = Some(process.answer()?);
+            }
+        }
+        let measured = awaited[which].take().ok_or("nothing was measured")?;
         let sample = measured.activity();
-        kept.push(measured);
+        kept.borrow_mut()[which].push(measured);
         Ok(sample)
     };
+    let measure = RefCell::new(&mut measure);
     Contest::new("idle", 0, Unit::WakeUpsPerSecond)
-        .bare("heartbeats and nothing else", || measure(&mut heartbeats, &mut of_heartbeats))
-        .ours(names(bench), &["heartbeats and nothing else"], || measure(&mut nodes, &mut of_nodes))
+        .bare("heartbeats and nothing else", || (measure.borrow_mut())(0))
+        .ours(names(bench), &["heartbeats and nothing else"], || (measure.borrow_mut())(1))
         .run(bench)?;
+    let [of_heartbeats, of_nodes] = kept.take();
     let streams = f64::from(streams_of(bench));
     // All of it counts, the leader's part too: what a shard takes for one follower more is less.
     let kib =
@@ -117,14 +130,18 @@ impl Idle {
         Ok(Idle { child, ask, answers })
     }
 
-    fn measure(&mut self) -> Result<Measured> {
-        let ended = || "the idle process ended";
-        self.ask.as_mut().ok_or_else(ended)?.write_all(b"measure\n")?;
+    /// Has it measure what it does from now on.
+    fn ask(&mut self) -> Result<()> {
+        Ok(self.ask.as_mut().ok_or(ENDED)?.write_all(b"measure\n")?)
+    }
+
+    /// What it measured.
+    fn answer(&mut self) -> Result<Measured> {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
         let numbers: Vec<f64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
         let &[wakes_per_second, io_calls_per_second, cpu_ms_per_second, threads, anonymous_kib] = &numbers[..] else {
-            return Err(ended().into());
+            return Err(ENDED.into());
         };
         Ok(Measured { wakes_per_second, io_calls_per_second, cpu_ms_per_second, threads, anonymous_kib })
     }
