@@ -236,7 +236,7 @@ impl Bench {
     /// Operations of a round in which latencies are recorded.
     fn latency_limit(&self) -> Limit {
         if self.quick {
-            Limit { operations: 400, time: Duration::from_millis(250) }
+            Limit { operations: 400, time: Duration::from_millis(200) }
         } else {
             Limit { operations: 4000, time: Duration::from_secs(2) }
         }

@@ -22,7 +22,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[1024]) {
         let record = super::record(size);
         // Of log, so that small records too fit in one segment. Two segments of it stand ready in each shard at both ends.
-        let count = bench.volume(256 << 20, 64 << 20) / (size + BATCH_OVERHEAD);
+        let count = bench.volume(256 << 20, 40 << 20) / (size + BATCH_OVERHEAD);
         let mut contest =
             Contest::new("shards", size, Unit::RecordsPerSecond).against_the_best("the best number of shards");
         for (shards, name) in CASES {
