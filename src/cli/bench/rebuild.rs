@@ -127,7 +127,7 @@ fn compare_rebuilds(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<
 
 fn compare_puts(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<'_>>) -> Result<()> {
     // Long enough for the load to meet what bounds it: behind a store that lags, the first seconds cost nothing.
-    let alone_for = Duration::from_millis(if bench.quick { 150 } else { 4000 });
+    let alone_for = Duration::from_millis(if bench.quick { 300 } else { 4000 });
     let wait = |_: &AtomicBool| -> Result<()> {
         std::thread::sleep(alone_for);
         Ok(())
