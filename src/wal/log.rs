@@ -17,8 +17,8 @@
 //! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
 //! for; the others wait for that one. A commit by one thread therefore crosses no other thread. Of those who came too late
 //! for a sync, the first does the next one (see [`sync_line`](super::sync_line)). They and those whom the sync has covered
-//! are woken after the lock has been let go: while many are woken, one by one, the device has work again. The shard's sync
-//! thread does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
+//! are woken after the lock has been let go, unless a segment ends there: while many are woken, one by one, the device has
+//! work again. The shard's sync thread does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -72,7 +72,8 @@ impl Mapping {
 
     /// Takes the pages of a long range out of the page table, all at once. To write a page back the kernel must make
     /// it read-only where it is mapped, and tells the other processors so page by page: measured here, half of a
-    /// processor for 200 MB/s, and 1.7 us for a page. Pages that are not mapped need none of that; who reads them again takes a cheap fault.
+    /// processor for 200 MB/s, and 1.7 us for a page. Pages that are not mapped need none of that; who reads them again
+    /// takes a cheap fault.
     pub(crate) fn unmap_pages(&self, range: &Range<u64>) {
         #[cfg(target_os = "linux")]
         if range.end - range.start >= UNMAP_FROM {
@@ -351,8 +352,8 @@ impl SegmentWriter {
         write_all_at(&self.file, bytes, self.end)
     }
 
-    /// After a write that failed: leaves zeros where a part of it may be, as well as may be. What could not be written has
-    /// no blocks there, and reads as zeros.
+    /// After a write that failed: leaves zeros where a part of it may be, as well as may be. What is left all the same is no
+    /// batch that counts: its checksum is wrong, and the next one begins in the same place.
     pub(crate) fn clear_unpublished(&mut self, len: u64) {
         let to = (self.end + len).min(self.segment.mapping.len);
         for page in (self.end..to).step_by(limits::index(PAGE_LEN)) {

@@ -2,17 +2,22 @@
 //!
 //! A removed file keeps its room until its last mapping goes, and that takes its time: pages that are being written are
 //! waited for, and a file system that tells its device of every block it frees waits for that as well. When a follower that
-//! was far behind lets go of the log, hundreds of segments go at once. So neither retention waits for it nor the thread
-//! that prepares segments, behind which whoever appends may wait. Only where a segment cannot be prepared for want of
-//! room does that thread wait for the room that is on its way back.
+//! was far behind lets go of the log, hundreds of segments go at once. So retention does not wait for it. The thread that
+//! prepares segments, behind which whoever appends may wait, waits for one of them where many are left, so that a log does
+//! not take room faster than it gives room back; and where there is no room, for what is on its way back.
+//!
+//! Where there can be no thread for it, that thread does it itself, and what it leaves goes with the log's last owner.
 
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::ShardId;
 use crate::wal::mapping::Segment;
+
+/// Removed segments that may be left while segments are prepared as if there were none.
+const FEW: usize = 2;
 
 /// The removed segments of one log. Retention adds to them, and their thread lets go of their mappings.
 pub(super) struct Removed {
@@ -37,20 +42,13 @@ impl Removed {
         Arc::new(Removed { shard, state: Mutex::default(), changed: Condvar::new() })
     }
 
-    /// Has the mapping of a segment go whose file has been removed. Where there can be no thread for it, it goes here.
+    /// Has the mapping of a segment go whose file has been removed. Waits for nothing.
     pub(super) fn add(self: &Arc<Self>, segment: Segment) {
         let mut state = self.state.lock();
-        if state.stopped {
-            drop(state);
-            return drop(segment);
-        }
         state.segments.push(segment);
-        if !state.running {
+        if !state.running && !state.stopped {
             state.running = self.start();
         }
-        let left = if state.running { Vec::new() } else { std::mem::take(&mut state.segments) };
-        drop(state);
-        drop(left);
     }
 
     fn start(self: &Arc<Self>) -> bool {
@@ -60,42 +58,58 @@ impl Removed {
         match thread.spawn(move || this.run()) {
             Ok(_) => true,
             Err(error) => {
-                log::warn!(
-                    "shard {}: no thread to let go of a removed segment, so retention does: {error}",
-                    self.shard
-                );
+                log::warn!("shard {}: no thread to let go of removed segments for now: {error}", self.shard);
                 false
             }
         }
     }
 
     fn run(&self) {
-        loop {
-            let mut state = self.state.lock();
-            let next = if state.stopped { None } else { state.segments.pop() };
-            let Some(segment) = next else {
-                state.running = false;
-                self.changed.notify_all();
-                return;
-            };
-            drop(state);
-            drop(segment);
-            self.state.lock().gone += 1;
-            self.changed.notify_all();
+        let _running = Running(self);
+        let mut state = self.state.lock();
+        while let Some(segment) = state.next() {
+            state = self.let_go(state, segment);
         }
+        // Before the lock is let go: whoever adds one from here on starts another thread.
+        state.running = false;
     }
 
-    /// Blocks until one more mapping has gone. False at once if there is none to wait for, or at the end.
-    pub(super) fn wait_for_room(&self) -> bool {
+    fn let_go<'a>(&'a self, state: MutexGuard<'a, State>, segment: Segment) -> MutexGuard<'a, State> {
+        drop(state);
+        drop(segment);
         let mut state = self.state.lock();
-        let before = state.gone;
-        while state.running && state.gone == before {
-            self.changed.wait(&mut state);
-        }
+        state.gone += 1;
+        self.changed.notify_all();
+        state
+    }
+
+    /// How many mappings have gone so far; blocks until it is one more where many are left.
+    pub(super) fn wait_while_many(&self) -> u64 {
+        let state = self.state.lock();
+        let (before, many) = (state.gone, state.segments.len() > FEW);
+        if many { self.wait_for_one(state, before).gone } else { before }
+    }
+
+    /// Blocks until more than `before` mappings have gone. False if there is none to wait for, or at the end.
+    pub(super) fn wait_for_room(&self, before: u64) -> bool {
+        let state = self.wait_for_one(self.state.lock(), before);
         state.gone > before && !state.stopped
     }
 
-    /// Ends the thread when the mapping that it is at has gone. What is left goes with the last owner of this.
+    fn wait_for_one<'a>(&'a self, mut state: MutexGuard<'a, State>, before: u64) -> MutexGuard<'a, State> {
+        while state.gone == before {
+            if state.running {
+                self.changed.wait(&mut state);
+            } else {
+                let Some(segment) = state.next() else { break };
+                state = self.let_go(state, segment);
+            }
+        }
+        state
+    }
+
+    /// Ends the thread, and every wait, when the mapping that it is at has gone. What is left goes with the last owner of
+    /// this.
     pub(super) fn stop(&self) {
         self.state.lock().stopped = true;
     }
@@ -109,6 +123,24 @@ impl Removed {
     }
 }
 
+impl State {
+    fn next(&mut self) -> Option<Segment> {
+        if self.stopped { None } else { self.segments.pop() }
+    }
+}
+
+/// The thread while it runs: should it panic, nobody waits for it for ever.
+struct Running<'a>(&'a Removed);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.state.lock().running = false;
+        }
+        self.0.changed.notify_all();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,7 +150,7 @@ mod tests {
     fn mappings_go_and_then_the_thread() {
         let directory = tempfile::tempdir().unwrap();
         let removed = Removed::new(ShardId(0));
-        assert!(!removed.wait_for_room(), "there is nothing to wait for");
+        assert!(!removed.wait_for_room(0), "there is nothing to wait for");
         (1..=20).for_each(|number| removed.add(given_up(directory.path(), number).1));
         removed.wait_ended();
         let state = removed.state.lock();
@@ -127,30 +159,40 @@ mod tests {
         removed.stop();
         removed.add(given_up(directory.path(), 21).1);
         let state = removed.state.lock();
-        assert!(state.segments.is_empty() && !state.running, "at the end nobody else lets go of it");
+        assert!(state.segments.len() == 1 && !state.running, "it goes with the last owner");
     }
 
     #[test]
-    fn who_waits_for_room_goes_on_when_a_mapping_has_gone() {
+    fn who_waits_for_room_goes_on_when_one_mapping_has_gone() {
         let directory = tempfile::tempdir().unwrap();
         let removed = Removed::new(ShardId(0));
-        // As if the thread were at another one: it has what the first of these waits for.
+        // As if the thread were there: nothing goes before it runs.
         removed.state.lock().running = true;
-        removed.add(given_up(directory.path(), 1).1);
+        (1..=4).for_each(|number| removed.add(given_up(directory.path(), number).1));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| removed.wait_for_room());
-            let thread = scope.spawn(|| removed.run());
-            thread.join().unwrap();
-            // It may have begun to wait after the mapping had gone, and the thread with it.
-            waiting.join().unwrap();
-        });
-        assert_eq!(removed.state.lock().gone, 1);
-        removed.state.lock().running = true;
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| removed.wait_for_room());
-            removed.stop();
+            let many = scope.spawn(|| removed.wait_while_many());
+            let room = scope.spawn(|| removed.wait_for_room(0));
             removed.run();
-            assert!(!waiting.join().unwrap(), "nobody prepares segments at the end");
+            // They may have begun to wait after it was over.
+            assert!((1..=4).contains(&many.join().unwrap()));
+            assert!(room.join().unwrap());
         });
+        assert!(removed.wait_for_room(3), "what has gone before the call counts");
+        assert!(!removed.wait_for_room(4));
+    }
+
+    #[test]
+    fn without_a_thread_who_waits_does_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let removed = Removed::new(ShardId(0));
+        let add = |number| removed.state.lock().segments.push(given_up(directory.path(), number).1);
+        (1..=2).for_each(add);
+        assert_eq!(removed.wait_while_many(), 0, "few may be left");
+        add(3);
+        assert_eq!(removed.wait_while_many(), 1);
+        assert!(removed.wait_for_room(1));
+        assert_eq!(removed.state.lock().segments.len(), 1);
+        removed.stop();
+        assert!(!removed.wait_for_room(2), "nobody prepares segments at the end");
     }
 }

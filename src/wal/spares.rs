@@ -447,15 +447,19 @@ impl Spares {
         self.ended.notify_all();
     }
 
-    /// Prepares a file. For want of room it is tried again whenever some has come back that is on its way.
+    /// Prepares a file, and where many that were removed still take room, not before one of them has given it back. For want
+    /// of room it is tried again whenever some has come back that is on its way.
     fn prepare_when_there_is_room(&self, path: &Path) -> Result<Prepared> {
         loop {
-            match self.prepare(path) {
-                Err(Error::Io { source, .. }) if is_no_room(&source) && self.removed.wait_for_room() => {
-                    // What has been filled of it would only hold on to room.
-                    let _ = std::fs::remove_file(path);
-                }
-                result => return result,
+            let gone = self.removed.wait_while_many();
+            let result = self.prepare(path);
+            if !matches!(&result, Err(Error::Io { source, .. }) if is_no_room(source)) {
+                return result;
+            }
+            // What has been filled of it would only hold on to room.
+            let _ = std::fs::remove_file(path);
+            if !self.removed.wait_for_room(gone) {
+                return result;
             }
         }
     }

@@ -1,12 +1,12 @@
 //! The one writer of a log: on a leader it frames the caller's records, on a follower it takes in the leader's bytes.
 //!
 //! Both end the same way: bytes above the published end are filled and checked, the segment publishes them, and the
-//! `written` mark moves. Nothing on that path takes a lock, allocates or calls the system; rolling to the next
-//! segment, once in a segment's length, does.
+//! `written` mark moves. Where nobody waits for syncs, nothing on that path takes a lock, allocates or calls the system;
+//! rolling to the next segment, once in a segment's length, does.
 //!
 //! How bytes get in is told by who waits. A leader's batch is stored to the mapping; on Linux it goes in by one write to the
-//! file where everything before it is synced, so that whoever waits for each append is the only one to find it so, or
-//! where no pages are made ready and the batch is long. A follower's bytes are received into the mapping, or, in bulk, into
+//! file where it is short and everything before it is synced, which whoever waits for each append finds so, or where no
+//! pages are made ready and the batch is long. A follower's bytes are received into the mapping, or, in bulk, into
 //! memory and then written to the file. Readers read the mapping, whichever way it was.
 
 use std::fs::File;
@@ -30,6 +30,9 @@ const HEADER: usize = limits::index(BATCH_HEADER_LEN);
 /// mapping. Measured here for 16 KiB: 7.9 us as stores with a fault for each page, 6.8 us as one write, and 4.3 us as
 /// stores to pages made ready. Elsewhere than on Linux, mapping and file need not agree.
 const WRITE_THROUGH_FILE_FROM: u64 = 8 * 1024;
+/// The longest batch that goes in through the file because everything before it is synced: for longer ones a fault is
+/// little, and the second copy is not.
+const WRITE_SYNCED_MOST: u64 = 64 * 1024;
 /// A window of at least this many bytes is filled in memory, checked there, and goes in through the file, unless every
 /// page of a segment is made ready ahead: a page's fault costs more than the second copy. Measured: see the table of
 /// what was tried in `benches/README.md`.
@@ -278,7 +281,7 @@ impl LogWriter {
         if !open.takes_stores() {
             open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
-        let is_stored = total < self.write_from && !follows_sync(&header);
+        let is_stored = total < self.write_from && !(total <= WRITE_SYNCED_MOST && follows_sync(&header));
         if is_stored {
             self.chain = put_batch(open.unpublished(0..total), header, fill);
             open.prefetch(total);
@@ -676,12 +679,13 @@ fn write_batch(
 ) -> Result<Chain> {
     frame.resize(limits::index(total), 0);
     let chain = put_batch(frame, header, fill);
-    if let Err(error) = open.write_unpublished(frame) {
-        open.clear_unpublished(total);
-        return Err(Error::io("write", open.segment().path())(error));
-    }
+    let written = open.write_unpublished(frame);
     if frame.capacity() > KEEP_FRAME {
         *frame = Vec::new();
+    }
+    if let Err(error) = written {
+        open.clear_unpublished(total);
+        return Err(Error::io("write", open.segment().path())(error));
     }
     Ok(chain)
 }

@@ -236,10 +236,11 @@ impl<'a> Contest<'a> {
     /// luckiest: where rounds vary by a tenth, each of four that are equally fast would have nine tenths of that.
     fn add_best(&mut self, name: &'static str) {
         let median = |entrant: &Entrant<'_>| spread(entrant.samples.iter().map(|sample| sample.value)).median;
+        let entrants = self.entrants.iter().filter(|entrant| !entrant.samples.is_empty());
         let best = if self.unit.less_is_better() {
-            self.entrants.iter().min_by(|a, b| median(a).total_cmp(&median(b)))
+            entrants.min_by(|a, b| median(a).total_cmp(&median(b)))
         } else {
-            self.entrants.iter().max_by(|a, b| median(a).total_cmp(&median(b)))
+            entrants.max_by(|a, b| median(a).total_cmp(&median(b)))
         };
         let values = best.into_iter().flat_map(|best| &best.samples).map(|sample| sample.value);
         let samples = values.map(Sample::new).collect();

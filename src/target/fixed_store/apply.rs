@@ -121,6 +121,12 @@ impl Writer {
         self.plans = Plans::default();
     }
 
+    /// Neither blocks nor records are taken until another rebuild begins.
+    pub(super) fn end_rebuild(&mut self) {
+        self.rebuild_session = 0;
+        self.arriving = None;
+    }
+
     /// The slot holds something, or is about to. During a rebuild nobody asks, and its end goes through every slot.
     fn take(&mut self, slot: u64) {
         if self.arriving.is_some() {
@@ -295,8 +301,11 @@ impl Shard {
         } else {
             self.delete_slot(writer, operation, was_occupied)?;
         }
-        if let Some(arriving) = &mut writer.arriving {
-            arriving.found.note(self, slot, &operation.result(lsn))?;
+        if let Some(arriving) = &mut writer.arriving
+            && let Err(error) = arriving.found.note(self, slot, &operation.result(lsn))
+        {
+            writer.end_rebuild();
+            return Err(error);
         }
         if was_torn {
             writer.torn.remove(&slot);

@@ -267,10 +267,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Blocks of a base, from slot `first` on: each is checked, and written if its slot is older. Returns the newest version
-    /// among them.
-    pub(super) fn put_base_slots(&self, writer: &mut Writer, first: u64, blocks: &[u8]) -> Result<Lsn> {
-        self.check_sound()?;
+    /// Checks blocks of a base, from slot `first` on. Returns the newest version among them.
+    pub(super) fn check_base_slots(&self, first: u64, blocks: &[u8]) -> Result<Lsn> {
         let slot_len = self.layout.slot_len();
         let mut newest = Lsn::ZERO;
         for (slot, block) in (first..).zip(blocks.chunks(slot_len)) {
@@ -278,6 +276,12 @@ impl Shard {
                 .map_err(|reason| Error::invalid(format!("block {slot} of the base is damaged: {reason}")))?;
             newest = newest.max(found.lsn());
         }
+        Ok(newest)
+    }
+
+    /// Writes blocks that were checked, each if its slot is older. On an error some have been.
+    pub(super) fn put_base_slots(&self, writer: &mut Writer, first: u64, blocks: &[u8]) -> Result<()> {
+        let slot_len = self.layout.slot_len();
         let mapped = self.map.slot_count();
         let in_map = usize::try_from(mapped.saturating_sub(first)).unwrap_or(usize::MAX).min(blocks.len() / slot_len);
         let (here, behind) = blocks.split_at(in_map * slot_len);
@@ -293,10 +297,7 @@ impl Shard {
                 arriving.found.note(self, slot, &holds)?;
             }
         }
-        if !behind.is_empty() {
-            self.take_blocks(arriving, first + in_map as u64, behind)?;
-        }
-        Ok(newest)
+        if behind.is_empty() { Ok(()) } else { self.take_blocks(arriving, first + in_map as u64, behind) }
     }
 }
 

@@ -230,6 +230,7 @@ impl BaseSink for SlotSink {
 
     fn put_blocks(&mut self, first: BlockId, block_len: usize, bytes: &[u8]) -> Result<()> {
         let mut writer = self.shard.writer.lock();
+        self.shard.check_sound()?;
         if writer.rebuild_session != self.session {
             return Err(self.superseded());
         }
@@ -240,7 +241,9 @@ impl BaseSink for SlotSink {
         if block_len != self.shard.layout.slot_len() {
             return Err(Error::invalid(format!("block {first} of the base has {block_len} bytes")));
         }
-        let newest = self.shard.put_base_slots(&mut writer, first.0, bytes)?;
+        let newest = self.shard.check_base_slots(first.0, bytes)?;
+        // What is noted of slots that were written half is not to be relied on.
+        self.shard.put_base_slots(&mut writer, first.0, bytes).inspect_err(|_| writer.end_rebuild())?;
         self.shard.consistent_from.fetch_max(newest.0, Ordering::AcqRel);
         Ok(())
     }
@@ -252,6 +255,7 @@ impl BaseSink for SlotSink {
     fn complete(&mut self, achieved: Lsn) -> Result<()> {
         let shard = &*self.shard;
         let mut writer = shard.writer.lock();
+        shard.check_sound()?;
         if writer.rebuild_session != self.session {
             return Err(self.superseded());
         }
@@ -291,7 +295,7 @@ impl BaseSink for SlotSink {
     fn cancel(&mut self) {
         let mut writer = self.shard.writer.lock();
         if writer.rebuild_session == self.session {
-            writer.rebuild_session = 0;
+            writer.end_rebuild();
         }
     }
 }
