@@ -117,3 +117,33 @@ fn a_block_that_is_half_written_completes_no_base() {
     assert!(is_poisoned(sink.put_blocks(first, 8192, &blocks[..run.len])));
     assert!(is_poisoned(sink.complete(info.base_lsn)));
 }
+
+#[test]
+fn a_block_that_is_half_written_where_there_was_nothing_ends_its_base_alone() {
+    if !is_alone("a_block_that_is_half_written_where_there_was_nothing_ends_its_base_alone") {
+        return alone("a_block_that_is_half_written_where_there_was_nothing_ends_its_base_alone");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let leader = FixedStore::open(dir.path().join("leader"), &options()).unwrap();
+    let mut log = Vec::new();
+    for key in 0..5 {
+        put(&leader, &mut log, key, 1).unwrap();
+    }
+    let store = FixedStore::open(dir.path().join("follower"), &options()).unwrap();
+    let mut base = leader.open_base(SHARD).unwrap();
+    let info = base.info();
+    let mut sink = store.begin_base(SHARD, info).unwrap();
+    let mut blocks = vec![0; 5 * 8192];
+    let run = base.next_run(&mut blocks).unwrap().unwrap();
+    let first = BlockId(run.first.0);
+    limit(Some(IN_SLOT_1));
+    assert!(matches!(sink.put_blocks(first, 8192, &blocks[..run.len]), Err(Error::Io { .. })));
+    limit(None);
+    assert!(matches!(sink.put_blocks(first, 8192, &blocks[..run.len]), Err(Error::Invalid { .. })));
+    assert!(matches!(sink.complete(info.base_lsn), Err(Error::Invalid { .. })));
+
+    let mut sink = store.begin_base(SHARD, info).unwrap();
+    sink.put_blocks(first, 8192, &blocks[..run.len]).unwrap();
+    sink.complete(info.base_lsn).unwrap();
+    assert_eq!(store.get(&4_u64.to_be_bytes()).unwrap(), leader.get(&4_u64.to_be_bytes()).unwrap());
+}
