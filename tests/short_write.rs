@@ -6,6 +6,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
 
+use std::path::Path;
 use std::process::Command;
 
 use towline::target::{BlockId, FixedStore, FixedStoreOptions, ReplicationTarget};
@@ -91,17 +92,23 @@ fn a_record_that_is_half_written_is_not_applied() {
     store.close().unwrap();
 }
 
+/// A store with five slots in use, and the log of that.
+fn leader(directory: &Path) -> (FixedStore, Vec<Vec<u8>>) {
+    let leader = FixedStore::open(directory.join("leader"), &options()).unwrap();
+    let mut log = Vec::new();
+    for key in 0..5 {
+        put(&leader, &mut log, key, 1).unwrap();
+    }
+    (leader, log)
+}
+
 #[test]
 fn a_block_that_is_half_written_completes_no_base() {
     if !is_alone("a_block_that_is_half_written_completes_no_base") {
         return alone("a_block_that_is_half_written_completes_no_base");
     }
     let dir = tempfile::tempdir().unwrap();
-    let leader = FixedStore::open(dir.path().join("leader"), &options()).unwrap();
-    let mut log = Vec::new();
-    for key in 0..5 {
-        put(&leader, &mut log, key, 1).unwrap();
-    }
+    let (leader, log) = leader(dir.path());
     let store = FixedStore::open(dir.path().join("follower"), &options()).unwrap();
     // With it, the slots are mapped.
     apply(&store, &log, 1).unwrap();
@@ -124,11 +131,7 @@ fn a_block_that_is_half_written_where_there_was_nothing_ends_its_base_alone() {
         return alone("a_block_that_is_half_written_where_there_was_nothing_ends_its_base_alone");
     }
     let dir = tempfile::tempdir().unwrap();
-    let leader = FixedStore::open(dir.path().join("leader"), &options()).unwrap();
-    let mut log = Vec::new();
-    for key in 0..5 {
-        put(&leader, &mut log, key, 1).unwrap();
-    }
+    let (leader, _) = leader(dir.path());
     let store = FixedStore::open(dir.path().join("follower"), &options()).unwrap();
     let mut base = leader.open_base(SHARD).unwrap();
     let info = base.info();
