@@ -116,7 +116,7 @@ fn every_command_in_the_readme_works() {
         for mut process in beside {
             let group = format!("-{}", process.id());
             assert!(Command::new("kill").args(["-TERM", "--", &group]).status().unwrap().success());
-            process.wait();
+            process.wait_for_all();
         }
     }
     assert!(ran >= 10, "only {ran} commands were found");

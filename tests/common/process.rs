@@ -72,11 +72,12 @@ impl Beside {
 
     /// The next line of standard error that begins with `beginning`.
     pub fn error_line(&self, beginning: &str) -> String {
+        let mut others = Vec::new();
         loop {
             match next(&self.err, "standard error") {
                 Some(line) if line.starts_with(beginning) => return line,
-                Some(_) => {}
-                None => panic!("standard error ended without a line that begins with {beginning:?}"),
+                Some(line) => others.push(line),
+                None => panic!("standard error ended without a line that begins with {beginning:?}: {others:#?}"),
             }
         }
     }
@@ -118,6 +119,12 @@ impl Beside {
             assert!(Instant::now() < deadline, "process {} does not end", self.child.id());
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Waits until nobody can write to its standard error any more: a shell that is stopped ends before what it has started.
+    pub fn wait_for_all(&mut self) -> ExitStatus {
+        while next(&self.err, "standard error").is_some() {}
+        self.wait()
     }
 
     /// Everything on standard output that has not been taken, after its end.
