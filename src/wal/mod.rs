@@ -34,6 +34,7 @@ pub mod batch;
 mod carry_out;
 mod compare;
 mod cut;
+mod filling;
 mod given_up;
 pub(crate) mod health;
 mod history;

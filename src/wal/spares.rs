@@ -6,6 +6,9 @@
 //! which allocates and fills pages in one step, and a full disk is then an error of that write. Nor does it then keep
 //! what is given up, to be filled again.
 //!
+//! A writer that would wait for the spare that is being made [fills a part of it](super::filling) instead. If its batches are
+//! long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are there.
+//!
 //! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
 //! nothing has been wanted for a while: an idle log has no such thread.
 
@@ -22,13 +25,11 @@ use crate::error::{Error, Result};
 use crate::limits::PAGE_LEN;
 use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
+use crate::wal::filling::{Filled, Filling, Manner};
 use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::removed::Removed;
-use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory, zero_in_pieces};
+use crate::wal::segment::MAX_ZERO_PIECE;
 use crate::wal::{LogIdentity, WalOptions};
-
-/// Bytes zeroed between two looks at what the writer needs.
-const ZERO_STEP: u64 = 1 << 20;
 
 /// Bytes of zeros written at once, at most, where nobody waits for syncs: the page cache keeps such a piece as one folio,
 /// which takes one fault where its pages would take sixteen, and is written back as one. So where a sync ends in the middle
@@ -51,6 +52,8 @@ pub(super) struct Prepared {
     pub(super) filled: bool,
     /// Its zeros and blocks are on stable storage.
     settled: bool,
+    /// Its pages were not made ready for stores: it is for a writer that puts long batches in through the file.
+    pub(super) through_file: bool,
 }
 
 /// The spares of one log. The log writer takes (and may wait, for want of a spare); retention gives back; the shard's
@@ -73,10 +76,14 @@ pub(super) struct Spares {
     /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set by
     /// the writer.
     in_bulk: AtomicBool,
+    /// The writer's batches are long. A hint: set by the writer.
+    in_long: AtomicBool,
     /// Something for the preparing thread to do.
     wanted: Condvar,
-    /// A spare, an error or the end.
+    /// A spare, an error, the end, or something to help with.
     made: Condvar,
+    /// A helper has ended.
+    helped: Condvar,
     /// The preparing thread has ended.
     ended: Condvar,
 }
@@ -90,6 +97,10 @@ struct State {
     used: Vec<PathBuf>,
     /// One more file is being made ready.
     preparing: bool,
+    /// It, while it gets its zeros and whoever waits for it may help.
+    filling: Option<Arc<Filling>>,
+    /// How many do.
+    helpers: usize,
     /// The writer waits for a spare, so an earlier failure is to be tried again.
     waiting: bool,
     /// How many wait until as many are ready as are kept.
@@ -97,6 +108,8 @@ struct State {
     /// Why the last attempt failed; whoever waits reports it.
     failure: Option<Error>,
     failed: bool,
+    /// The writer had to wait for the last spare that it took.
+    outrun: bool,
     populate: Option<(Arc<Segment>, std::ops::Range<u64>)>,
     /// Up to where which segment (by its first LSN) has been asked to be made ready.
     populated: (Lsn, u64),
@@ -148,8 +161,10 @@ impl Spares {
             sync_waited: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
             in_bulk: AtomicBool::new(false),
+            in_long: AtomicBool::new(false),
             wanted: Condvar::new(),
             made: Condvar::new(),
+            helped: Condvar::new(),
             ended: Condvar::new(),
         })
     }
@@ -213,7 +228,7 @@ impl Spares {
         state.failure = None;
         loop {
             if let Some(prepared) = state.ready.pop_front() {
-                state.waiting = false;
+                state.outrun = std::mem::take(&mut state.waiting);
                 state.taken += 1;
                 state.syncs = self.syncs.swap(0, Ordering::Relaxed);
                 self.want(&mut state);
@@ -228,8 +243,17 @@ impl Spares {
             }
             state.waiting = true;
             self.want(&mut state);
-            if state.failure.is_none() {
-                self.made.wait(&mut state);
+            if state.failure.is_some() {
+                continue;
+            }
+            match state.filling.take_if(|filling| filling.is_left()) {
+                Some(filling) => {
+                    state.helpers += 1;
+                    drop(state);
+                    self.help(filling);
+                    state = self.state.lock();
+                }
+                None => self.made.wait(&mut state),
             }
         }
     }
@@ -239,6 +263,11 @@ impl Spares {
         if !self.sync_waited.load(Ordering::Relaxed) {
             self.sync_waited.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Says whether the batches of a full segment were so long that they may go in through the file.
+    pub(super) fn set_long(&self, is_long: bool) {
+        self.in_long.store(is_long, Ordering::Relaxed);
     }
 
     /// Says that something was synced.
@@ -466,48 +495,19 @@ impl Spares {
 
     /// Fills a file with zeros, new or not, and maps it; makes that durable unless it is better done later.
     fn prepare(&self, path: &Path) -> Result<Prepared> {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
-        let file = file.map_err(Error::io("create", path))?;
-        let len = file.metadata().map_err(Error::io("look at", path))?.len();
-        let is_new = len != self.segment_size;
-        let piece_len = self.piece_len();
-        let in_pieces = piece_len > PAGE_LEN;
-        if is_new {
-            file.set_len(0).and_then(|()| file.set_len(self.segment_size)).map_err(Error::io("resize", path))?;
-        } else {
-            // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
-            sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+        let filling = Arc::new(Filling::new(&self.directory, path, self.segment_size)?);
+        let is_new = filling.is_new();
+        self.offer(&filling);
+        let filled = self.fill_beside_others(&filling);
+        self.withdraw();
+        let Filled { file, mapping, is_touched } = filling.finish()?;
+        let (path, filled) = (path.to_owned(), filled?);
+        // If it was not filled, there is nothing in it to be settled, and what has been filled so far is overwritten.
+        let through_file = filled && is_new && !is_touched;
+        let mut prepared = Prepared { path, file, mapping, filled, settled: !filled, through_file };
+        if !filled {
+            return Ok(prepared);
         }
-        let mapping = Mapping::new(&file, self.segment_size).map_err(Error::io("map", path))?;
-        // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores after
-        // it.
-        let mut write = !is_new || in_pieces;
-        let mut at = 0;
-        while at < self.segment_size {
-            if is_new && self.in_bulk.load(Ordering::Relaxed) {
-                // There is nothing in it to be settled. What has been filled so far is overwritten.
-                return Ok(Prepared { path: path.to_owned(), file, mapping, filled: false, settled: true });
-            }
-            let to = (at + ZERO_STEP).min(self.segment_size);
-            // Where that is not possible, for want of room say, writing zeros tells why.
-            write = write || !mapping.populate(at..to);
-            if write {
-                zero_in_pieces(&file, at..to, piece_len).map_err(Error::io("fill", path))?;
-            }
-            if is_new && in_pieces {
-                mapping.populate(at..to);
-            }
-            at = to;
-            // The writer's needs come first: it runs into these pages now, and into this segment later.
-            let populate = self.state.lock().populate.take();
-            if let Some((segment, range)) = populate {
-                segment.populate(range);
-            }
-            if self.state.lock().stopped {
-                return Err(Error::ShutDown);
-            }
-        }
-        let mut prepared = Prepared { path: path.to_owned(), file, mapping, filled: true, settled: false };
         // Where nobody waits for syncs, or the writer is about to run out of spares, a new file is as good without: its
         // blocks are reserved, so nothing can fail for want of room, and its first syncs allocate them. Its zeros then
         // need not go to the device before the records do.
@@ -519,27 +519,83 @@ impl Spares {
         let nobody_waits = !self.sync_waited.swap(false, Ordering::Relaxed);
         let in_bulk = self.in_bulk.load(Ordering::Relaxed);
         if is_new && (in_bulk || taken && (none_left || nobody_waits)) {
-            prepared.mapping.populate(0..self.populate_ahead.min(self.segment_size));
+            self.populate_start(&prepared);
         } else {
             self.settle(&mut prepared)?;
         }
         Ok(prepared)
     }
 
-    /// Bytes of the pieces that a new file gets its zeros in, a power of two: pages where somebody waits for syncs, and else
-    /// as long as what the syncs of a segment write again for them stays within its bound. Only once the writer has filled a
-    /// segment is that known.
-    fn piece_len(&self) -> u64 {
-        let (taken, before) = {
-            let state = self.state.lock();
-            (state.taken, state.syncs)
-        };
-        if taken < 2 || self.sync_waited.load(Ordering::Relaxed) {
-            return PAGE_LEN;
+    /// Lets a writer that waits for a spare fill the file too.
+    fn offer(&self, filling: &Arc<Filling>) {
+        let mut state = self.state.lock();
+        state.filling = Some(Arc::clone(filling));
+        if state.waiting {
+            self.made.notify_all();
         }
-        let syncs = before.max(self.syncs.load(Ordering::Relaxed)).max(1);
-        let most = (self.segment_size / WRITTEN_AGAIN / syncs).clamp(PAGE_LEN, LONGEST_PIECE);
-        1 << most.ilog2()
+    }
+
+    /// From here on nobody else has the file: whoever was filling it has ended.
+    fn withdraw(&self) {
+        let mut state = self.state.lock();
+        state.filling = None;
+        while state.helpers > 0 {
+            self.helped.wait(&mut state);
+        }
+    }
+
+    /// Fills what nobody else does, and sees to what the writer needs meanwhile. False if nobody needs it filled.
+    fn fill_beside_others(&self, filling: &Filling) -> Result<bool> {
+        while !self.needs_no_zeros(filling) {
+            if !filling.step(self.manner()) {
+                return Ok(true);
+            }
+            // The writer's needs come first: it runs into these pages now, and into this segment later.
+            let populate = self.state.lock().populate.take();
+            if let Some((segment, range)) = populate {
+                segment.populate(range);
+            }
+            if self.state.lock().stopped {
+                return Err(Error::ShutDown);
+            }
+        }
+        Ok(false)
+    }
+
+    /// For the writer, which waits for a spare: fills a part of it instead.
+    fn help(&self, filling: Arc<Filling>) {
+        // Dropped last: the file is given back before this helper says that it has ended.
+        let _helper = Helper(self);
+        let filling = filling;
+        while !self.needs_no_zeros(&filling) && filling.step(self.manner()) {}
+    }
+
+    fn needs_no_zeros(&self, filling: &Filling) -> bool {
+        filling.is_new() && self.in_bulk.load(Ordering::Relaxed)
+    }
+
+    /// How a file is filled that is being prepared, as far as is known now.
+    ///
+    /// Zeros are written in pages where somebody waits for syncs, and else in pieces as long as what the syncs of a segment
+    /// write again for them stays within its bound. Only once the writer has filled a segment is that known.
+    ///
+    /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready all
+    /// the same: it writes through the file then, which is less work in all.
+    fn manner(&self) -> Manner {
+        let (taken, before, is_ahead) = {
+            let state = self.state.lock();
+            // A writer that waits has filled all that it took.
+            (state.taken + u64::from(state.waiting), state.syncs, state.waiting || state.outrun)
+        };
+        let goes_through_file = cfg!(target_os = "linux") && is_ahead && self.in_long.load(Ordering::Relaxed);
+        let piece_len = if taken < 2 || self.sync_waited.load(Ordering::Relaxed) {
+            PAGE_LEN
+        } else {
+            let syncs = before.max(self.syncs.load(Ordering::Relaxed)).max(1);
+            let most = (self.segment_size / WRITTEN_AGAIN / syncs).clamp(PAGE_LEN, LONGEST_PIECE);
+            1 << most.ilog2()
+        };
+        Manner { piece_len, touches: !goes_through_file }
     }
 
     /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held comes
@@ -547,9 +603,26 @@ impl Spares {
     fn settle(&self, spare: &mut Prepared) -> Result<()> {
         spare.mapping.unmap_pages(&(0..self.segment_size));
         spare.file.sync_all().map_err(Error::io("sync", &spare.path))?;
-        spare.mapping.populate(0..self.populate_ahead.min(self.segment_size));
+        self.populate_start(spare);
         spare.settled = true;
         Ok(())
+    }
+
+    /// Makes the first pages ready for stores.
+    fn populate_start(&self, spare: &Prepared) {
+        if !spare.through_file {
+            spare.mapping.populate(0..self.populate_ahead.min(self.segment_size));
+        }
+    }
+}
+
+/// Whoever fills a file that the preparing thread has: that waits until it has ended, however it does.
+struct Helper<'a>(&'a Spares);
+
+impl Drop for Helper<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().helpers -= 1;
+        self.0.helped.notify_all();
     }
 }
 
@@ -639,24 +712,74 @@ mod tests {
         let spares = Spares::new(directory.path(), &identity, &WalOptions::default(), Vec::new());
         let bound = identity.segment_size / WRITTEN_AGAIN;
         spares.state.lock().taken = 1;
-        assert_eq!(spares.piece_len(), PAGE_LEN, "nothing is known yet");
+        assert_eq!(spares.manner().piece_len, PAGE_LEN, "nothing is known yet");
         spares.state.lock().taken = 2;
-        assert_eq!(spares.piece_len(), LONGEST_PIECE);
+        assert_eq!(spares.manner().piece_len, LONGEST_PIECE);
         spares.syncs_are_waited_for();
-        assert_eq!(spares.piece_len(), PAGE_LEN);
+        assert_eq!(spares.manner().piece_len, PAGE_LEN);
         spares.sync_waited.store(false, Ordering::Relaxed);
         for syncs in 1..=bound / PAGE_LEN {
             spares.has_synced();
-            let piece_len = spares.piece_len();
+            let piece_len = spares.manner().piece_len;
             assert!(piece_len.is_power_of_two());
             assert!(piece_len == PAGE_LEN || piece_len * syncs <= bound, "{syncs} of {piece_len}");
         }
-        assert_eq!(spares.piece_len(), PAGE_LEN, "for as many as that");
+        assert_eq!(spares.manner().piece_len, PAGE_LEN, "for as many as that");
         // What was true of the segment before is not forgotten at once.
         spares.begin().unwrap();
         spares.take().unwrap();
-        assert_eq!(spares.piece_len(), PAGE_LEN);
+        assert_eq!(spares.manner().piece_len, PAGE_LEN);
         spares.take().unwrap();
-        assert!(spares.piece_len() > PAGE_LEN);
+        assert!(spares.manner().piece_len > PAGE_LEN);
+    }
+
+    #[test]
+    fn pages_are_left_alone_where_a_writer_of_long_batches_is_ahead() {
+        let directory = tempfile::tempdir().unwrap();
+        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+        spares.begin().unwrap();
+        spares.wait_ready(None).unwrap();
+        let waits_for = |outrun| {
+            spares.state.lock().outrun = outrun;
+            spares.manner()
+        };
+        assert!(waits_for(false).touches && waits_for(true).touches, "batches are short, as far as is known");
+        spares.set_long(true);
+        assert!(waits_for(false).touches, "there are spares enough");
+        assert_eq!(waits_for(true).touches, !cfg!(target_os = "linux"));
+        let prepared = spares.prepare(&spare_path(directory.path(), 100)).unwrap();
+        assert_eq!(prepared.through_file, cfg!(target_os = "linux"));
+        assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
+        spares.set_long(false);
+        assert!(!spares.prepare(&spare_path(directory.path(), 101)).unwrap().through_file);
+        spares.stop();
+        spares.wait_ended();
+    }
+
+    #[test]
+    fn whoever_waits_for_a_spare_fills_it_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+        let path = spare_path(directory.path(), 100);
+        let filling = Arc::new(Filling::new(directory.path(), &path, SIZE).unwrap());
+        {
+            // As if the thread were at it, and did nothing.
+            let mut state = spares.state.lock();
+            (state.running, state.preparing) = (true, true);
+        }
+        std::thread::scope(|scope| {
+            let taker = scope.spawn(|| spares.take().map(|spare| spare.path));
+            spares.offer(&filling);
+            while filling.is_left() {
+                std::thread::yield_now();
+            }
+            spares.withdraw();
+            let Filled { file, mapping, .. } = filling.finish().unwrap();
+            let spare = Prepared { path, file, mapping, filled: true, settled: true, through_file: false };
+            spares.made(&spare.path.clone(), Ok(spare));
+            let path = taker.join().unwrap().unwrap();
+            assert!(std::fs::read(path).unwrap() == vec![0; limits::index(SIZE)]);
+        });
+        spares.state.lock().running = false;
     }
 }

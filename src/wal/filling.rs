@@ -1,0 +1,243 @@
+//! A file that gets its zeros: from the preparing thread, and from a writer that would otherwise wait for it.
+//!
+//! Whoever fills claims the next step, so that two threads fill different parts of the file at the same time. Where
+//! appends are faster than zeros can be made, which is wherever nobody waits for them, the writer would otherwise
+//! sleep for as long as one thread takes for a segment, with a processor free.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, Result};
+use crate::limits::PAGE_LEN;
+use crate::wal::mapping::Mapping;
+use crate::wal::segment::{sync_directory, zero_in_pieces};
+
+/// Bytes that are claimed at once.
+const STEP: u64 = 1 << 20;
+
+/// How a part of it is filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Manner {
+    /// Bytes of zeros that are written at once.
+    pub(super) piece_len: u64,
+    /// Whether the pages of a new file are made ready for stores too.
+    pub(super) touches: bool,
+}
+
+/// The file.
+pub(super) struct Filling {
+    path: PathBuf,
+    file: File,
+    mapping: Mapping,
+    len: u64,
+    is_new: bool,
+    /// Whether a page was not made ready for stores.
+    is_untouched: AtomicBool,
+    /// Held by whoever writes zeros. The file system lets one thread write to a file, and whoever waits for that spins:
+    /// this has the threads take turns, one writing while the other makes pages ready.
+    zeroing: Mutex<()>,
+    /// The first byte that nobody has claimed. Moved by whoever fills. Relaxed: it gives out each step once, and who wants
+    /// to know that all is filled learns it under a lock from those who did.
+    next: AtomicU64,
+    /// Why a step failed first.
+    failure: Mutex<Option<Error>>,
+}
+
+impl Filling {
+    /// Makes or opens the file at `path` in `directory`, with a length of `len` bytes, to be filled.
+    pub(super) fn new(directory: &Path, path: &Path, len: u64) -> Result<Filling> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(Error::io("create", path))?;
+        let is_new = file.metadata().map_err(Error::io("look at", path))?.len() != len;
+        if is_new {
+            file.set_len(0).and_then(|()| file.set_len(len)).map_err(Error::io("resize", path))?;
+        } else {
+            // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
+            sync_directory(directory).map_err(Error::io("sync directory", directory))?;
+        }
+        let mapping = Mapping::new(&file, len).map_err(Error::io("map", path))?;
+        Ok(Filling {
+            path: path.to_owned(),
+            file,
+            mapping,
+            len,
+            is_new,
+            is_untouched: AtomicBool::new(false),
+            zeroing: Mutex::default(),
+            next: AtomicU64::new(0),
+            failure: Mutex::default(),
+        })
+    }
+
+    /// Whether it held nothing before.
+    pub(super) fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Whether there is a part that nobody has claimed.
+    pub(super) fn is_left(&self) -> bool {
+        self.next.load(Ordering::Relaxed) < self.len
+    }
+
+    /// Fills a part that nobody else fills. False if there is none left, or what is left is not worth filling, because a
+    /// part could not be filled.
+    pub(super) fn step(&self, manner: Manner) -> bool {
+        let at = self.next.fetch_add(STEP, Ordering::Relaxed);
+        if at >= self.len {
+            return false;
+        }
+        let filled = self.fill(at..(at + STEP).min(self.len), manner);
+        if let Err(error) = filled {
+            self.next.fetch_max(self.len, Ordering::Relaxed);
+            self.failure.lock().get_or_insert(error);
+            return false;
+        }
+        true
+    }
+
+    fn fill(&self, range: Range<u64>, Manner { piece_len, touches }: Manner) -> Result<()> {
+        let touches = self.is_new && touches;
+        if !touches {
+            self.is_untouched.store(true, Ordering::Relaxed);
+        }
+        // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores after
+        // it. Where that is not possible, for want of room say, writing zeros tells why.
+        let in_pieces = piece_len > PAGE_LEN;
+        if in_pieces || !touches || !self.mapping.populate(range.clone()) {
+            let _turn = self.zeroing.lock();
+            zero_in_pieces(&self.file, range.clone(), piece_len).map_err(Error::io("fill", &self.path))?;
+        }
+        if in_pieces && touches {
+            self.mapping.populate(range);
+        }
+        Ok(())
+    }
+
+    /// What has been made, once all who filled it have ended.
+    ///
+    /// # Errors
+    ///
+    /// Why a part of it was not filled.
+    pub(super) fn finish(self: Arc<Self>) -> Result<Filled> {
+        let still_shared = || std::io::Error::other("somebody still fills it");
+        let path = self.path.clone();
+        let this = Arc::into_inner(self).ok_or_else(|| Error::io("take into use", path)(still_shared()))?;
+        match this.failure.into_inner() {
+            Some(error) => Err(error),
+            None => Ok(Filled { file: this.file, mapping: this.mapping, is_touched: !this.is_untouched.into_inner() }),
+        }
+    }
+}
+
+/// A file that is full of zeros, unless nobody needed them.
+pub(super) struct Filled {
+    pub(super) file: File,
+    pub(super) mapping: Mapping,
+    /// Whether all its pages were made ready for stores.
+    pub(super) is_touched: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits;
+    use crate::types::{Epoch, Lsn};
+    use crate::wal::log_fixture::IDENTITY;
+    use crate::wal::{Log, LogIdentity, LogRange, SyncPolicy, Wal, WalOptions};
+
+    const LEN: u64 = 5 * STEP + 3 * PAGE_LEN;
+    const MANNERS: [Manner; 4] = [
+        Manner { piece_len: PAGE_LEN, touches: true },
+        Manner { piece_len: PAGE_LEN, touches: false },
+        Manner { piece_len: 64 << 10, touches: true },
+        Manner { piece_len: 64 << 10, touches: false },
+    ];
+
+    #[test]
+    fn several_fill_a_file_and_nothing_of_what_it_held_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        for (manner, held) in MANNERS.into_iter().flat_map(|manner| [(manner, 0), (manner, LEN), (manner, LEN + 1)]) {
+            std::fs::write(&path, vec![7; limits::index(held)]).unwrap();
+            let filling = Arc::new(Filling::new(directory.path(), &path, LEN).unwrap());
+            assert_eq!(filling.is_new(), held != LEN);
+            let steps = std::thread::scope(|scope| {
+                let fill = || (0..).take_while(|_| filling.step(manner)).count();
+                let others = [scope.spawn(fill), scope.spawn(fill)];
+                fill() + others.map(|other| other.join().unwrap()).iter().sum::<usize>()
+            });
+            assert_eq!(steps as u64, LEN.div_ceil(STEP), "each part is filled by one of them");
+            assert!(!filling.is_left());
+            let is_touched = filling.is_new() && manner.touches;
+            assert_eq!(filling.finish().unwrap().is_touched, is_touched);
+            assert!(std::fs::read(&path).unwrap() == vec![0; limits::index(LEN)], "{manner:?} over {held} bytes");
+        }
+    }
+
+    #[test]
+    fn after_a_failure_nobody_fills_what_is_left_and_the_reason_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, vec![7; limits::index(LEN)]).unwrap();
+        let mut filling = Filling::new(directory.path(), &path, LEN).unwrap();
+        filling.file = File::open(&path).unwrap();
+        let filling = Arc::new(filling);
+        assert!(!filling.step(MANNERS[1]), "it cannot be written");
+        assert!(!filling.is_left() && !filling.step(MANNERS[0]));
+        assert!(matches!(filling.finish(), Err(Error::Io { path, .. }) if path.ends_with("file")));
+    }
+
+    #[test]
+    fn nobody_takes_a_file_into_use_that_another_still_fills() {
+        let directory = tempfile::tempdir().unwrap();
+        let filling = Arc::new(Filling::new(directory.path(), &directory.path().join("file"), LEN).unwrap());
+        let another = Arc::clone(&filling);
+        assert!(filling.finish().is_err());
+        assert!(another.finish().is_ok());
+    }
+
+    fn records(log: &Arc<Log>, from: u64) -> Vec<(Lsn, Vec<u8>)> {
+        let ranges = log.ranges_from(Lsn(from)).unwrap();
+        let batches = ranges.iter().flat_map(LogRange::batches);
+        batches.flat_map(|batch| batch.records()).map(|record| (record.lsn, record.bytes.to_vec())).collect()
+    }
+
+    #[test]
+    fn long_batches_that_outrun_their_spares_go_in_through_the_file_and_are_read_like_the_rest() {
+        let directory = tempfile::tempdir().unwrap();
+        let identity = LogIdentity { segment_size: 1 << 20, ..IDENTITY };
+        let options = WalOptions { sync: SyncPolicy::Never, spare_segments: 1, ..WalOptions::default() };
+        let (wal, mut writer) = Wal::open(directory.path(), identity, options).unwrap();
+        writer.set_epoch(Epoch(1)).unwrap();
+        let record = |lsn: u64| {
+            vec![(lsn % 251) as u8; if lsn.is_multiple_of(5) { 100 } else { 20_000 + (lsn % 7) as usize * 64 }]
+        };
+        let (mut framed, mut last) = (0, 0);
+        // A segment takes far less time to be filled with records than with zeros, so this ends soon, though nobody can say when.
+        while framed < if cfg!(target_os = "linux") { 200 } else { 0 } || last < 1000 {
+            assert!(last < 30_000, "only {framed} batches went in through the file");
+            let (before, framed_before) = (writer.end(), writer.framed_len());
+            last = writer.append(&record(last + 1)).unwrap().0;
+            if writer.framed_len() != framed_before {
+                let after = writer.end();
+                let is_same = after.segment == before.segment && before.offset > 0;
+                assert!(!is_same || writer.framed_len() as u64 == after.offset - before.offset);
+                assert_ne!(last % 5, 0, "it is short");
+                framed += 1;
+            }
+            if last.is_multiple_of(100) {
+                assert_eq!(records(wal.log(), last), [(Lsn(last), record(last))], "readers see it at once");
+            }
+        }
+        drop(writer);
+        wal.close().unwrap();
+        let (wal, _writer) = Wal::open(directory.path(), identity, options).unwrap();
+        assert_eq!(wal.log().head(), Lsn(last));
+        assert!(records(wal.log(), 1).into_iter().eq((1..=last).map(|lsn| (Lsn(lsn), record(lsn)))));
+    }
+}
