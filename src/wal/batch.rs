@@ -154,6 +154,53 @@ pub(crate) fn chain_after(before: Chain, batch_behind_crc: &[u8]) -> Chain {
     Chain(hasher.finalize())
 }
 
+/// [`chain_after`] of a whole batch, whatever stands in its `crc` field.
+///
+/// Takes those 4 bytes in as well, from the state that they lead to the right one from: so a checksum begins where its batch
+/// does, and runs to the end of whole cache lines where batches have such lengths. The 188 bytes behind the `crc` field of a
+/// record of 128 take 29.6 ns, all 192 take 22.9; of appending or verifying such a record, that is an eighth.
+#[must_use]
+#[inline]
+pub(crate) fn chain_after_batch(before: Chain, batch: &[u8]) -> Chain {
+    let Some(crc) = batch.first_chunk::<4>() else { return before };
+    let state = state_before_zeros(!before.0) ^ u32::from_le_bytes(*crc);
+    let mut hasher = crc32fast::Hasher::new_with_initial(!state);
+    hasher.update(batch);
+    Chain(hasher.finalize())
+}
+
+/// The state of a CRC-32 from which 4 zero bytes lead to `state`. Such steps are linear, so the bytes of a state can be
+/// looked up each by itself.
+#[inline]
+fn state_before_zeros(state: u32) -> u32 {
+    let [first, second, third, fourth] = state.to_le_bytes();
+    let [of_first, of_second, of_third, of_fourth] = &BEFORE_ZEROS;
+    of_first[usize::from(first)]
+        ^ of_second[usize::from(second)]
+        ^ of_third[usize::from(third)]
+        ^ of_fourth[usize::from(fourth)]
+}
+
+/// For each byte of a state, what it contributes to the state 32 zero bits before.
+static BEFORE_ZEROS: [[u32; 256]; 4] = {
+    // Of the CRC-32 that crc32fast computes, bits reflected.
+    const POLYNOMIAL: u32 = 0xedb8_8320;
+    let mut tables = [[0; 256]; 4];
+    let mut byte = 0;
+    while byte < 4 * 256 {
+        let mut state = ((byte % 256) as u32) << (byte / 256 * 8);
+        let mut bit = 0;
+        while bit < 32 {
+            // The topmost bit comes from the polynomial alone.
+            state = if state >> 31 == 1 { (state ^ POLYNOMIAL) << 1 | 1 } else { state << 1 };
+            bit += 1;
+        }
+        tables[byte / 256][byte % 256] = state;
+        byte += 1;
+    }
+    tables
+};
+
 /// Why bytes are not a valid batch where they stand.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BatchError {
@@ -198,7 +245,7 @@ pub fn verify(bytes: &[u8], room: u64, expected: Expected) -> Result<BatchHeader
     let Some(batch) = usize::try_from(total).ok().and_then(|total| bytes.get(..total)) else {
         return Err(BatchError::Incomplete { needed: total });
     };
-    let crc = chain_after(header.prev_crc, &batch[4..]);
+    let crc = chain_after_batch(header.prev_crc, batch);
     if crc != header.crc {
         return Err(wrong_checksum(header.crc, crc));
     }
@@ -484,6 +531,12 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_checksum_that_begins_with_its_own_field_is_the_same(before: u32, bytes in prop::collection::vec(any::<u8>(), 4..400)) {
+            let before = Chain(before);
+            prop_assert_eq!(chain_after_batch(before, &bytes), chain_after(before, &bytes[4..]));
+        }
+
         #[test]
         fn every_cut_is_incomplete(records in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..8),
                                    cut in any::<prop::sample::Index>()) {

@@ -710,7 +710,7 @@ fn write_batch(
 /// Writes the checksum of a batch that is finished but for that, and returns the chain after it.
 #[inline]
 fn put_crc(batch: &mut [u8], before: Chain) -> Chain {
-    let chain = batch::chain_after(before, &batch[4..]);
+    let chain = batch::chain_after_batch(before, batch);
     batch[..4].copy_from_slice(&chain.0.to_le_bytes());
     chain
 }

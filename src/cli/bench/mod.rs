@@ -70,6 +70,9 @@ pub(super) struct Bench {
     /// Rounds [default: 5, or 3 with --quick]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
+    /// Only comparisons with this in their line, such as "idle leader" or "defaults / pwrite"; nothing else runs then
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
     /// Write a picture of the results: a file that ends in .svg or .html and needs no other
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
@@ -215,6 +218,12 @@ impl Bench {
                 "{workload:<9} took {seconds:.1} s and {cpu:.1} s of processor time; at most {peak:.0} MB in memory so far\n"
             );
         }
+    }
+
+    /// Whether a comparison was asked for.
+    fn wants(&self, ours: &str, against: &str) -> bool {
+        let line = format!("{ours} / {against}");
+        self.only.is_empty() || self.only.iter().any(|only| line.contains(only))
     }
 
     fn rounds(&self) -> u32 {

@@ -195,6 +195,9 @@ impl<'a> Contest<'a> {
 
     /// Runs the rounds and shows the results.
     pub(super) fn run(mut self, bench: &Bench) -> Result<()> {
+        if self.best.is_none() {
+            self.keep_wanted(bench);
+        }
         for round in 0..bench.rounds() {
             let count = self.entrants.len();
             for turn in 0..count {
@@ -230,6 +233,13 @@ impl<'a> Contest<'a> {
             bench.keep(row);
         }
         Ok(())
+    }
+
+    /// Leaves out what was not asked for.
+    fn keep_wanted(&mut self, bench: &Bench) {
+        self.pairs.retain(|(ours, against)| bench.wants(ours, against));
+        let Contest { entrants, pairs, .. } = self;
+        entrants.retain(|entrant| pairs.iter().any(|(ours, bare)| entrant.name == *ours || entrant.name == *bare));
     }
 
     /// One more entrant, whose samples are those of the one with the best median. Not the best of each round, which is the
