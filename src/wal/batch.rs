@@ -187,8 +187,9 @@ static BEFORE_ZEROS: [[u32; 256]; 4] = {
     const POLYNOMIAL: u32 = 0xedb8_8320;
     let mut tables = [[0; 256]; 4];
     let mut byte = 0;
+    let mut value = 0_u32;
     while byte < 4 * 256 {
-        let mut state = ((byte % 256) as u32) << (byte / 256 * 8);
+        let mut state = value << (byte / 256 * 8);
         let mut bit = 0;
         while bit < 32 {
             // The topmost bit comes from the polynomial alone.
@@ -197,6 +198,7 @@ static BEFORE_ZEROS: [[u32; 256]; 4] = {
         }
         tables[byte / 256][byte % 256] = state;
         byte += 1;
+        value = (value + 1) % 256;
     }
     tables
 };
