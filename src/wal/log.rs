@@ -469,9 +469,10 @@ impl Log {
         self.segments.read().iter().rev().any(|held| Arc::ptr_eq(held, segment))
     }
 
-    /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it.
-    pub(super) fn populate_at_start(&self) -> u64 {
-        if self.options.populate_ahead >= self.identity.segment_size {
+    /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it, unless
+    /// none are to be.
+    pub(super) fn populate_at_start(&self, through_file: bool) -> u64 {
+        if through_file || self.options.populate_ahead >= self.identity.segment_size {
             u64::MAX
         } else {
             self.options.populate_ahead / 2
@@ -601,10 +602,12 @@ impl Log {
         if arrived() < due && group.hasty > 0 {
             group.hasty -= 1;
         } else if arrived() < due {
+            let missing = due - arrived();
             wait_while_more_come(arrived, due, group.took);
-            // Where fewer than half have come, they are not those who were released.
-            let is_vain = (arrived() - group.waits) * 2 < group.expected;
-            group.hasty = if is_vain { HASTY_SYNCS } else { 0 };
+            // Where fewer than half of those missing have come, it is not for having been released together.
+            if due.saturating_sub(arrived()) * 2 > missing {
+                group.hasty = HASTY_SYNCS;
+            }
         }
         let waits = arrived();
         group.expected = waits - group.waits;
@@ -734,5 +737,21 @@ mod tests {
         log.sync.lock().group.expected = 4;
         assert_eq!(commit(), (1, HASTY_SYNCS - 1), "this one waited for nobody");
         assert_eq!(commit(), (1, HASTY_SYNCS - 1), "nobody was missing");
+        // Two that came on their own are not those that were released.
+        let mut position = log.sync.lock();
+        (position.group.expected, position.group.hasty) = (5, 0);
+        drop(position);
+        log.sync_waits.fetch_add(2, Ordering::Relaxed);
+        assert_eq!(commit(), (3, HASTY_SYNCS), "two more did not come");
+    }
+
+    #[test]
+    fn a_group_is_waited_for_as_long_as_one_after_the_other_comes() {
+        let came = std::cell::Cell::new(0);
+        let comes = || came.replace(came.get() + 1);
+        wait_while_more_come(comes, 32, Duration::from_secs(3600));
+        assert_eq!(came.get(), 33, "looked at until all were there");
+        wait_while_more_come(|| 0, 32, Duration::from_secs(3600));
+        wait_while_more_come(|| 0, 32, Duration::ZERO);
     }
 }

@@ -112,7 +112,8 @@ pub struct WalOptions {
     pub sync: SyncPolicy,
     /// Segments prepared ahead of need. Default: 2, at least 1.
     pub spare_segments: usize,
-    /// Bytes ahead of the writer whose page faults are taken by the preparing thread; 0 for none. Default: 4 MiB.
+    /// Bytes ahead of the writer whose page faults are taken by the preparing thread; 0 for none, and none either of segments
+    /// for a writer of long batches that is ahead of that thread: it writes them through the file. Default: 4 MiB.
     pub populate_ahead: u64,
     /// How those wait whom somebody is waiting for in turn: who waits for a sync or a commit, and shippers. Threads in
     /// the background always park. Default: [`WaitStrategy::Park`].

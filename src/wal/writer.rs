@@ -1,8 +1,8 @@
 //! The one writer of a log: on a leader it frames the caller's records, on a follower it takes in the leader's bytes.
 //!
 //! Both end the same way: bytes above the published end are filled and checked, the segment publishes them, and the
-//! `written` mark moves. Where nobody waits for syncs, nothing on that path takes a lock, allocates or calls the system;
-//! rolling to the next segment, once in a segment's length, does.
+//! `written` mark moves. Where nobody waits for syncs and bytes are stored to the mapping, nothing on that path takes a lock,
+//! allocates or calls the system; rolling to the next segment, once in a segment's length, does.
 //!
 //! How bytes get in is told by who waits. A leader's batch is stored to the mapping; on Linux it goes in by one write to the
 //! file where it is short and everything before it is synced, which whoever waits for each append finds so, or where the
@@ -32,6 +32,8 @@ const HEADER: usize = limits::index(BATCH_HEADER_LEN);
 /// stores to pages made ready; where the writer is ahead and shares in the work, 4.1 us with pages made ready, and 3.6 us
 /// as one write. Elsewhere than on Linux, mapping and file need not agree.
 const WRITE_THROUGH_FILE_FROM: u64 = 8 * 1024;
+/// Longer ones are stored to the mapping wherever they can be: they would be framed in as much memory.
+const WRITE_THROUGH_FILE_MOST: u64 = 1 << 20;
 /// The longest batch that goes in through the file because everything before it is synced: for longer ones a fault is
 /// little, and the second copy is not.
 const WRITE_SYNCED_MOST: u64 = 64 * 1024;
@@ -44,7 +46,7 @@ const STAGE_MOST: u64 = 4 << 20;
 /// After so many short windows in a row the follower is no longer receiving in bulk.
 const BULK_ENDS: u32 = 16;
 /// Memory for framing that is kept from one batch to the next.
-const KEEP_FRAME: usize = 1 << 20;
+const KEEP_FRAME: usize = limits::index(WRITE_THROUGH_FILE_MOST);
 
 /// Puts records into one shard's log. There is one for each [`Log`], and it cannot be cloned; who wants several
 /// threads to append puts it behind a lock, or uses one shard for each.
@@ -78,8 +80,9 @@ pub struct LogWriter {
     clock: CoarseClock,
     /// Bytes from which on a batch goes in through the file.
     write_from: u64,
-    /// Batches appended to the open segment.
+    /// Batches appended to the open segment, from this offset on.
     batches: u64,
+    batches_from: u64,
     /// Whether long windows go in through the file (follower only).
     stages: bool,
     /// Where batches are framed that go in through the file.
@@ -136,6 +139,7 @@ impl LogWriter {
             write_from: write_from(&log, false),
             log,
             batches: 0,
+            batches_from: end.offset,
             _lock: lock,
             open,
             next_lsn: end.head.next(),
@@ -285,7 +289,8 @@ impl LogWriter {
         if !open.takes_stores() {
             open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
-        let is_stored = total < self.write_from && !(total <= WRITE_SYNCED_MOST && follows_sync(&header));
+        let is_long = total >= self.write_from && total <= WRITE_THROUGH_FILE_MOST;
+        let is_stored = !(is_long || total <= WRITE_SYNCED_MOST && follows_sync(&header));
         if is_stored {
             self.chain = put_batch(open.unpublished(0..total), header, fill);
             open.prefetch(total);
@@ -342,7 +347,8 @@ impl LogWriter {
             )));
         }
         if let Some(open) = &self.open {
-            self.log.spares().set_long(open.end() / self.batches.max(1) >= WRITE_THROUGH_FILE_FROM);
+            let mean_len = (open.end() - self.batches_from) / self.batches.max(1);
+            self.log.spares().set_long(mean_len >= WRITE_THROUGH_FILE_FROM);
         }
         let prepared = self.log.spares().take()?;
         // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
@@ -374,11 +380,16 @@ impl LogWriter {
             segment_size: self.log.identity().segment_size,
         };
         self.open = Some(self.log.activate(prepared, header)?);
-        self.write_from = write_from(&self.log, through_file);
-        self.batches = 0;
-        self.populate_at = self.log.populate_at_start();
-        self.landmark_at = LANDMARK_EVERY;
+        self.segment_begins(through_file);
         Ok(())
+    }
+
+    /// The open segment is a new one, whose pages are made ready for stores or not.
+    fn segment_begins(&mut self, through_file: bool) {
+        self.write_from = write_from(&self.log, through_file);
+        (self.batches, self.batches_from) = (0, SEGMENT_HEADER_LEN);
+        self.populate_at = self.log.populate_at_start(through_file);
+        self.landmark_at = LANDMARK_EVERY;
     }
 
     /// Memory for the next bytes of the leader's log, as many as `len` or fewer (never none): they are bytes from
@@ -549,14 +560,14 @@ impl LogWriter {
         if let Some(empty) = self.open.take() {
             self.log.discard_empty(empty);
         }
+        let through_file = prepared.through_file;
         self.open = Some(self.log.activate(prepared, header)?);
+        self.segment_begins(through_file);
         self.epoch = header.epoch;
         self.chain = header.chain_before;
         self.trusted_epoch = None;
         self.arrived = 0;
         self.header_due = false;
-        self.populate_at = self.log.populate_at_start();
-        self.landmark_at = LANDMARK_EVERY;
         // Segments are opened now and then only, and the page would be kept in between.
         self.header_page = Vec::new();
         Ok(())

@@ -36,7 +36,14 @@ const ENDED: &str = "the idle process ended";
 pub(super) const NODES: &str = "idle-nodes";
 pub(super) const HEARTBEATS: &str = "idle-heartbeats";
 
+const BEATS: &str = "heartbeats and nothing else";
+const MEMORY: &str = "memory, a shard and follower";
+const BARE_MEMORY: &str = "memory of a stream's four threads";
+
 pub(super) fn run(bench: &Bench) -> Result<()> {
+    if !bench.wants(names(bench), BEATS) && !bench.wants(MEMORY, BARE_MEMORY) {
+        return Ok(());
+    }
     if ThreadCounts::now(THREADS).is_none() {
         log::warn!("idle: left out, for this system does not tell what threads do");
         return Ok(());
@@ -61,8 +68,9 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     };
     let measure = RefCell::new(&mut measure);
     Contest::new("idle", 0, Unit::WakeUpsPerSecond)
-        .bare("heartbeats and nothing else", || (measure.borrow_mut())(0))
-        .ours(names(bench), &["heartbeats and nothing else"], || (measure.borrow_mut())(1))
+        .with_all_running()
+        .bare(BEATS, || (measure.borrow_mut())(0))
+        .ours(names(bench), &[BEATS], || (measure.borrow_mut())(1))
         .run(bench)?;
     let [of_heartbeats, of_nodes] = kept.take();
     let streams = f64::from(streams_of(bench));
@@ -72,10 +80,8 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     let (mut of_nodes, mut of_heartbeats) = (of_nodes.iter().map(kib), of_heartbeats.iter().map(kib));
     let ended = || "a round more than there were";
     Contest::new("idle", 0, Unit::Kibibytes)
-        .bare("memory of a stream's four threads", || Ok(of_heartbeats.next().ok_or_else(ended)?))
-        .ours("memory, a shard and follower", &["memory of a stream's four threads"], || {
-            Ok(of_nodes.next().ok_or_else(ended)?)
-        })
+        .bare(BARE_MEMORY, || Ok(of_heartbeats.next().ok_or_else(ended)?))
+        .ours(MEMORY, &[BARE_MEMORY], || Ok(of_nodes.next().ok_or_else(ended)?))
         .run(bench)
 }
 

@@ -70,7 +70,7 @@ pub(super) struct Bench {
     /// Rounds [default: 5, or 3 with --quick]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// Only comparisons with this in their line, such as "idle leader" or "defaults / pwrite"; nothing else runs then
+    /// Only comparisons with this in their line, such as "idle leader" or "defaults / pwrite", and what they need
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
     /// Write a picture of the results: a file that ends in .svg or .html and needs no other
@@ -196,6 +196,9 @@ impl Bench {
             let (usage, began) = (machine::Usage::now(), Instant::now());
             run(self)?;
             self.show_resources(name, usage, began);
+        }
+        if !self.only.is_empty() && self.rows.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            return Err(format!("no comparison has any of {:?} in its line", self.only).into());
         }
         if let Some(path) = &self.plot {
             let about = format!("{}; {} rounds", machine::describe(root.path()), self.rounds());

@@ -107,6 +107,8 @@ pub(super) struct Contest<'a> {
     optional: Vec<&'static str>,
     /// What ours is compared with is ours too.
     among_ours: bool,
+    /// All run, whatever comparisons are asked for.
+    all_run: bool,
     /// Each is compared with the one that is best of all, under this name.
     best: Option<&'static str>,
 }
@@ -143,8 +145,15 @@ impl<'a> Contest<'a> {
             pairs: Vec::new(),
             optional: Vec::new(),
             among_ours: false,
+            all_run: false,
             best: None,
         }
+    }
+
+    /// Has everyone run, whatever is asked for: others look at what they find.
+    pub(super) fn with_all_running(mut self) -> Contest<'a> {
+        self.all_run = true;
+        self
     }
 
     /// Says that what is given as bare is ours too, under other circumstances.
@@ -195,9 +204,7 @@ impl<'a> Contest<'a> {
 
     /// Runs the rounds and shows the results.
     pub(super) fn run(mut self, bench: &Bench) -> Result<()> {
-        if self.best.is_none() {
-            self.keep_wanted(bench);
-        }
+        self.keep_wanted(bench);
         for round in 0..bench.rounds() {
             let count = self.entrants.len();
             for turn in 0..count {
@@ -216,6 +223,7 @@ impl<'a> Contest<'a> {
         }
         if let Some(best) = self.best {
             self.add_best(best);
+            self.pairs.retain(|(ours, against)| bench.wants(ours, against));
         }
         for (ours, bare) in &self.pairs {
             let find = |name| self.entrants.iter().find(|entrant| entrant.name == name);
@@ -235,11 +243,19 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
-    /// Leaves out what was not asked for.
+    /// Leaves out what was not asked for. Who is to be the best can only be told among all.
     fn keep_wanted(&mut self, bench: &Bench) {
+        if let Some(best) = self.best {
+            if !self.entrants.iter().any(|entrant| bench.wants(entrant.name, best)) {
+                self.entrants.clear();
+            }
+            return;
+        }
         self.pairs.retain(|(ours, against)| bench.wants(ours, against));
-        let Contest { entrants, pairs, .. } = self;
-        entrants.retain(|entrant| pairs.iter().any(|(ours, bare)| entrant.name == *ours || entrant.name == *bare));
+        let Contest { entrants, pairs, all_run, .. } = self;
+        entrants.retain(|entrant| {
+            *all_run || pairs.iter().any(|(ours, bare)| entrant.name == *ours || entrant.name == *bare)
+        });
     }
 
     /// One more entrant, whose samples are those of the one with the best median. Not the best of each round, which is the

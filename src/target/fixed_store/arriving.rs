@@ -16,7 +16,7 @@
 //! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
 //! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use super::apply::Writer;
 use super::format::Slot;
@@ -79,13 +79,8 @@ impl Found {
             Slot::Occupied { lsn, key, .. } => {
                 self.deleted.remove(slot);
                 self.occupied.insert(slot);
-                let is_newer_elsewhere = match self.keys.get(key) {
-                    Some(other) if other != slot => shard.front_of(other, &mut self.other)?.lsn() > lsn,
-                    _ => false,
-                };
-                if !is_newer_elsewhere {
-                    self.keys.insert(key, slot);
-                }
+                let Found { keys, other, .. } = self;
+                keys.insert_unless(key, slot, |there| Ok(shard.front_of(there, other)?.lsn() > lsn))?;
             }
         }
         Ok(())
@@ -103,10 +98,11 @@ impl Arriving {
 const PART_SLOTS: u64 = 4096;
 const WORD_BITS: u64 = u64::BITS as u64;
 
-/// A set of slots. Its memory grows with those in it, however far apart a leader says they are.
+/// A set of slots. Its memory grows with those in it, however far apart a leader says they are. Ordered, as hashing a part's
+/// number for each slot of a base would take longer than finding it.
 #[derive(Default)]
 pub(super) struct SlotSet {
-    parts: HashMap<u64, Box<[u64; index(PART_SLOTS / WORD_BITS)]>>,
+    parts: BTreeMap<u64, Box<[u64; index(PART_SLOTS / WORD_BITS)]>>,
 }
 
 impl SlotSet {

@@ -1,6 +1,7 @@
 //! Where each key is: from keys to slots, in memory, rebuilt whenever a store is opened.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use parking_lot::RwLock;
 
@@ -28,6 +29,24 @@ impl KeyIndex {
 
     pub(super) fn insert(&self, key: &[u8], slot: u64) {
         self.stripe(key).write().insert(key.into(), slot);
+    }
+
+    /// Puts a key into a slot, unless it is in another one that `stays` says so of: that is looked up once.
+    pub(super) fn insert_unless<E>(
+        &self,
+        key: &[u8],
+        slot: u64,
+        stays: impl FnOnce(u64) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        let mut stripe = self.stripe(key).write();
+        let entry = stripe.entry(key.into());
+        if let Entry::Occupied(there) = &entry
+            && (*there.get() == slot || stays(*there.get())?)
+        {
+            return Ok(());
+        }
+        entry.insert_entry(slot);
+        Ok(())
     }
 
     pub(super) fn remove(&self, key: &[u8]) {
@@ -58,5 +77,26 @@ impl KeyIndex {
     fn stripe(&self, key: &[u8]) -> &Stripe {
         #[allow(clippy::cast_possible_truncation, reason = "the remainder is all that counts")]
         &self.stripes[hash(key) as usize % STRIPES]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_goes_to_a_slot_unless_it_stays_in_another() {
+        let index = KeyIndex::new();
+        let put = |slot, stays: Result<bool, &'static str>| index.insert_unless(b"key", slot, |_| stays);
+        put(3, Err("it is in no other")).unwrap();
+        put(3, Err("it is in that one")).unwrap();
+        assert_eq!(index.get(b"key"), Some(3));
+        put(4, Ok(true)).unwrap();
+        assert_eq!(index.get(b"key"), Some(3));
+        assert_eq!(put(4, Err("cannot say")), Err("cannot say"));
+        assert_eq!(index.get(b"key"), Some(3));
+        put(4, Ok(false)).unwrap();
+        assert_eq!(index.get(b"key"), Some(4));
+        assert_eq!(index.entries().len(), 1);
     }
 }

@@ -1,0 +1,174 @@
+//! Spares as their writer, retention and shutdown find them.
+
+use super::*;
+use crate::limits;
+use crate::types::Epoch;
+use crate::wal::log_fixture::{IDENTITY, SIZE, given_up};
+use crate::wal::{LogRange, SyncPolicy, Wal};
+
+#[test]
+fn in_bulk_new_files_are_not_filled_and_used_ones_not_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    assert!(spares.prepare(&spare_path(directory.path(), 1)).unwrap().filled);
+    spares.set_bulk(true);
+    let spare = spares.prepare(&spare_path(directory.path(), 2)).unwrap();
+    assert!(!spare.filled, "it is overwritten as a whole");
+    assert_eq!(spare.file.metadata().unwrap().len(), SIZE);
+    let (path, segment) = given_up(directory.path(), 1);
+    spares.recycle(path.clone(), segment).unwrap();
+    assert!(!path.exists());
+    assert!(spares.state.lock().used.is_empty(), "to fill it again would hold up what is received");
+    spares.set_bulk(false);
+    let (path, segment) = given_up(directory.path(), 2);
+    spares.recycle(path.clone(), segment).unwrap();
+    assert!(!path.exists());
+    let used = spares.state.lock().used.clone();
+    assert_eq!(used.len(), 1);
+    assert!(spares.prepare(&used[0]).unwrap().filled);
+    assert!(std::fs::read(&used[0]).unwrap().iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn files_are_zeros_whether_anybody_waits_for_syncs_or_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    spares.state.lock().taken = 2;
+    for (number, waits) in [(1, false), (2, true)] {
+        if waits {
+            spares.syncs_are_waited_for();
+        }
+        let new = spares.prepare(&spare_path(directory.path(), number)).unwrap();
+        assert!(new.filled);
+        assert!(std::fs::read(&new.path).unwrap() == vec![0; limits::index(SIZE)]);
+        let (path, _segment) = given_up(directory.path(), number);
+        let used = spares.prepare(&path).unwrap();
+        assert!(used.filled && used.settled, "what a used file held must not come back");
+        assert!(std::fs::read(&path).unwrap() == vec![0; limits::index(SIZE)]);
+    }
+}
+
+#[test]
+fn large_pieces_are_for_writers_whose_syncs_cover_much() {
+    let directory = tempfile::tempdir().unwrap();
+    let identity = LogIdentity { segment_size: 4 << 20, ..IDENTITY };
+    let spares = Spares::new(directory.path(), &identity, &WalOptions::default(), Vec::new());
+    let bound = identity.segment_size / WRITTEN_AGAIN;
+    spares.state.lock().taken = 1;
+    assert_eq!(spares.manner().piece_len, PAGE_LEN, "nothing is known yet");
+    spares.state.lock().taken = 2;
+    assert_eq!(spares.manner().piece_len, LONGEST_PIECE);
+    spares.syncs_are_waited_for();
+    assert_eq!(spares.manner().piece_len, PAGE_LEN);
+    spares.sync_waited.store(false, Ordering::Relaxed);
+    for syncs in 1..=bound / PAGE_LEN {
+        spares.has_synced();
+        let piece_len = spares.manner().piece_len;
+        assert!(piece_len.is_power_of_two());
+        assert!(piece_len == PAGE_LEN || piece_len * syncs <= bound, "{syncs} of {piece_len}");
+    }
+    assert_eq!(spares.manner().piece_len, PAGE_LEN, "for as many as that");
+    // What was true of the segment before is not forgotten at once.
+    spares.begin().unwrap();
+    spares.take().unwrap();
+    assert_eq!(spares.manner().piece_len, PAGE_LEN);
+    spares.take().unwrap();
+    assert!(spares.manner().piece_len > PAGE_LEN);
+}
+
+#[test]
+fn pages_are_left_alone_where_a_writer_of_long_batches_is_ahead() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    spares.begin().unwrap();
+    spares.wait_ready(None).unwrap();
+    let waits_for = |outrun| {
+        spares.state.lock().outrun = outrun;
+        spares.manner()
+    };
+    assert!(waits_for(false).touches && waits_for(true).touches, "batches are short, as far as is known");
+    spares.set_long(true);
+    assert!(waits_for(false).touches, "there are spares enough");
+    assert_eq!(waits_for(true).touches, !cfg!(target_os = "linux"));
+    let prepared = spares.prepare(&spare_path(directory.path(), 100)).unwrap();
+    assert_eq!(prepared.through_file, cfg!(target_os = "linux"));
+    assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
+    spares.set_long(false);
+    assert!(!spares.prepare(&spare_path(directory.path(), 101)).unwrap().through_file);
+    spares.stop();
+    spares.wait_ended();
+}
+
+#[test]
+fn whoever_waits_for_a_spare_fills_it_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    let path = spare_path(directory.path(), 100);
+    let filling = Arc::new(Filling::new(directory.path(), &path, SIZE).unwrap());
+    {
+        // As if the thread were at it, and did nothing.
+        let mut state = spares.state.lock();
+        (state.running, state.preparing) = (true, true);
+    }
+    std::thread::scope(|scope| {
+        let taker = scope.spawn(|| spares.take().map(|spare| spare.path));
+        spares.offer(&filling);
+        while filling.is_left() {
+            std::thread::yield_now();
+        }
+        spares.withdraw();
+        let Filled { file, mapping, .. } = filling.finish().unwrap();
+        let spare = Prepared { path, file, mapping, filled: true, settled: true, through_file: false };
+        spares.made(&spare.path.clone(), Ok(spare));
+        let path = taker.join().unwrap().unwrap();
+        assert!(std::fs::read(path).unwrap() == vec![0; limits::index(SIZE)]);
+    });
+    spares.state.lock().running = false;
+}
+
+#[test]
+fn long_batches_go_in_through_the_file_where_pages_were_left_alone_and_are_read_like_the_rest() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { sync: SyncPolicy::Never, spare_segments: 1, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), IDENTITY, options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    let record =
+        |lsn: u64| vec![(lsn % 251) as u8; if lsn.is_multiple_of(3) { 100 } else { 9000 + (lsn % 7) as usize }];
+    // As for a writer that is ahead; how far one is depends on the machine.
+    let leave_pages_alone = || {
+        wal.log().wait_for_spares(None).unwrap();
+        wal.log().spares().state.lock().ready.iter_mut().for_each(|spare| spare.through_file = true);
+    };
+    leave_pages_alone();
+    let mut framed = 0;
+    for lsn in 1..=200 {
+        let (before, framed_before) = (writer.end(), writer.framed_len());
+        writer.append(&record(lsn)).unwrap();
+        let after = writer.end();
+        let is_new = after.segment != before.segment || before.offset == 0;
+        if !is_new && !lsn.is_multiple_of(3) && cfg!(target_os = "linux") {
+            assert_eq!(writer.framed_len() as u64, after.offset - before.offset, "LSN {lsn}");
+            framed += 1;
+        } else if !is_new {
+            assert_eq!(writer.framed_len(), framed_before, "LSN {lsn} is short");
+        }
+        let newest = wal.log().ranges_from(Lsn(lsn)).unwrap();
+        assert!(
+            newest
+                .iter()
+                .flat_map(LogRange::batches)
+                .flat_map(|batch| batch.records())
+                .any(|seen| seen.bytes == record(lsn))
+        );
+        if is_new {
+            leave_pages_alone();
+        }
+    }
+    assert!(framed > 50 || !cfg!(target_os = "linux"), "{framed}");
+    drop(writer);
+    wal.close().unwrap();
+    let (wal, _writer) = Wal::open(directory.path(), IDENTITY, options).unwrap();
+    let ranges = wal.log().ranges_from(Lsn(1)).unwrap();
+    let found = ranges.iter().flat_map(LogRange::batches).flat_map(|batch| batch.records());
+    assert!(found.map(|found| (found.lsn.0, found.bytes.to_vec())).eq((1..=200).map(|lsn| (lsn, record(lsn)))));
+}
