@@ -109,8 +109,9 @@ struct SyncGroup {
     hasty: u32,
 }
 
-/// After waiting in vain for a larger group, so many syncs do not wait.
-const HASTY_SYNCS: u32 = 16;
+/// After waiting in vain for a larger group, so many syncs do not wait. With 16, two groups that take turns, and each of
+/// which comes back a little late for the other, stayed apart for seconds.
+const HASTY_SYNCS: u32 = 4;
 /// A sync waits for the rest of its group for as long as one more comes within this part of the time that the last one took.
 /// Writers that a sync has released are back within a fraction of it, but just after whoever is first has begun the next
 /// sync: without a wait they would form two groups in turn, and each record would wait for one sync and a half.
