@@ -182,13 +182,18 @@ impl<'a> Contest<'a> {
 
     /// One of ours, and the bare limits that it is compared with.
     pub(super) fn ours(
-        mut self,
+        self,
         name: &'static str,
         against: &[&'static str],
         run: impl FnMut() -> Result<Sample> + 'a,
     ) -> Contest<'a> {
+        self.also(name, against).bare(name, run)
+    }
+
+    /// More bare limits that one of ours is compared with.
+    pub(super) fn also(mut self, name: &'static str, against: &[&'static str]) -> Contest<'a> {
         self.pairs.extend(against.iter().map(|bare| (name, *bare)));
-        self.bare(name, run)
+        self
     }
 
     /// One of ours that not every system can run: left out where it fails.
