@@ -64,6 +64,10 @@ pub(crate) struct Shipper {
 /// Log bytes after which a run of the base is sent although more log has come: as many as a run has, so that behind a
 /// writer that never rests either lane has half of the stream.
 const LOG_BEFORE_BASE: u64 = BASE_RUN_LEN as u64;
+/// The same where the base [goes first](Shares).
+const LOG_BEHIND_BASE: u64 = LOG_BEFORE_BASE / 4;
+/// Bytes sent between two looks at which of them it is.
+const LOOK_EVERY: u64 = 64 << 20;
 /// Log bytes that a thread ships at most before it waits for a commit. More is the shipper's own work: it takes long
 /// enough for a wake-up not to matter.
 const AT_ONCE: u64 = 64 * 1024;
@@ -101,6 +105,41 @@ impl LogLane {
     }
 }
 
+/// How a base and the log beside it share a stream.
+///
+/// Of a log that grows by *L* while the stream carries *C*, a base of *R* bytes that has the part *s* of the stream leaves
+/// *R* (1 + (*L* / *C* - 1) / *s*) behind, to be kept until it has been sent. Where the stream carries more than is appended,
+/// that is less the more of it the log has. Where more is appended than all of the stream carries, it is less the sooner the
+/// base is over: then the base goes first.
+#[derive(Debug, Default)]
+struct Shares {
+    /// Bytes of either sent since the last look.
+    base_bytes: u64,
+    log_bytes: u64,
+    /// Bytes of log that had not been sent then.
+    backlog: u64,
+    is_base_first: bool,
+}
+
+impl Shares {
+    /// Log bytes to be sent before the next run of the base.
+    fn log_budget(&self) -> u64 {
+        if self.is_base_first { LOG_BEHIND_BASE } else { LOG_BEFORE_BASE }
+    }
+
+    /// So many bytes more of log have been sent, and a run of the base; `backlog` tells what is left of the log.
+    fn has_sent(&mut self, log_bytes: u64, backlog: impl FnOnce() -> u64) {
+        self.log_bytes += log_bytes;
+        self.base_bytes += u64::from(BASE_RUN_LEN);
+        let sent = self.log_bytes + self.base_bytes;
+        if sent >= LOOK_EVERY {
+            let backlog = backlog();
+            let appended = (backlog + self.log_bytes).saturating_sub(self.backlog);
+            *self = Shares { backlog, is_base_first: appended > sent, ..Shares::default() };
+        }
+    }
+}
+
 /// How a range of the log goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pace {
@@ -126,15 +165,17 @@ impl Shipper {
                 started => started,
             },
         };
+        let mut shares = Shares::default();
         loop {
             let mut lane = self.lane.lock();
             lane.sender.flush()?;
             // Priority is not everything: behind a writer that never rests, the base would never be sent.
-            let budget = if base.is_some() { LOG_BEFORE_BASE } else { u64::MAX };
+            let budget = if base.is_some() { shares.log_budget() } else { u64::MAX };
             // A follower that is still making room for the rebuild reads nothing, however long that takes.
             let is_awaited = base.as_ref().is_some_and(|base| !base.until_begun().holds());
+            let mut log_bytes = 0;
             if !is_awaited {
-                self.ship_published(&mut lane, budget, Pace::Blocking)?;
+                log_bytes = self.ship_published(&mut lane, budget, Pace::Blocking)?;
                 self.ask_for_haste(&mut lane)?;
             }
             if self.stream_over.is_shutdown() {
@@ -152,6 +193,7 @@ impl Shipper {
                 return lane.sender.finish();
             }
             if self.ship_base(&mut base, &mut lane)? {
+                shares.has_sent(log_bytes, || lane.reader.backlog());
                 continue;
             }
             let (shipped, durable_asked, applied_asked) = (lane.shipped, lane.durable_asked, lane.applied_asked);
@@ -309,8 +351,8 @@ impl Shipper {
         Ok(true)
     }
 
-    /// Sends everything published behind the position.
-    fn ship_published(&self, lane: &mut LogLane, budget: u64, pace: Pace) -> Result<()> {
+    /// Sends everything published behind the position, or somewhat more than so many bytes of it. Returns how many.
+    fn ship_published(&self, lane: &mut LogLane, budget: u64, pace: Pace) -> Result<u64> {
         let mut sent = 0;
         while sent < budget {
             // Read before the bytes: all records up to it are among what is published then.
@@ -319,7 +361,7 @@ impl Shipper {
             let next = lane.reader.next(most);
             if pace == Pace::AtOnce && next.is_err() {
                 // The shipper's thread meets it too, and has the time to tell the follower.
-                return Ok(());
+                return Ok(sent);
             }
             let Some(range) = next.inspect_err(|error| refuse_damaged(lane.sender.as_mut(), error))? else {
                 lane.shipped = lane.shipped.max(written);
@@ -333,7 +375,7 @@ impl Shipper {
                 if let Some(follower) = &self.follower {
                     follower.set_shipped(lane.shipped);
                 }
-                return self.report_caught_up(lane);
+                return self.report_caught_up(lane).map(|()| sent);
             };
             let header = WalDataHeader { segment: range.segment().id().first_lsn, offset: range.start() };
             lane.flags = self.haste(lane);
@@ -344,20 +386,20 @@ impl Shipper {
                 match lane.sender.send_at_once(FrameKind::WalData, lane.flags, &prefix, body)? {
                     SentAtOnce::Whole => {}
                     // Not shipped yet: the shipper's thread is left to wake, and sends the rest.
-                    SentAtOnce::Part => return Ok(()),
+                    SentAtOnce::Part => return Ok(sent),
                     SentAtOnce::Nothing => {
                         lane.reader.put_back(&range);
-                        return Ok(());
+                        return Ok(sent);
                     }
                 }
             }
             lane.last_sent = Instant::now();
             sent += range.len();
             if self.stream_over.is_shutdown() || self.superseded.is_shutdown() || self.is_refused() {
-                return Ok(());
+                return Ok(sent);
             }
         }
-        Ok(())
+        Ok(sent)
     }
 
     /// Whether the follower's history was found to differ.
@@ -455,5 +497,42 @@ fn refuse_base(error: &Error, sender: &mut dyn FrameSender) {
 fn refuse_damaged(sender: &mut dyn FrameSender, error: &Error) {
     if error.is_corruption() {
         let _ = sender.send_message(&Message::Error(ErrorMessage::new(RefusalCode::Internal, error.to_string())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends as much as is looked at once, while `appended` bytes come, and tells the budget after it.
+    fn budget_after(shares: &mut Shares, backlog: &mut u64, appended: u64) -> u64 {
+        let mut left = LOOK_EVERY;
+        while left > 0 {
+            let (log_bytes, run) = (shares.log_budget().min(*backlog), u64::from(BASE_RUN_LEN));
+            *backlog -= log_bytes;
+            let sent = log_bytes + run;
+            let is_last = sent >= left;
+            if is_last {
+                *backlog += appended;
+            }
+            left = left.saturating_sub(sent);
+            shares.has_sent(log_bytes, || {
+                assert!(is_last, "looked too early");
+                *backlog
+            });
+        }
+        shares.log_budget()
+    }
+
+    #[test]
+    fn the_base_goes_first_while_more_is_appended_than_the_stream_carries() {
+        let (mut shares, mut backlog) = (Shares::default(), 0);
+        assert_eq!(shares.log_budget(), LOG_BEFORE_BASE);
+        assert_eq!(budget_after(&mut shares, &mut backlog, 0), LOG_BEFORE_BASE, "a quiet log");
+        assert_eq!(budget_after(&mut shares, &mut backlog, LOOK_EVERY / 2), LOG_BEFORE_BASE);
+        assert_eq!(budget_after(&mut shares, &mut backlog, LOOK_EVERY * 2), LOG_BEHIND_BASE);
+        assert_eq!(budget_after(&mut shares, &mut backlog, LOOK_EVERY * 2), LOG_BEHIND_BASE, "it goes on");
+        assert!(backlog > LOOK_EVERY);
+        assert_eq!(budget_after(&mut shares, &mut backlog, LOOK_EVERY / 2), LOG_BEFORE_BASE, "however much is left");
     }
 }

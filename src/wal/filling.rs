@@ -144,7 +144,7 @@ impl Filling {
 pub(super) struct Filled {
     pub(super) file: File,
     pub(super) mapping: Mapping,
-    /// Whether all its pages were made ready for stores.
+    /// Whether all its pages were to be made ready for stores, and were where that is possible.
     pub(super) is_touched: bool,
 }
 

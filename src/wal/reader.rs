@@ -103,6 +103,14 @@ impl LogReader {
 }
 
 impl LogReader {
+    /// Published bytes that have not been read.
+    pub(crate) fn backlog(&self) -> u64 {
+        let segments = self.log.segments.read();
+        let first = segments.partition_point(|segment| segment.id().first_lsn < self.next_segment);
+        let published = segments.iter().skip(first).map(|segment| segment.published()).sum::<u64>();
+        published.saturating_sub(self.offset)
+    }
+
     /// Takes back the range that [`next`](Self::next) gave last: it will be given again.
     pub(crate) fn put_back(&mut self, range: &LogRange) {
         self.offset = range.start();

@@ -347,7 +347,8 @@ impl LogWriter {
             )));
         }
         if let Some(open) = &self.open {
-            let mean_len = (open.end() - self.batches_from) / self.batches.max(1);
+            // Of a segment that was recovered or received as a whole, nothing is known.
+            let mean_len = (open.end() - self.batches_from).checked_div(self.batches).unwrap_or(0);
             self.log.spares().set_long(mean_len >= WRITE_THROUGH_FILE_FROM);
         }
         let prepared = self.log.spares().take()?;
@@ -554,6 +555,7 @@ impl LogWriter {
                 "a segment arrived that does not continue the log: {header:?}, due {due:?}"
             )));
         }
+        self.log.spares().set_long(false);
         let prepared = self.log.spares().take()?;
         // A segment without batches is no history: its leader may have replaced it under a newer epoch, and another
         // leader, of whose epoch it is not, may never have had it.

@@ -41,7 +41,7 @@ const MEMORY: &str = "memory, a shard and follower";
 const BARE_MEMORY: &str = "memory of a stream's four threads";
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
-    if !bench.wants(names(bench), BEATS) && !bench.wants(MEMORY, BARE_MEMORY) {
+    if !bench.wants("idle", names(bench), BEATS) && !bench.wants("idle", MEMORY, BARE_MEMORY) {
         return Ok(());
     }
     if ThreadCounts::now(THREADS).is_none() {

@@ -70,7 +70,7 @@ pub(super) struct Bench {
     /// Rounds [default: 5, or 3 with --quick]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// Only comparisons with this in their line, such as "idle leader" or "defaults / pwrite", and what they need
+    /// Only comparisons with this in their names, such as "defaults / pwrite" or "rebuild idle leader", and what they need
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
     /// Write a picture of the results: a file that ends in .svg or .html and needs no other
@@ -198,7 +198,7 @@ impl Bench {
             self.show_resources(name, usage, began);
         }
         if !self.only.is_empty() && self.rows.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
-            return Err(format!("no comparison has any of {:?} in its line", self.only).into());
+            return Err(format!("no comparison has any of {:?} in its names", self.only).into());
         }
         if let Some(path) = &self.plot {
             let about = format!("{}; {} rounds", machine::describe(root.path()), self.rounds());
@@ -224,8 +224,8 @@ impl Bench {
     }
 
     /// Whether a comparison was asked for.
-    fn wants(&self, ours: &str, against: &str) -> bool {
-        let line = format!("{ours} / {against}");
+    fn wants(&self, workload: &str, ours: &str, against: &str) -> bool {
+        let line = format!("{workload} {ours} / {against}");
         self.only.is_empty() || self.only.iter().any(|only| line.contains(only))
     }
 

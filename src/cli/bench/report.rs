@@ -228,7 +228,7 @@ impl<'a> Contest<'a> {
         }
         if let Some(best) = self.best {
             self.add_best(best);
-            self.pairs.retain(|(ours, against)| bench.wants(ours, against));
+            self.pairs.retain(|(ours, against)| bench.wants(self.workload, ours, against));
         }
         for (ours, bare) in &self.pairs {
             let find = |name| self.entrants.iter().find(|entrant| entrant.name == name);
@@ -251,12 +251,12 @@ impl<'a> Contest<'a> {
     /// Leaves out what was not asked for. Who is to be the best can only be told among all.
     fn keep_wanted(&mut self, bench: &Bench) {
         if let Some(best) = self.best {
-            if !self.entrants.iter().any(|entrant| bench.wants(entrant.name, best)) {
+            if !self.entrants.iter().any(|entrant| bench.wants(self.workload, entrant.name, best)) {
                 self.entrants.clear();
             }
             return;
         }
-        self.pairs.retain(|(ours, against)| bench.wants(ours, against));
+        self.pairs.retain(|(ours, against)| bench.wants(self.workload, ours, against));
         let Contest { entrants, pairs, all_run, .. } = self;
         entrants.retain(|entrant| {
             *all_run || pairs.iter().any(|(ours, bare)| entrant.name == *ours || entrant.name == *bare)

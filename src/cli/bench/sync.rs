@@ -25,6 +25,17 @@ struct Names {
     direct: &'static str,
 }
 
+impl Names {
+    /// What ours is compared with.
+    fn against(&self) -> Vec<&'static str> {
+        vec![
+            self.written,
+            #[cfg(target_os = "linux")]
+            self.direct,
+        ]
+    }
+}
+
 const CLOSED: Names = Names {
     ours: "append and wait_synced",
     written: "pwrite and fdatasync",
@@ -42,6 +53,9 @@ const OPEN: Names = Names {
 const PROBES: usize = 40;
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
+    if ![CLOSED, OPEN].iter().any(|names| names.against().iter().any(|bare| bench.wants("sync", names.ours, bare))) {
+        return Ok(());
+    }
     let scratch = bench.scratch("sync-where")?;
     let record = super::record(128);
     let mut writer = DurableWriter::new(&scratch.path().join("log"), 1 << 20, record.len())?;
@@ -78,19 +92,14 @@ fn contest(bench: &Bench, size: u64, names: Names, pace: Pace) -> Result<()> {
         measure(scratch.path(), limit, pace, || Ok(writer.append(&record)?))
     });
     #[cfg(target_os = "linux")]
-    let (contest, against) = {
-        let contest = contest.bare_if_able(names.direct, || {
-            let scratch = bench.scratch("sync")?;
-            let path = scratch.path().join("log");
-            let mut writer = super::limits::DirectWriter::new(&path, file_len + 8192, record.len())?;
-            measure(scratch.path(), limit, pace, || Ok(writer.append(&record)?))
-        });
-        (contest, [names.written, names.direct])
-    };
-    #[cfg(not(target_os = "linux"))]
-    let against = [names.written];
+    let contest = contest.bare_if_able(names.direct, || {
+        let scratch = bench.scratch("sync")?;
+        let path = scratch.path().join("log");
+        let mut writer = super::limits::DirectWriter::new(&path, file_len + 8192, record.len())?;
+        measure(scratch.path(), limit, pace, || Ok(writer.append(&record)?))
+    });
     contest
-        .ours(names.ours, &against, || {
+        .ours(names.ours, &names.against(), || {
             let scratch = bench.scratch("sync-ours")?;
             let segment_size = (bytes + (1 << 20)).next_multiple_of(4096);
             let (wal, mut writer) = super::append::open(scratch.path(), segment_size, WalOptions::default())?;

@@ -113,9 +113,11 @@ fn whoever_waits_for_a_spare_fills_it_too() {
     std::thread::scope(|scope| {
         let taker = scope.spawn(|| spares.take().map(|spare| spare.path));
         spares.offer(&filling);
-        while filling.is_left() {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while filling.is_left() && Instant::now() < deadline {
             std::thread::yield_now();
         }
+        assert!(!filling.is_left(), "nobody helps");
         spares.withdraw();
         let Filled { file, mapping, .. } = filling.finish().unwrap();
         let spare = Prepared { path, file, mapping, filled: true, settled: true, through_file: false };
