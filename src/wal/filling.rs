@@ -1,8 +1,8 @@
 //! A file that gets its zeros: from the preparing thread, and from a writer that would otherwise wait for it.
 //!
 //! Whoever fills claims the next step, so that two threads fill different parts of the file at the same time. Where
-//! appends are faster than zeros can be made, which is wherever nobody waits for them, the writer would otherwise
-//! sleep for as long as one thread takes for a segment, with a processor free.
+//! appends come faster than one thread can make zeros for them, the writer would otherwise sleep until that has filled a
+//! segment, with a processor free.
 
 use std::fs::File;
 use std::ops::Range;
