@@ -31,6 +31,19 @@ fn batches(criterion: &mut Criterion) {
             });
         });
     }
+    for size in [128_usize, 1024] {
+        let record = vec![0x5a; size];
+        let build = |record: &[u8]| batch::build_compact(AT, HybridTimestamp::default(), record).unwrap_or_default();
+        let bytes = build(&record);
+        let name = format!("compact of {size}");
+        group.throughput(Throughput::Bytes(bytes.len() as u64));
+        group.bench_with_input(BenchmarkId::new("encode", &name), &record, |bencher, record| {
+            bencher.iter(|| build(black_box(record)));
+        });
+        group.bench_with_input(BenchmarkId::new("verify", &name), &bytes, |bencher, bytes| {
+            bencher.iter(|| batch::verify(black_box(bytes), bytes.len() as u64, AT));
+        });
+    }
     group.finish();
 }
 

@@ -4,8 +4,15 @@
 pub const PAGE_LEN: u64 = 4096;
 /// Bytes before the first batch of a segment.
 pub const SEGMENT_HEADER_LEN: u64 = PAGE_LEN;
-/// Bytes of a batch header.
+/// Bytes of a batch header that says everything.
 pub const BATCH_HEADER_LEN: u64 = 56;
+/// Bytes of the header of a compact batch.
+pub const COMPACT_HEADER_LEN: u64 = 16;
+/// Bytes of the longest record that a compact batch can have.
+pub const MAX_COMPACT_RECORD_LEN: u64 = 4095;
+/// Bytes from the beginning of one batch that says everything to where the next one is due, with compact ones in between:
+/// behind damage the log can be read again from such a batch on, and a page is what is damaged at the least.
+pub const MAX_COMPACT_RUN_LEN: u64 = PAGE_LEN;
 /// Batches begin at multiples of this many bytes.
 pub const BATCH_ALIGNMENT: u64 = 8;
 /// Bytes before each record: its length.
@@ -91,6 +98,7 @@ pub const fn max_record_len(segment_size: u64) -> u64 {
 const _: () = assert!(DEFAULT_MIN_WAL_BYTES < DEFAULT_MAX_WAL_BYTES);
 const _: () = assert!(SEGMENT_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
 const _: () = assert!(BATCH_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
+const _: () = assert!(COMPACT_HEADER_LEN.is_multiple_of(BATCH_ALIGNMENT));
 const _: () = assert!(MIN_SEGMENT_SIZE.is_multiple_of(PAGE_LEN), "segments are whole pages");
 const _: () = assert!(MIN_SEGMENT_SIZE > 2 * SEGMENT_HEADER_LEN, "a segment has room for batches");
 const _: () = assert!(MAX_SEGMENT_SIZE <= u32::MAX as u64, "offsets and record lengths fit in 32 bits");

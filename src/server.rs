@@ -487,7 +487,9 @@ impl Server {
         let shard = self.shard(request.shard).map_err(internal)?;
         let log = &shard.log;
         let from = if request.from == Lsn::ZERO { log.tail() } else { request.from };
-        let place = log.position_before(from).map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
+        // A reader has nothing of the log that a compact batch could lean on.
+        let place = log.plain_position_before(from);
+        let place = place.map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
         let info = self.describe(request, version)?;
         let info = ShardInfo {
             start: place.lsn.next(),

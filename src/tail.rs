@@ -11,9 +11,9 @@ use crate::shutdown::ShutdownSignal;
 use crate::status::Status;
 use crate::transport::{Connection, FrameReceiver, Transport};
 use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
-use crate::wal::batch::{self, BatchError};
+use crate::wal::batch::{self, BatchError, BatchHeader};
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
-use crate::wal::{Batch, BatchIter, Expected};
+use crate::wal::{Batch, Expected};
 use crate::wire::{FrameKind, Message, PROTOCOL_VERSIONS, Purpose, ShardInfo, SyncRequest, WalDataHeader};
 
 /// Which part of which log to read.
@@ -167,10 +167,12 @@ impl Reading<'_> {
             if gathered.offset == 0 && !gathered.take_header(peer)? {
                 break;
             }
-            let Some((len, sealing)) = gathered.verify_next(peer, used)? else { break };
+            let Some(header) = gathered.verify_next(peer, used)? else { break };
+            let (len, sealing) = (usize::try_from(header.total_len()).unwrap_or(usize::MAX), header.is_sealing());
             let whole = gathered.bytes.get(used..used + len).unwrap_or_default();
-            if !sealing && let Some(batch) = BatchIter::new(whole).next() {
-                self.last = batch.header.last_lsn();
+            // What a stream begins with may be before what is wanted.
+            if let Some((batch, _)) = Batch::split_off(header, whole).filter(|_| header.last_lsn() > self.last) {
+                self.last = header.last_lsn();
                 flow = on_batch(&batch);
             }
             used += len;
@@ -221,25 +223,24 @@ impl Gathered {
         Ok(true)
     }
 
-    /// The length of the whole batch `used` bytes behind the first gathered one, and whether it seals its
-    /// segment.
-    fn verify_next(&mut self, peer: &str, used: usize) -> Result<Option<(usize, bool)>> {
+    /// The header of the batch `used` bytes behind the first gathered one, if that is there as a whole.
+    fn verify_next(&mut self, peer: &str, used: usize) -> Result<Option<BatchHeader>> {
         let at = self.offset + used as u64;
         let rest = self.bytes.get(used..).unwrap_or_default();
-        let Some(first) = rest.first_chunk() else { return Ok(None) };
-        let header = batch::BatchHeader::decode(first);
-        // Nothing is known of what came before the first batch of a stream: its own word is taken for it.
-        let expected = self.expected.unwrap_or(Expected {
-            first_lsn: header.first_lsn,
-            chain: header.prev_crc,
-            epoch: header.epoch,
-        });
+        let expected = match (self.expected, rest.first_chunk()) {
+            (Some(expected), _) => expected,
+            // Nothing is known of what came before the first batch of a stream: its own word is taken for it.
+            (None, Some(first)) => {
+                let BatchHeader { first_lsn, prev_crc, epoch, .. } = BatchHeader::decode(first);
+                Expected { first_lsn, chain: prev_crc, epoch }
+            }
+            (None, None) => return Ok(None),
+        };
         match batch::verify(rest, self.segment_size.saturating_sub(at), expected) {
             Ok(header) => {
                 self.expected =
                     Some(Expected { first_lsn: header.last_lsn().next(), chain: header.crc, epoch: header.epoch });
-                let len = usize::try_from(header.total_len()).unwrap_or(usize::MAX);
-                Ok(Some((len, header.is_sealing())))
+                Ok(Some(header))
             }
             Err(BatchError::Incomplete { .. }) => Ok(None),
             Err(error) => {

@@ -153,16 +153,20 @@ fn random_changes_for_a_while() {
     }
 }
 
-/// A segment of two batches, sealed.
-fn segment() -> Vec<u8> {
+/// A segment of two batches, sealed; with compact ones in between, or without.
+fn segment(version: u16) -> Vec<u8> {
     let id = WalSegmentId { region: RegionId(2), shard: ShardId(3), first_lsn: Lsn(100) };
     let (chain_before, epoch) = (Chain(0x1234_5678), Epoch(5));
-    let header = SegmentHeader { id, cluster: ClusterId(9), epoch, chain_before, segment_size: 65536 };
+    let header = SegmentHeader { id, cluster: ClusterId(9), epoch, chain_before, segment_size: 65536, version };
     let mut bytes = header.encode().to_vec();
     let mut at = Expected { first_lsn: id.first_lsn, chain: chain_before, epoch };
-    let records: [&[&[u8]]; 3] = [&[b"one"], &[b"two", b"", b"four"], &[]];
-    for records in records {
-        let built = batch::build(at, HybridTimestamp(1 << 20), Lsn(7), records);
+    let records: [&[&[u8]]; 5] = [&[b"one"], &[b"compact"], &[b""], &[b"two", b"", b"four"], &[]];
+    for (index, records) in records.into_iter().enumerate() {
+        let built = match index {
+            1 | 2 if version < 3 => continue,
+            1 | 2 => batch::build_compact(at, HybridTimestamp(1 << 20), records[0]).unwrap(),
+            _ => batch::build(at, HybridTimestamp(1 << 20), Lsn(7), records),
+        };
         let found = batch::verify(&built, 65536, at).unwrap();
         at = Expected { first_lsn: found.last_lsn().next(), chain: found.crc, ..at };
         bytes.extend(built);
@@ -187,7 +191,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     };
     let entry = CheckpointEntry { applied: Lsn(u64::MAX), synced: Lsn(1) };
     let checkpoint = Checkpoint { entries: [(ShardId(0), entry), (ShardId(u16::MAX), entry)].into() };
-    let (segment, frames) = (segment(), golden("frames-v1"));
+    let (segment, with_compact, frames) = (segment(2), segment(3), golden("frames-v1"));
     let mut seeds = vec![
         ("frames", "golden", behind(&[0], &frames)),
         ("frames", "golden_sealed", behind(&[1], &frames)),
@@ -195,9 +199,16 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("segment_header", "sealed", behind(&[1], &segment[..64])),
         ("batches", "right", behind(&[0, 0, 1], &segment[4096..])),
         ("batches", "sealed", behind(&[1, 0, 1], &segment[4096..])),
+        ("batches", "compact", behind(&[0, 0, 1], &with_compact[4096..])),
+        ("batches", "compact_sealed", behind(&[1, 0, 1], &with_compact[4096..])),
+        // The first 64 bytes are the batch before them.
+        ("batches", "compact_first", behind(&[1, 0, 1], &with_compact[4096 + 64..])),
         ("batches", "too_little_room", behind(&[1, 5, 0], &segment[4096..])),
         ("segment_payload", "right", behind(&[0], &segment)),
         ("segment_payload", "sealed", behind(&[3], &[&segment[..64], &segment[4096..]].concat())),
+        ("segment_header", "version_3", behind(&[0], &with_compact[..4096])),
+        ("segment_payload", "compact", behind(&[0], &with_compact)),
+        ("segment_payload", "compact_sealed", behind(&[3], &[&with_compact[..64], &with_compact[4096..]].concat())),
         ("manifest", "golden", behind(&[0], &golden("MANIFEST-v1"))),
         ("manifest", "extremes", behind(&[1], &manifest.encode())),
         ("checkpoint", "golden", behind(&[0], &golden("checkpoint-v1"))),
@@ -248,14 +259,25 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let piece = |bytes: &[u8]| [&u16::try_from(bytes.len()).unwrap().to_le_bytes()[..], bytes].concat();
     let page = decoders::first_header();
     let chain = SegmentHeader::decode(&page).unwrap().chain_before;
-    let mut at = Expected { first_lsn: Lsn(1), chain, epoch: Epoch(1) };
-    let mut log = Vec::new();
-    for records in [&[&b"one"[..]][..], &[b"two", b"three"], &[]] {
-        let built = batch::build(at, HybridTimestamp(1 << 20), Lsn::ZERO, records);
-        let found = batch::verify(&built, 60000, at).unwrap();
-        at = Expected { first_lsn: found.last_lsn().next(), chain: found.crc, ..at };
-        log.extend(built);
-    }
+    let log_of = |with_compact: bool| {
+        let mut at = Expected { first_lsn: Lsn(1), chain, epoch: Epoch(1) };
+        let mut log = Vec::new();
+        for records in [&[&b"one"[..]][..], &[b"compact"], &[b"two", b"three"], &[]] {
+            let compact = batch::build_compact(at, HybridTimestamp(1 << 20), records.first().unwrap_or(&&b""[..]));
+            let built = match (records, with_compact) {
+                ([b"compact"], false) => continue,
+                ([b"compact"], true) => compact.unwrap(),
+                _ => batch::build(at, HybridTimestamp(1 << 20), Lsn::ZERO, records),
+            };
+            let found = batch::verify(&built, 60000, at).unwrap();
+            at = Expected { first_lsn: found.last_lsn().next(), chain: found.crc, ..at };
+            log.extend(built);
+        }
+        log
+    };
+    let (log, with_compact) = (log_of(false), log_of(true));
+    seeds.push(("ingest", "compact", behind(&[2], &with_compact.chunks(50).map(piece).collect::<Vec<_>>().concat())));
+    seeds.push(("ingest", "compact_sealed", behind(&[3], &piece(&with_compact))));
     seeds.push(("ingest", "whole", behind(&[2], &piece(&log))));
     seeds.push(("ingest", "cut", behind(&[2], &log.chunks(50).map(piece).collect::<Vec<_>>().concat())));
     seeds.push(("ingest", "sealed", behind(&[3], &piece(&log))));
@@ -300,7 +322,9 @@ fn the_kept_cases_reach_what_is_behind_the_checksums() {
     assert_eq!(towline::seams::decode_store_slot((8, 16), 9, &slot).unwrap(), slot);
     assert!(towline::seams::decode_store_slot((8, 16), 8, &slot).is_err(), "a slot that went astray");
     assert!(towline::status::Status::decode(&kept("status", "leader")).is_ok());
-    assert!(towline::wire::WalSegmentPayload::from_bytes(&kept("segment_payload", "right")[1..]).is_ok());
+    for name in ["right", "compact"] {
+        assert!(towline::wire::WalSegmentPayload::from_bytes(&kept("segment_payload", name)[1..]).is_ok(), "{name}");
+    }
 }
 
 /// Makes the cases that are right, where they are not there yet; an existing one is left alone.

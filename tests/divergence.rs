@@ -163,6 +163,9 @@ fn diverge(net: &Net, hides: bool, heartbeat: Duration) -> Scene {
     let commits = leader.commits(S0).unwrap();
     assert_eq!(commits.wait(Lsn(40), "applied:1".parse().unwrap(), Some(common::deadline())), Outcome::Committed);
     assert_eq!(leader.status().shards[0].followers[0].divergence, None);
+    // So that the next batch says what it continues, which the middle needs to know: it is the first behind a sync.
+    let synced = leader.commits(S0).unwrap().wait(Lsn(40), "synced".parse().unwrap(), Some(common::deadline()));
+    assert_eq!(synced, Outcome::Committed);
     middle.replaces.store(true, Ordering::SeqCst);
     let head = writer.append(b"the record of the leader").unwrap();
     until("a batch is replaced", || middle.replaced.lock().is_some());

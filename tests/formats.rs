@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use towline::data_dir::Manifest;
-use towline::wal::scan::{Relation, verify_log};
+use towline::wal::scan::{Relation, scan_segment, verify_log};
 use towline::wal::segment::SegmentHeader;
-use towline::wal::{KnownSynced, LogIdentity, Wal, WalOptions, batch};
+use towline::wal::{BatchIter, Expected, KnownSynced, LogIdentity, Wal, WalOptions, batch};
 use towline::wire::{BodyCheck, FrameHeader, Message, WalSegmentPayload};
 use towline::{
     Chain, Checkpoint, CheckpointEntry, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, ShardId, WalSegmentId,
@@ -52,14 +52,46 @@ const RECORDS: [&[u8]; 4] = [b"one", b"two", b"", b"four"];
 fn segment() -> Vec<u8> {
     let id = WalSegmentId { region: RegionId(2), shard: ShardId(3), first_lsn: Lsn(1) };
     let chain_before = Chain::genesis(CLUSTER, RegionId(2), ShardId(3));
-    let header = SegmentHeader { id, cluster: CLUSTER, epoch: Epoch(5), chain_before, segment_size: SEGMENT_SIZE };
+    let (cluster, epoch, segment_size) = (CLUSTER, Epoch(5), SEGMENT_SIZE);
+    let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size, version: 2 };
     let mut bytes = header.encode().to_vec();
-    let mut at = towline::wal::Expected { first_lsn: Lsn(1), chain: chain_before, epoch: Epoch(5) };
+    let mut at = Expected { first_lsn: Lsn(1), chain: chain_before, epoch: Epoch(5) };
     for (number, records) in (1..).zip([&RECORDS[..1], &RECORDS[1..], &[]]) {
         let batch = batch::build(at, HybridTimestamp(number << 20), at.first_lsn.previous(), records);
         let built = batch::verify(&batch, SEGMENT_SIZE, at).unwrap();
         at.first_lsn = built.last_lsn().next();
         at.chain = built.crc;
+        bytes.extend(batch);
+    }
+    bytes
+}
+
+/// The record of each LSN of the golden log with compact batches: the shortest, the longest, and what is between.
+fn compact_records() -> [Vec<u8>; 5] {
+    [b"one".to_vec(), b"two".to_vec(), Vec::new(), vec![4; 4095], b"five".to_vec()]
+}
+
+/// A segment of which all batches but the first and the sealing one are compact. They begin where the bits of an LSN that
+/// they have go on with zeros, and with the highest timestamp that they can have.
+fn compact_segment() -> Vec<u8> {
+    let first_lsn = Lsn((7 << 26) - 2);
+    let id = WalSegmentId { region: RegionId(2), shard: ShardId(3), first_lsn };
+    let (cluster, epoch, chain_before, segment_size) = (CLUSTER, Epoch(5), Chain(0x0a0b_0c0d), SEGMENT_SIZE);
+    let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size, version: 3 };
+    let mut bytes = header.encode().to_vec();
+    let mut at = Expected { first_lsn, chain: chain_before, epoch };
+    let records = compact_records();
+    for (number, record) in (1..).zip(records.iter().map(Some).chain([None])) {
+        let timestamp =
+            if number == 3 { HybridTimestamp((1 << 58) - (1 << 16) + 0x7fff) } else { HybridTimestamp(number) };
+        let batch = match record {
+            Some(record) if number > 1 => batch::build_compact(at, timestamp, record).unwrap(),
+            Some(record) => batch::build(at, timestamp, at.first_lsn.previous(), &[record]),
+            None => batch::build(at, timestamp, at.first_lsn.previous(), &[]),
+        };
+        let built = batch::verify(&batch, SEGMENT_SIZE, at).unwrap();
+        assert_eq!(built.timestamp, timestamp);
+        at = Expected { first_lsn: built.last_lsn().next(), chain: built.crc, epoch };
         bytes.extend(batch);
     }
     bytes
@@ -219,6 +251,28 @@ fn a_segment_of_batch_version_2() {
 }
 
 #[test]
+fn a_segment_with_compact_batches() {
+    let bytes = golden("segment-v3");
+    assert!(compact_segment() == bytes, "what is encoded differs");
+    let payload = WalSegmentPayload::from_bytes(bytes.clone()).unwrap();
+    let first = (7 << 26) - 2;
+    assert_eq!(payload.id().to_string(), format!("r0002-s0003-{first:020}.wal"));
+    assert_eq!(payload.event_count(), 5);
+    // As files are read, and as mappings are.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(payload.id().to_string());
+    std::fs::write(&path, &bytes).unwrap();
+    let report = scan_segment(&path, &mut ()).unwrap();
+    assert_eq!((report.records, report.last_lsn, report.sealed), (5, Lsn(first + 4), true));
+    let header = SegmentHeader::decode(bytes.first_chunk().unwrap()).unwrap();
+    let batches: Vec<_> = BatchIter::within(&header, &bytes[4096..]).collect();
+    assert_eq!(batches.iter().filter(|batch| batch.header.is_compact()).count(), 4);
+    let records = batches.iter().flat_map(|batch| batch.records());
+    assert!(records.map(|record| (record.lsn.0, record.bytes.to_vec())).eq((first..).zip(compact_records())));
+    assert!(batches.windows(2).all(|pair| pair[1].header.prev_crc == pair[0].header.crc));
+}
+
+#[test]
 fn a_log_of_golden_files_is_opened_and_goes_on() {
     let (directory, shard) = log_of_golden_segment();
     let (untouched, _) = log_of_golden_segment();
@@ -243,6 +297,7 @@ fn write_missing_golden_files() {
         ("frames-v1", stream(messages())),
         ("frames-v2", stream(messages_since_2())),
         ("segment-v2", segment()),
+        ("segment-v3", compact_segment()),
     ];
     for (name, bytes) in files {
         let path = directory.join(name);
@@ -257,16 +312,16 @@ fn is_read(name: &str, bytes: &[u8]) -> bool {
     match name {
         "MANIFEST-v1" => Manifest::decode(bytes, Path::new(name)).is_ok(),
         "checkpoint-v1" => Checkpoint::decode(bytes).is_ok(),
-        "segment-v2" => WalSegmentPayload::from_bytes(bytes).is_ok(),
+        "segment-v2" | "segment-v3" => WalSegmentPayload::from_bytes(bytes).is_ok(),
         other => panic!("{other}"),
     }
 }
 
 /// The first batch of the golden segment, what it continues, and the room that it has.
-fn first_batch() -> (Vec<u8>, towline::wal::Expected, u64) {
+fn first_batch() -> (Vec<u8>, Expected, u64) {
     let bytes = segment().split_off(4096);
     let chain = Chain::genesis(CLUSTER, RegionId(2), ShardId(3));
-    let at = towline::wal::Expected { first_lsn: Lsn(1), chain, epoch: Epoch(5) };
+    let at = Expected { first_lsn: Lsn(1), chain, epoch: Epoch(5) };
     let len = usize::try_from(batch::verify(&bytes, SEGMENT_SIZE - 4096, at).unwrap().total_len()).unwrap();
     (bytes[..len].to_vec(), at, SEGMENT_SIZE - 4096)
 }
@@ -274,7 +329,7 @@ fn first_batch() -> (Vec<u8>, towline::wal::Expected, u64) {
 proptest! {
     #[test]
     fn any_flipped_byte_and_any_cut_of_a_file_is_found(at in any::<prop::sample::Index>(), mask in 1u8..) {
-        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2"] {
+        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2", "segment-v3"] {
             let mut bytes = golden(name);
             prop_assert!(is_read(name, &bytes));
             let at = at.index(bytes.len());
@@ -321,7 +376,7 @@ proptest! {
 
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..5000)) {
-        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2"] {
+        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2", "segment-v3"] {
             let _ = is_read(name, &bytes);
         }
         let (_, expected, room) = first_batch();

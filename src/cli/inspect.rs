@@ -99,16 +99,16 @@ impl Printer {
     fn print(&mut self, offset: u64, batch: Batch<'_>) -> std::io::Result<()> {
         let header = batch.header;
         if !self.json {
+            let says = if header.is_compact() { "compact".to_owned() } else { format!("synced {}", header.synced_lsn) };
             writeln!(
                 self.out,
-                "batch at {offset}: LSN {} to {}, epoch {}, {} bytes, chain {:08x} to {:08x}, synced {}, {} ms{}",
+                "batch at {offset}: LSN {} to {}, epoch {}, {} bytes, chain {:08x} to {:08x}, {says}, {} ms{}",
                 header.first_lsn,
                 header.last_lsn(),
                 header.epoch,
                 header.body_len,
                 header.prev_crc.get(),
                 header.crc.get(),
-                header.synced_lsn,
                 header.timestamp.unix_ms(),
                 if header.is_sealing() { ", sealing" } else { "" }
             )?;

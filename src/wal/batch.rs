@@ -1,9 +1,9 @@
 //! Batches: the unit of append, checksum and shipping.
 //!
-//! # Format, version 2
+//! # Format, versions 2 and 3
 //!
-//! A batch is a header of 56 bytes, a body of records, and zeros up to the next multiple of 8 bytes. All numbers are
-//! little-endian.
+//! A batch is a header, a body, and zeros up to the next multiple of 8 bytes. All numbers are little-endian. Version 2 has a
+//! header of 56 bytes that says everything about the batch, and a body of records:
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
@@ -20,15 +20,35 @@
 //! | 52 | 4 | `reserved` | 0 |
 //! | 56 | | body | for each record: length (4 bytes), bytes |
 //!
+//! Version 3 is *compact*: one record of at most 4095 bytes, behind 16 bytes that leave out what the batches before it say.
+//! Of a record of 128 bytes a compact batch makes 144, and one of version 2 makes 192. It stands only in segments of
+//! [version](super::segment) 3, and is told from version 2, whose `body_len` is below 2^30, by bit 31 of `detail`.
+//!
+//! | offset | size | field | meaning |
+//! |---:|---:|---|---|
+//! | 0 | 4 | `crc` | as above |
+//! | 4 | 4 | `detail` | bit 31: 1; bits 19 to 30: bytes of the record; bits 0 to 18: bits 0 to 18 of `time` |
+//! | 8 | 8 | `place` | bits 26 to 63: bits 19 to 56 of `time`; bits 0 to 25: bits 0 to 25 of the record's LSN |
+//! | 16 | | record | the bytes |
+//!
+//! `time` is the timestamp without its bit 15, which is 0: bits 0 to 14 count batches within a millisecond, the others
+//! milliseconds. The epoch is the segment's, and the chain before the batch is the `crc` of the one before it, which takes
+//! part in its own. What was synced it does not say.
+//!
 //! A batch is valid where it stands exactly if
 //!
 //! 1. header, body and padding end within the segment;
 //! 2. `version` is 2, unknown flags and `reserved` are 0;
-//! 3. `first_lsn` is the LSN after the batch before it, `epoch` that of the segment, and `prev_crc` the chain so far;
+//! 3. `first_lsn` is the LSN after the batch before it, `epoch` that of the segment, and `prev_crc` the chain so far; of a
+//!    compact batch, the bits of the LSN are those of that LSN;
 //! 4. `synced_lsn` is below `first_lsn`;
 //! 5. the records fill the body exactly and are as many as `record_count`, at least one unless it seals;
 //! 6. a sealing batch has no records;
 //! 7. `crc` matches.
+//!
+//! Whoever looks for a batch behind damage looks for one of version 2, which needs nothing before it. A
+//! [`LogWriter`](super::LogWriter) begins each segment with one, and writes another when 4096 bytes of compact ones stand
+//! behind the last or more has been synced than that says, so that compact ones leave out nothing that others would have said.
 //!
 //! `synced_lsn` is true of the disk of the node that wrote the batch, and says nothing of a follower's, which has the same
 //! bytes: see [`WrittenHere`](super::WrittenHere).
@@ -39,39 +59,63 @@
 
 use std::borrow::Cow;
 
-use crate::limits::{self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, RECORD_HEADER_LEN};
+use crate::limits::{
+    self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, COMPACT_HEADER_LEN, MAX_COMPACT_RECORD_LEN, RECORD_HEADER_LEN,
+};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn};
+use crate::wal::segment::SegmentHeader;
 
-/// Version of the batch format.
+/// Version of batches whose header says everything.
 pub const BATCH_VERSION: u16 = 2;
+/// Version of compact batches.
+pub const COMPACT_BATCH_VERSION: u16 = 3;
 /// The batch that ends a segment.
 pub const FLAG_SEALING: u16 = 1;
 
 const HEADER: usize = limits::index(BATCH_HEADER_LEN);
+const COMPACT: usize = limits::index(COMPACT_HEADER_LEN);
+/// In `detail`: this is a compact batch.
+const IS_COMPACT: u32 = 1 << 31;
+/// Where in `detail` the length of the record is.
+const LEN_SHIFT: u32 = 19;
+/// Bits of `time` in `detail`.
+const TIME_IN_DETAIL: u32 = (1 << LEN_SHIFT) - 1;
+/// Where in `place` the rest of `time` is, and how many bits of the LSN.
+const LSN_BITS: u32 = 26;
+const LSN_MASK: u64 = (1 << LSN_BITS) - 1;
+/// Bits of `time`.
+const TIME_BITS: u32 = LEN_SHIFT + u64::BITS - LSN_BITS;
+/// Bits of `time` that count within a millisecond: one less than a timestamp has.
+const COUNT_BITS: u32 = 15;
+const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
+const _: () = assert!(MAX_COMPACT_RECORD_LEN < 1 << (31 - LEN_SHIFT), "the length fits in its bits");
 
-/// A decoded batch header. Field meanings stand in the [format](self).
+/// A decoded batch header. Field meanings stand in the [format](self). What a compact batch does not say itself is what the
+/// batches before it say, as far as whoever decoded it knew them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchHeader {
     /// The chain after this batch.
     pub crc: Chain,
-    /// Bytes of the body.
+    /// Bytes of the body. That of a compact batch is its record.
     pub body_len: u32,
     /// LSN of the first record.
     pub first_lsn: Lsn,
     /// Records in the body.
     pub record_count: u32,
-    /// The chain before this batch.
+    /// The chain before this batch; [`Chain::default`] of a compact one with which a [`BatchIter`] begins.
     pub prev_crc: Chain,
     /// Leadership term.
     pub epoch: Epoch,
     /// When it was written.
     pub timestamp: HybridTimestamp,
-    /// What the writer knew to be synced.
+    /// What the writer knew to be synced; [`Lsn::ZERO`] of a compact batch, which does not say.
     pub synced_lsn: Lsn,
-    /// Format version.
+    /// Format version: [`BATCH_VERSION`] or [`COMPACT_BATCH_VERSION`].
     pub version: u16,
     /// See [`FLAG_SEALING`].
     pub flags: u16,
+    /// Whether it was read from 16 bytes, whatever else says.
+    is_compact: bool,
 }
 
 /// What a batch must continue: the position before it.
@@ -86,7 +130,7 @@ pub struct Expected {
 }
 
 impl BatchHeader {
-    /// Reads the fields of a header. Says nothing about validity: see [`verify`].
+    /// Reads the fields of a header of version 2. Says nothing about validity: see [`verify`].
     #[must_use]
     pub fn decode(bytes: &[u8; HEADER]) -> BatchHeader {
         BatchHeader {
@@ -100,6 +144,7 @@ impl BatchHeader {
             synced_lsn: Lsn(u64_at(bytes, 40)),
             version: u16_at(bytes, 48),
             flags: u16_at(bytes, 50),
+            is_compact: false,
         }
     }
 
@@ -119,6 +164,78 @@ impl BatchHeader {
         to[52..56].fill(0);
     }
 
+    /// The header of a batch of version 2 with so many records in a body of so many bytes; sealing if it has none. `crc` is
+    /// still to come.
+    #[inline]
+    pub(crate) fn new(
+        at: Expected,
+        (record_count, body_len): (u32, u32),
+        timestamp: HybridTimestamp,
+        synced_lsn: Lsn,
+    ) -> BatchHeader {
+        BatchHeader {
+            crc: Chain(0),
+            body_len,
+            first_lsn: at.first_lsn,
+            record_count,
+            prev_crc: at.chain,
+            epoch: at.epoch,
+            timestamp,
+            synced_lsn,
+            version: BATCH_VERSION,
+            flags: if record_count == 0 { FLAG_SEALING } else { 0 },
+            is_compact: false,
+        }
+    }
+
+    /// Reads the header at the beginning of `bytes`, whichever version it has, where what is `before` is known. Only the
+    /// bits of an LSN that a compact batch has need be right in `before.first_lsn`, which is then the lowest that it can
+    /// have. `None` if there are too few bytes. Says nothing about validity.
+    #[inline]
+    pub(crate) fn read(bytes: &[u8], before: Expected) -> Option<BatchHeader> {
+        let compact = bytes.first_chunk::<COMPACT>()?;
+        if is_compact(compact) {
+            Some(BatchHeader::decode_compact(compact, before))
+        } else {
+            bytes.first_chunk().map(BatchHeader::decode)
+        }
+    }
+
+    /// Reads the header of a compact batch.
+    #[inline]
+    fn decode_compact(bytes: &[u8; COMPACT], before: Expected) -> BatchHeader {
+        let (detail, place) = (u32_at(bytes, 4), u64_at(bytes, 8));
+        let time = place >> LSN_BITS << LEN_SHIFT | u64::from(detail & TIME_IN_DETAIL);
+        let lowest = before.first_lsn;
+        BatchHeader {
+            crc: Chain(u32_at(bytes, 0)),
+            body_len: (detail & !IS_COMPACT) >> LEN_SHIFT,
+            first_lsn: lowest.plus(place.wrapping_sub(lowest.0) & LSN_MASK),
+            record_count: 1,
+            prev_crc: before.chain,
+            epoch: before.epoch,
+            timestamp: HybridTimestamp((time & !COUNT_MASK) << 1 | time & COUNT_MASK),
+            synced_lsn: Lsn::ZERO,
+            version: COMPACT_BATCH_VERSION,
+            flags: 0,
+            is_compact: true,
+        }
+    }
+
+    /// Whether it is compact: one record behind 16 bytes.
+    #[must_use]
+    #[inline]
+    pub fn is_compact(&self) -> bool {
+        self.is_compact
+    }
+
+    /// Bytes before the body.
+    #[must_use]
+    #[inline]
+    pub fn header_len(&self) -> u64 {
+        if self.is_compact() { COMPACT_HEADER_LEN } else { BATCH_HEADER_LEN }
+    }
+
     /// The LSN of the last record; one before [`first_lsn`](Self::first_lsn) where there is none.
     #[must_use]
     pub fn last_lsn(&self) -> Lsn {
@@ -133,12 +250,38 @@ impl BatchHeader {
 
     /// Bytes of header, body and padding.
     #[must_use]
+    #[inline]
     pub fn total_len(&self) -> u64 {
-        total_len(u64::from(self.body_len))
+        (self.header_len() + u64::from(self.body_len)).next_multiple_of(BATCH_ALIGNMENT)
     }
 }
 
-/// Bytes that a batch with a body of `body_len` bytes takes: header, body and padding.
+/// Whether these bytes begin a compact batch.
+#[inline]
+fn is_compact(bytes: &[u8; COMPACT]) -> bool {
+    u32_at(bytes, 4) & IS_COMPACT != 0
+}
+
+/// The header of a compact batch but for its `crc`: `detail` and `place`. `None` if the timestamp does not fit, with more
+/// than 32,768 batches in its millisecond or in a year after 2100. The record must fit, see [`MAX_COMPACT_RECORD_LEN`].
+#[inline]
+pub(crate) fn compact_header(record_len: u32, lsn: Lsn, timestamp: HybridTimestamp) -> Option<(u32, u64)> {
+    let count = timestamp.0 & (COUNT_MASK << 1 | 1);
+    let time = (timestamp.0 >> 1 & !COUNT_MASK) | count;
+    let fits = count <= COUNT_MASK && time >> TIME_BITS == 0;
+    #[allow(clippy::cast_possible_truncation, reason = "19 bits")]
+    let detail = IS_COMPACT | record_len << LEN_SHIFT | (time as u32 & TIME_IN_DETAIL);
+    fits.then_some((detail, time >> LEN_SHIFT << LSN_BITS | lsn.0 & LSN_MASK))
+}
+
+/// Bytes that a compact batch takes: header, record and padding.
+#[must_use]
+#[inline]
+pub(crate) const fn compact_len(record_len: u64) -> u64 {
+    (COMPACT_HEADER_LEN + record_len).next_multiple_of(BATCH_ALIGNMENT)
+}
+
+/// Bytes that a batch of version 2 with a body of `body_len` bytes takes: header, body and padding.
 #[must_use]
 #[inline]
 pub const fn total_len(body_len: u64) -> u64 {
@@ -236,8 +379,11 @@ impl std::fmt::Display for BatchError {
 /// are final.
 #[inline]
 pub fn verify(bytes: &[u8], room: u64, expected: Expected) -> Result<BatchHeader, BatchError> {
+    if let Some(first) = bytes.first_chunk::<COMPACT>().filter(|first| is_compact(first)) {
+        return verify_compact(first, bytes, room, expected);
+    }
     let Some(first) = bytes.first_chunk::<HEADER>().filter(|_| room >= BATCH_HEADER_LEN) else {
-        return Err(no_header(room));
+        return Err(no_header(bytes.len(), room));
     };
     let header = BatchHeader::decode(first);
     if let Some(flaw) = find_flaw(first, &header, room, expected) {
@@ -257,6 +403,27 @@ pub fn verify(bytes: &[u8], room: u64, expected: Expected) -> Result<BatchHeader
         return Err(wrong_records(count, records.rest.len(), header.record_count));
     }
     Ok(header)
+}
+
+/// The same for a compact batch, of which fewer rules can be broken.
+#[inline]
+fn verify_compact(
+    first: &[u8; COMPACT],
+    bytes: &[u8],
+    room: u64,
+    expected: Expected,
+) -> Result<BatchHeader, BatchError> {
+    let header = BatchHeader::decode_compact(first, expected);
+    let total = header.total_len();
+    if total > room || header.first_lsn != expected.first_lsn {
+        let flaw = if total > room { Flaw::Length } else { Flaw::FirstLsn };
+        return Err(describe(flaw, &[0; HEADER], &header, expected));
+    }
+    let Some(batch) = usize::try_from(total).ok().and_then(|total| bytes.get(..total)) else {
+        return Err(BatchError::Incomplete { needed: total });
+    };
+    let crc = chain_after_batch(expected.chain, batch);
+    if crc == header.crc { Ok(header) } else { Err(wrong_checksum(header.crc, crc)) }
 }
 
 /// Which of the rules that need no more than the header (1 to 4 and 6) is broken.
@@ -318,12 +485,14 @@ fn describe(flaw: Flaw, first: &[u8; HEADER], header: &BatchHeader, expected: Ex
 }
 
 #[cold]
-fn no_header(room: u64) -> BatchError {
-    if room < BATCH_HEADER_LEN {
+fn no_header(len: usize, room: u64) -> BatchError {
+    // With fewer bytes it cannot be told which version it has.
+    let needed = if len < COMPACT { COMPACT_HEADER_LEN } else { BATCH_HEADER_LEN };
+    if room < needed {
         let reason = format!("{room} bytes are left in the segment, too few for a batch header");
         return BatchError::Invalid(reason.into());
     }
-    BatchError::Incomplete { needed: BATCH_HEADER_LEN }
+    BatchError::Incomplete { needed }
 }
 
 #[cold]
@@ -349,12 +518,14 @@ pub struct Record<'a> {
 #[derive(Clone, Debug)]
 pub struct RecordIter<'a> {
     next: Lsn,
+    /// The record of a compact batch, which has no length of its own.
+    only: Option<&'a [u8]>,
     rest: &'a [u8],
 }
 
 impl<'a> RecordIter<'a> {
     pub(crate) fn new(first_lsn: Lsn, body: &'a [u8]) -> Self {
-        RecordIter { next: first_lsn, rest: body }
+        RecordIter { next: first_lsn, only: None, rest: body }
     }
 }
 
@@ -363,6 +534,9 @@ impl<'a> Iterator for RecordIter<'a> {
 
     #[inline]
     fn next(&mut self) -> Option<Record<'a>> {
+        if let Some(bytes) = self.only.take() {
+            return Some(Record { lsn: self.next, bytes });
+        }
         let (len, rest) = self.rest.split_first_chunk::<{ limits::index(RECORD_HEADER_LEN) }>()?;
         let (bytes, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
         let record = Record { lsn: self.next, bytes };
@@ -383,8 +557,21 @@ pub struct Batch<'a> {
 impl<'a> Batch<'a> {
     /// The records, in order.
     #[must_use]
+    #[inline]
     pub fn records(&self) -> RecordIter<'a> {
+        if self.header.is_compact() {
+            return RecordIter { next: self.header.first_lsn, only: Some(self.body), rest: &[] };
+        }
         RecordIter::new(self.header.first_lsn, self.body)
+    }
+
+    /// The batch with this header at the beginning of `bytes`, if it is there as a whole, and the bytes behind it.
+    #[inline]
+    pub(crate) fn split_off(header: BatchHeader, bytes: &'a [u8]) -> Option<(Batch<'a>, &'a [u8])> {
+        let (batch, rest) = bytes.split_at_checked(usize::try_from(header.total_len()).ok()?)?;
+        let from = limits::index(header.header_len());
+        let body = batch.get(from..from + header.body_len as usize)?;
+        Some((Batch { header, body }, rest))
     }
 }
 
@@ -393,13 +580,26 @@ impl<'a> Batch<'a> {
 #[derive(Clone, Debug)]
 pub struct BatchIter<'a> {
     rest: &'a [u8],
+    /// What is known of what comes before; an LSN of 0 if nothing is.
+    before: Expected,
 }
 
 impl<'a> BatchIter<'a> {
-    /// Walks `verified`, which must begin at a batch.
+    /// Walks `verified`, which must begin at a batch that is not compact, such as the first of a segment. Where it begins at
+    /// a compact one nothing is walked, as only the segment knows its LSN: see [`within`](Self::within).
     #[must_use]
     pub fn new(verified: &'a [u8]) -> Self {
-        BatchIter { rest: verified }
+        BatchIter {
+            rest: verified,
+            before: Expected { first_lsn: Lsn::ZERO, chain: Chain::default(), epoch: Epoch::ZERO },
+        }
+    }
+
+    /// Walks `verified`, which must begin at a batch of that segment.
+    #[must_use]
+    pub fn within(segment: &SegmentHeader, verified: &'a [u8]) -> Self {
+        let first_lsn = segment.id.first_lsn;
+        BatchIter { rest: verified, before: Expected { first_lsn, chain: Chain::default(), epoch: segment.epoch } }
     }
 }
 
@@ -408,26 +608,29 @@ impl<'a> Iterator for BatchIter<'a> {
 
     #[inline]
     fn next(&mut self) -> Option<Batch<'a>> {
-        let header = BatchHeader::decode(self.rest.first_chunk()?);
-        let total = usize::try_from(header.total_len()).ok()?;
-        let (batch, rest) = self.rest.split_at_checked(total)?;
+        let header = BatchHeader::read(self.rest, self.before)?;
+        if header.is_compact() && self.before.first_lsn == Lsn::ZERO {
+            return None;
+        }
+        let (batch, rest) = Batch::split_off(header, self.rest)?;
         self.rest = rest;
-        Some(Batch { header, body: &batch[HEADER..HEADER + header.body_len as usize] })
+        self.before = Expected { first_lsn: header.last_lsn().next(), chain: header.crc, epoch: header.epoch };
+        Some(batch)
     }
 }
 
 #[inline]
-fn u16_at(bytes: &[u8; HEADER], at: usize) -> u16 {
+fn u16_at<const N: usize>(bytes: &[u8; N], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
 #[inline]
-fn u32_at(bytes: &[u8; HEADER], at: usize) -> u32 {
+fn u32_at<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 #[inline]
-fn u64_at(bytes: &[u8; HEADER], at: usize) -> u64 {
+fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
@@ -451,18 +654,9 @@ pub fn build(at: Expected, timestamp: HybridTimestamp, synced_lsn: Lsn, records:
         body.extend_from_slice(&len.to_le_bytes());
         body.extend_from_slice(record);
     }
-    let mut header = BatchHeader {
-        crc: Chain(0),
-        body_len: u32::try_from(body.len()).unwrap_or(u32::MAX),
-        first_lsn: at.first_lsn,
-        record_count: u32::try_from(records.len()).unwrap_or(u32::MAX),
-        prev_crc: at.chain,
-        epoch: at.epoch,
-        timestamp,
-        synced_lsn,
-        version: BATCH_VERSION,
-        flags: if records.is_empty() { FLAG_SEALING } else { 0 },
-    };
+    let body_len = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    let record_count = u32::try_from(records.len()).unwrap_or(u32::MAX);
+    let mut header = BatchHeader::new(at, (record_count, body_len), timestamp, synced_lsn);
     let mut bytes = vec![0; HEADER];
     bytes.extend_from_slice(&body);
     bytes.resize(bytes.len().next_multiple_of(limits::index(BATCH_ALIGNMENT)), 0);
@@ -472,6 +666,32 @@ pub fn build(at: Expected, timestamp: HybridTimestamp, synced_lsn: Lsn, records:
     header.crc = chain_after(at.chain, &bytes[4..]);
     bytes[..4].copy_from_slice(&header.crc.0.to_le_bytes());
     bytes
+}
+
+/// Builds a compact batch in a vector, as [`build`] does others. `None` if the record is longer than
+/// [`MAX_COMPACT_RECORD_LEN`] or the timestamp does not fit.
+///
+/// ```
+/// use towline::wal::{batch, Expected};
+/// use towline::{Chain, Epoch, HybridTimestamp, Lsn};
+///
+/// let at = Expected { first_lsn: Lsn(7), chain: Chain(5), epoch: Epoch(1) };
+/// let bytes = batch::build_compact(at, HybridTimestamp::default().tick(1_800_000_000_000), b"record").unwrap();
+/// let header = batch::verify(&bytes, bytes.len() as u64, at).unwrap();
+/// assert_eq!((bytes.len(), header.first_lsn, header.is_compact()), (24, Lsn(7), true));
+/// ```
+#[must_use]
+pub fn build_compact(at: Expected, timestamp: HybridTimestamp, record: &[u8]) -> Option<Vec<u8>> {
+    let len = u32::try_from(record.len()).ok().filter(|&len| u64::from(len) <= MAX_COMPACT_RECORD_LEN)?;
+    let (detail, place) = compact_header(len, at.first_lsn, timestamp)?;
+    let mut bytes = vec![0; 4];
+    bytes.extend_from_slice(&detail.to_le_bytes());
+    bytes.extend_from_slice(&place.to_le_bytes());
+    bytes.extend_from_slice(record);
+    bytes.resize(limits::index(compact_len(u64::from(len))), 0);
+    let crc = chain_after(at.chain, &bytes[4..]);
+    bytes[..4].copy_from_slice(&crc.0.to_le_bytes());
+    Some(bytes)
 }
 
 #[cfg(test)]
@@ -520,7 +740,77 @@ mod tests {
     }
 
     #[test]
+    fn a_compact_batch_decodes_to_what_was_built() {
+        let record = [7; 4095];
+        for (first_lsn, timestamp, len) in [
+            (1, 1, 0),
+            (1 << 26, 0x7fff, 1),
+            ((5 << 26) - 1, (1_800_000_000_000 << 16) + 0x1234, 128),
+            (u64::MAX - 9, (1 << 58) - (1 << 16) + 0x7fff, 4095),
+        ] {
+            let at = Expected { first_lsn: Lsn(first_lsn), ..AT };
+            let bytes = build_compact(at, HybridTimestamp(timestamp), &record[..len]).unwrap();
+            assert_eq!(bytes.len(), (16 + len).next_multiple_of(8));
+            let header = verify(&bytes, bytes.len() as u64, at).unwrap();
+            assert_eq!((header.first_lsn, header.last_lsn(), header.record_count), (at.first_lsn, at.first_lsn, 1));
+            assert_eq!(
+                (header.timestamp, header.epoch, header.prev_crc),
+                (HybridTimestamp(timestamp), AT.epoch, AT.chain)
+            );
+            assert_eq!(
+                (header.total_len(), header.synced_lsn, header.is_sealing()),
+                (bytes.len() as u64, Lsn::ZERO, false)
+            );
+            let records: Vec<_> = Batch::split_off(header, &bytes).unwrap().0.records().collect();
+            assert_eq!(records, [Record { lsn: at.first_lsn, bytes: &record[..len] }]);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_in_a_compact_batch_makes_none() {
+        let compact = |timestamp, len| build_compact(AT, HybridTimestamp(timestamp), &vec![7; len]);
+        assert!(compact(0x7fff, 4095).is_some());
+        assert_eq!(compact(0x8000, 1), None, "more than 32,768 in a millisecond");
+        assert_eq!(compact(1 << 58, 1), None, "2109");
+        assert_eq!(compact(1, 4096), None);
+    }
+
+    #[test]
+    fn compact_batches_are_walked_behind_one_that_says_everything() {
+        let mut bytes = sample(&[b"one", b"two"]);
+        let mut at = Expected { first_lsn: Lsn(44), chain: verify(&bytes, 1 << 16, AT).unwrap().crc, ..AT };
+        let begins_at = bytes.len();
+        for record in [&b"three"[..], b"", b"five"] {
+            let compact = build_compact(at, HybridTimestamp(at.first_lsn.0), record).unwrap();
+            at = Expected { first_lsn: at.first_lsn.next(), chain: verify(&compact, 1 << 16, at).unwrap().crc, ..at };
+            bytes.extend(compact);
+        }
+        let walked: Vec<_> =
+            BatchIter::new(&bytes).flat_map(|batch| batch.records()).map(|record| record.lsn.0).collect();
+        assert_eq!(walked, [42, 43, 44, 45, 46]);
+        let headers: Vec<_> = BatchIter::new(&bytes).map(|batch| batch.header).collect();
+        assert!(headers.iter().all(|header| header.epoch == AT.epoch) && headers[3].prev_crc == headers[2].crc);
+        // What begins with a compact one needs its segment.
+        assert_eq!(BatchIter::new(&bytes[begins_at..]).count(), 0);
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_compact_batch_is_found() {
+        let bytes = build_compact(AT, HybridTimestamp(1_800_000_000_000 << 16), b"a record").unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(verify(&damaged, damaged.len() as u64, AT).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
     fn a_batch_of_another_history_is_refused() {
+        let compact = build_compact(AT, HybridTimestamp(77), b"x").unwrap();
+        for other in [Expected { first_lsn: Lsn(43), ..AT }, Expected { chain: Chain(1), ..AT }] {
+            assert!(matches!(verify(&compact, 100, other), Err(BatchError::Invalid(_))));
+        }
+        assert!(matches!(verify(&compact, 23, AT), Err(BatchError::Invalid(_))), "there is no room for it");
         let bytes = sample(&[b"x"]);
         let room = bytes.len() as u64;
         for other in [
@@ -545,6 +835,10 @@ mod tests {
             let slices: Vec<&[u8]> = records.iter().map(Vec::as_slice).collect();
             let bytes = sample(&slices);
             let cut = cut.index(bytes.len());
+            let result = verify(&bytes[..cut], bytes.len() as u64, AT);
+            prop_assert!(matches!(result, Err(BatchError::Incomplete { .. })), "{result:?}");
+            let bytes = build_compact(AT, HybridTimestamp(77), &records[0]).unwrap();
+            let cut = cut.min(bytes.len() - 1);
             let result = verify(&bytes[..cut], bytes.len() as u64, AT);
             prop_assert!(matches!(result, Err(BatchError::Incomplete { .. })), "{result:?}");
         }

@@ -8,9 +8,9 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::limits::{self, BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, Lsn};
-use crate::wal::batch::BatchHeader;
+use crate::wal::batch::{BatchHeader, Expected};
 use crate::wal::log::Log;
 use crate::wal::mapping::Segment;
 use crate::wal::reader::LogPosition;
@@ -186,7 +186,9 @@ impl ChainCursor {
             let published = segment.published();
             if self.offset < published {
                 let bytes = segment.bytes(self.offset..published)?;
-                return Ok(bytes.first_chunk::<{ limits::index(BATCH_HEADER_LEN) }>().map(BatchHeader::decode));
+                let epoch = segment.header().epoch;
+                let before = Expected { first_lsn: self.lsn.next(), chain: self.chain, epoch };
+                return Ok(BatchHeader::read(bytes, before));
             }
             if let Some(last_lsn) = sealed {
                 (self.segment, self.next_segment, self.offset) = (None, last_lsn.next(), SEGMENT_HEADER_LEN);
@@ -211,7 +213,7 @@ mod tests {
     use crate::wal::{LogIdentity, LogWriter, Wal, WalOptions};
 
     fn open() -> (tempfile::TempDir, Wal, LogWriter) {
-        open_with_segments_of(limits::MIN_SEGMENT_SIZE)
+        open_with_segments_of(crate::limits::MIN_SEGMENT_SIZE)
     }
 
     fn open_with_segments_of(segment_size: u64) -> (tempfile::TempDir, Wal, LogWriter) {

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use crate::limits::{MIN_SEGMENT_SIZE, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
-use crate::wal::batch::{self, BatchHeader, Expected};
+use crate::wal::batch::{self, Expected};
 use crate::wal::identity::LogIdentity;
 use crate::wal::mapping::{Mapping, Segment};
-use crate::wal::segment::{SegmentHeader, write_all_at};
+use crate::wal::segment::{SEGMENT_VERSION, SegmentHeader, write_all_at};
 
 pub(super) const SIZE: u64 = MIN_SEGMENT_SIZE;
 pub(super) const IDENTITY: LogIdentity =
@@ -34,6 +34,8 @@ pub(super) struct LogFixture {
     pub(super) next: Expected,
     /// What the batches to come say was synced.
     pub(super) synced: Lsn,
+    /// What the last batch says.
+    stated: Lsn,
     path: PathBuf,
     end: u64,
     timestamp: HybridTimestamp,
@@ -52,6 +54,7 @@ impl LogFixture {
             places: Vec::new(),
             next: Expected { first_lsn, chain, epoch: Epoch(3) },
             synced: Lsn::ZERO,
+            stated: Lsn::ZERO,
             path: PathBuf::new(),
             end: 0,
             timestamp: HybridTimestamp::default().tick(1_000),
@@ -97,10 +100,14 @@ impl LogFixture {
     pub(super) fn append(&mut self, records: &[&[u8]]) {
         self.timestamp = self.timestamp.tick(0);
         let synced = self.synced.min(self.head());
-        let bytes = batch::build(self.next, self.timestamp, synced, records);
+        // As the log's writer does it: never at the beginning of a segment, nor where there is something to say.
+        let is_compact = records.len() == 1 && self.end > SEGMENT_HEADER_LEN && synced == self.stated;
+        let compact = is_compact.then(|| batch::build_compact(self.next, self.timestamp, records[0])).flatten();
+        self.stated = synced;
+        let bytes = compact.unwrap_or_else(|| batch::build(self.next, self.timestamp, synced, records));
         assert!(self.end + bytes.len() as u64 <= SIZE);
         write(&self.path, &bytes, self.end);
-        let header = BatchHeader::decode(bytes.first_chunk().unwrap());
+        let header = batch::verify(&bytes, SIZE - self.end, self.next).unwrap();
         self.places.push(Place {
             path: self.path.clone(),
             offset: self.end,
@@ -128,6 +135,7 @@ impl LogFixture {
             epoch,
             chain_before: self.next.chain,
             segment_size: SIZE,
+            version: SEGMENT_VERSION,
         };
         self.path = self.directory.path().join(header.id.to_string());
         self.end = SEGMENT_HEADER_LEN;
@@ -168,7 +176,7 @@ pub(super) fn given_up(directory: &Path, first_lsn: u64) -> (PathBuf, Segment) {
     let file = File::options().read(true).write(true).open(&path).unwrap();
     let mapping = Mapping::new(&file, SIZE).unwrap();
     let (cluster, epoch, chain_before) = (IDENTITY.cluster, Epoch(1), Chain(1));
-    let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: SIZE };
+    let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: SIZE, version: SEGMENT_VERSION };
     let (segment, writer) = Segment::new(header, path.clone(), file, mapping, SIZE, Some(Lsn(first_lsn)));
     drop(writer);
     (path, Arc::into_inner(segment).unwrap())

@@ -380,9 +380,10 @@ impl Mender<'_> {
             return Ok(self.refusal(work, at, due.first_lsn, &reason));
         }
         // One that ends elsewhere than the log's own batch did came only in part.
-        let header = file.bytes(at, BATCH_HEADER_LEN)?.first_chunk().map(BatchHeader::decode);
+        let header = BatchHeader::read(file.bytes(at, BATCH_HEADER_LEN)?, due);
         let longer = header.filter(|header| {
-            (header.first_lsn, header.version) == (due.first_lsn, BATCH_VERSION) && at + header.total_len() > end
+            let is_batch = header.is_compact() || header.version == BATCH_VERSION;
+            is_batch && header.first_lsn == due.first_lsn && at + header.total_len() > end
         });
         if let (Some(longer), Some((offset, own))) = (longer, own) {
             let reason = format!(

@@ -125,6 +125,21 @@ impl Log {
     ///
     /// [`Error::NotRetained`](crate::Error::NotRetained) if `lsn` is before the tail or more than one past the head.
     pub fn position_before(&self, lsn: Lsn) -> Result<LogPosition> {
+        self.positions_before(lsn).map(|(place, _)| place)
+    }
+
+    /// The last place at or before [`position_before`](Self::position_before) at which no [compact batch](super::batch)
+    /// stands: where whoever knows nothing of the log can begin.
+    ///
+    /// # Errors
+    ///
+    /// As [`position_before`](Self::position_before).
+    pub(crate) fn plain_position_before(&self, lsn: Lsn) -> Result<LogPosition> {
+        self.positions_before(lsn).map(|(_, plain)| plain)
+    }
+
+    fn positions_before(&self, lsn: Lsn) -> Result<(LogPosition, LogPosition)> {
+        let alone = |place| Ok((place, place));
         let head = self.head();
         if lsn > head.next() || lsn < self.tail() {
             return Err(self.not_retained(lsn));
@@ -135,25 +150,29 @@ impl Log {
             }
             // Nothing has been written yet. Where the log does not begin with LSN 1, its first header will say the chain.
             let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
-            return Ok(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
+            return alone(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
         };
         let start = start_of(&segment);
         if lsn == start.segment {
-            return Ok(start);
+            return alone(start);
         }
         let published = segment.published();
         let mut place = LogPosition { offset: SEGMENT_HEADER_LEN, ..start };
-        for batch in BatchIter::new(segment.bytes(SEGMENT_HEADER_LEN..published)?) {
+        let mut plain = place;
+        for batch in BatchIter::within(segment.header(), segment.bytes(SEGMENT_HEADER_LEN..published)?) {
+            if !batch.header.is_compact() {
+                plain = place;
+            }
             if batch.header.last_lsn() >= lsn {
-                return Ok(place);
+                return Ok((place, plain));
             }
             place = after(place, &batch.header);
             if batch.header.is_sealing() {
                 // `lsn` is the one after the head, and its segment does not exist yet.
-                return Ok(LogPosition { segment: lsn, offset: 0, ..place });
+                return alone(LogPosition { segment: lsn, offset: 0, ..place });
             }
         }
-        if place.lsn.next() == lsn { Ok(place) } else { Err(self.not_retained(lsn)) }
+        if place.lsn.next() == lsn { Ok((place, plain)) } else { Err(self.not_retained(lsn)) }
     }
 
     /// The beginning of the segment that holds `lsn`; where `lsn` is the one after the head, of the newest segment, even
@@ -201,7 +220,7 @@ impl Log {
 pub(super) fn place_before_seal(segment: &Segment) -> Result<LogPosition> {
     let mut place = start_of(segment);
     place.offset = SEGMENT_HEADER_LEN;
-    for batch in BatchIter::new(segment.bytes(SEGMENT_HEADER_LEN..segment.published())?) {
+    for batch in BatchIter::within(segment.header(), segment.bytes(SEGMENT_HEADER_LEN..segment.published())?) {
         if batch.header.is_sealing() {
             break;
         }

@@ -87,7 +87,8 @@ pub fn list_segments(directory: &Path) -> Result<Vec<(WalSegmentId, PathBuf)>> {
 /// # use towline::wal::{batch, Expected, SegmentHeader};
 /// # use towline::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 /// # let id = WalSegmentId { region: RegionId(0), shard: ShardId(0), first_lsn: Lsn(1) };
-/// # let header = SegmentHeader { id, cluster: ClusterId(7), epoch: Epoch(1), chain_before: Chain(5), segment_size: 65536 };
+/// # let (cluster, epoch, chain_before) = (ClusterId(7), Epoch(1), Chain(5));
+/// # let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size: 65536, version: 3 };
 /// # let at = Expected { first_lsn: Lsn(1), chain: Chain(5), epoch: Epoch(1) };
 /// # let mut bytes = header.encode().to_vec();
 /// # bytes.extend(batch::build(at, HybridTimestamp::default(), Lsn::ZERO, &[b"one", b"two"]));

@@ -1,6 +1,6 @@
 //! Segment files: their header page and how they are filled before use.
 //!
-//! # Format, version 2
+//! # Format, versions 2 and 3
 //!
 //! A segment file has a fixed size, a multiple of 4096 bytes, all of it allocated. Its first page is the header; the
 //! batches follow without gaps; behind the last batch there are zeros. All numbers are little-endian.
@@ -8,7 +8,7 @@
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
 //! | 0 | 8 | `magic` | the bytes `TOWLINE` and a zero |
-//! | 8 | 2 | `version` | 2 |
+//! | 8 | 2 | `version` | 3; 2 in segments made before there were [compact batches](super::batch), which have none |
 //! | 10 | 2 | `region` | where the log originates |
 //! | 12 | 2 | `shard` | which of its shards |
 //! | 14 | 2 | `reserved` | 0 |
@@ -31,7 +31,9 @@ use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId, WalSegmentId
 
 const MAGIC: [u8; 8] = *b"TOWLINE\0";
 /// Version of the segment format.
-pub const SEGMENT_VERSION: u16 = 2;
+pub const SEGMENT_VERSION: u16 = 3;
+/// Oldest version that is read, and written on with.
+pub const OLDEST_SEGMENT_VERSION: u16 = 2;
 /// Bytes of the header page.
 pub const HEADER_PAGE: usize = limits::index(SEGMENT_HEADER_LEN);
 /// Bytes of its fields; the rest is zero.
@@ -50,6 +52,8 @@ pub struct SegmentHeader {
     pub chain_before: Chain,
     /// Bytes of the file.
     pub segment_size: u64,
+    /// Format version: [`SEGMENT_VERSION`], or [`OLDEST_SEGMENT_VERSION`] of one that has no compact batches.
+    pub version: u16,
 }
 
 impl SegmentHeader {
@@ -67,7 +71,7 @@ impl SegmentHeader {
     pub(crate) fn encode_fields(&self) -> [u8; HEADER_FIELDS] {
         let mut page = [0; HEADER_FIELDS];
         page[0..8].copy_from_slice(&MAGIC);
-        page[8..10].copy_from_slice(&SEGMENT_VERSION.to_le_bytes());
+        page[8..10].copy_from_slice(&self.version.to_le_bytes());
         page[10..12].copy_from_slice(&self.id.region.0.to_le_bytes());
         page[12..14].copy_from_slice(&self.id.shard.0.to_le_bytes());
         page[16..24].copy_from_slice(&self.id.first_lsn.0.to_le_bytes());
@@ -96,8 +100,9 @@ impl SegmentHeader {
         if crc != u32_at(60) {
             return Err(format!("the header's checksum is {:08x}, but its bytes give {crc:08x}", u32_at(60)));
         }
-        if u16_at(8) != SEGMENT_VERSION {
-            return Err(format!("segment version {} is not {SEGMENT_VERSION}", u16_at(8)));
+        let version = u16_at(8);
+        if !(OLDEST_SEGMENT_VERSION..=SEGMENT_VERSION).contains(&version) {
+            return Err(format!("segment version {version} is not {OLDEST_SEGMENT_VERSION} to {SEGMENT_VERSION}"));
         }
         if u16_at(14) != 0 || page[64..].iter().any(|&byte| byte != 0) {
             return Err("reserved bytes of the header are in use".to_owned());
@@ -108,6 +113,7 @@ impl SegmentHeader {
             epoch: Epoch(u64_at(24)),
             chain_before: Chain(u32_at(56)),
             segment_size: u64_at(32),
+            version,
         };
         if !is_valid_size(header.segment_size) {
             return Err(format!("{} bytes is not a size that a segment can have", header.segment_size));
@@ -235,6 +241,7 @@ mod tests {
             epoch: Epoch(4),
             chain_before: Chain(5),
             segment_size: MIN_SEGMENT_SIZE,
+            version: SEGMENT_VERSION,
         }
     }
 

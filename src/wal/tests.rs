@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::*;
 use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
 use crate::wal::landmarks::LANDMARK_EVERY;
+use crate::wal::segment::SEGMENT_VERSION;
 use crate::watermark::{Until, wait_any};
 
 const SEGMENT: u64 = 64 * 1024;
@@ -560,6 +561,7 @@ fn a_leader_may_replace_a_segment_in_which_it_wrote_nothing() {
         epoch: Epoch(epoch),
         chain_before: sink_chain(&seal),
         segment_size: SEGMENT,
+        version: SEGMENT_VERSION,
     };
     // Nor need the next leader have had it, whose own segment there can be older.
     for epoch in [1, 3, 2] {
@@ -593,6 +595,7 @@ fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
         epoch: Epoch(1),
         chain_before: Chain::genesis(ClusterId(9), RegionId(0), ShardId(3)),
         segment_size: SEGMENT,
+        version: SEGMENT_VERSION,
     };
     writer.ingest_window(Lsn(1), 0, 4096).unwrap().copy_from_slice(&empty.encode());
     writer.ingest_filled(4096).unwrap();

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, PAGE_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
-use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, BatchIter, Expected, FLAG_SEALING};
+use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, Expected, FLAG_SEALING};
 use crate::wal::segment::{HEADER_PAGE, SegmentHeader, read_at};
 use crate::wal::walk_ahead::WalkedAhead;
 
@@ -249,7 +249,7 @@ pub(super) fn walk(
                 break;
             }
         };
-        if let Some(batch) = BatchIter::new(file.bytes(at, header.total_len())?).next() {
+        if let Some((batch, _)) = Batch::split_off(header, file.bytes(at, header.total_len())?) {
             visit(at, batch);
         }
         at += header.total_len();

@@ -50,7 +50,7 @@ message! {
 /// # fn main() -> Result<(), towline::wire::WireError> {
 /// let id = WalSegmentId { region: RegionId(0), shard: ShardId(0), first_lsn: Lsn(1) };
 /// let (epoch, chain_before) = (Epoch(1), Chain(0));
-/// let header = SegmentHeader { id, cluster: ClusterId(7), epoch, chain_before, segment_size: 65536 };
+/// let header = SegmentHeader { id, cluster: ClusterId(7), epoch, chain_before, segment_size: 65536, version: 3 };
 /// let sealing = Expected { first_lsn: Lsn(1), chain: chain_before, epoch };
 /// let mut archived = header.encode().to_vec();
 /// archived.extend(batch::build(sealing, HybridTimestamp::default(), Lsn::ZERO, &[]));

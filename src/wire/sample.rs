@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::RefusalCode;
 use crate::limits::MIN_SEGMENT_SIZE;
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, ShardId, WalSegmentId};
-use crate::wal::segment::HEADER_PAGE;
+use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION};
 use crate::wal::{Expected, Mapping, Segment, SegmentHeader, batch};
 use crate::wire::*;
 
@@ -169,6 +169,7 @@ pub(crate) fn sealed_bytes(batches: &[&[&[u8]]], segment_size: u64) -> Vec<u8> {
         epoch: Epoch(3),
         chain_before: Chain(0x1234_5678),
         segment_size,
+        version: SEGMENT_VERSION,
     };
     let mut bytes = header.encode().to_vec();
     let mut at = Expected { first_lsn: SEGMENT_ID.first_lsn, chain: header.chain_before, epoch: header.epoch };

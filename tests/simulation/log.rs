@@ -4,8 +4,9 @@
 use towline::limits::{BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use towline::seams::{History, KeptLog, give_up_through, survey_log};
 use towline::wal::batch::{self, BatchIter};
+use towline::wal::segment::SEGMENT_VERSION;
 use towline::wal::{
-    BatchError, BatchHeader, Expected, KnownSynced, LogIdentity, LogPosition, SegmentHeader, WrittenHere,
+    Batch, BatchError, BatchHeader, Expected, KnownSynced, LogIdentity, LogPosition, SegmentHeader, WrittenHere,
 };
 use towline::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 
@@ -69,6 +70,8 @@ pub struct Log {
     pub epoch: Epoch,
     timestamp: HybridTimestamp,
     pub synced: Lsn,
+    /// What the last batch of this leader's says was synced, if compact ones may follow it.
+    stated: Option<Lsn>,
     /// The newest epoch that the first header may have, while it has not arrived.
     trusted: Option<Epoch>,
     /// A header page, or the beginning of a batch, as far as it has arrived.
@@ -142,7 +145,7 @@ impl Log {
             let id = segment.header.id;
             let file = listed.iter().find(|(listed, _)| *listed == id).map(|(_, file)| *file).unwrap();
             let mut at = SEGMENT_HEADER_LEN;
-            for batch in BatchIter::new(&disk.bytes(file)[index(at)..index(segment.published)]) {
+            for batch in BatchIter::within(&segment.header, &disk.bytes(file)[index(at)..index(segment.published)]) {
                 log.marks.push(Mark { header: batch.header, segment: id.first_lsn, start: at });
                 at += batch.header.total_len();
             }
@@ -172,6 +175,7 @@ impl Log {
             epoch: Epoch::ZERO,
             timestamp: HybridTimestamp::default(),
             synced: Lsn::ZERO,
+            stated: None,
             trusted: None,
             arrived: Vec::new(),
             header_due: false,
@@ -219,6 +223,11 @@ impl Log {
         &disk.bytes(segment.file)[index(mark.start)..index(mark.end())]
     }
 
+    pub fn batch<'d>(&self, disk: &'d Disk, mark: &Mark) -> Batch<'d> {
+        let segment = self.segments.iter().find(|segment| segment.header.id.first_lsn == mark.segment).unwrap();
+        BatchIter::within(&segment.header, self.batch_bytes(disk, mark)).next().unwrap()
+    }
+
     /// The first batch with a record after `lsn`.
     pub fn batch_after(&self, lsn: Lsn) -> Option<Mark> {
         let at = self.marks.partition_point(|mark| mark.lsn() <= lsn);
@@ -235,14 +244,19 @@ impl Log {
     pub fn append(&mut self, disk: &mut Disk, now: u64, records: &[&[u8]]) -> Result<Mark, Full> {
         let at = |log: &Log| Expected { first_lsn: log.next, chain: log.chain, epoch: log.epoch };
         self.timestamp = self.timestamp.tick(1_000_000 + now);
-        let mut bytes = batch::build(at(self), self.timestamp, self.synced, records);
+        // As the crate's writer: compact where there is nothing more to say.
+        let is_compact = records.len() == 1 && self.stated == Some(self.synced);
+        let compact = is_compact.then(|| batch::build_compact(at(self), self.timestamp, records[0])).flatten();
+        let build = |log: &Log| batch::build(at(log), log.timestamp, log.synced, records);
+        let mut bytes = compact.unwrap_or_else(|| build(self));
         let fits = |segment: &Segment| segment.end + bytes.len() as u64 + BATCH_HEADER_LEN <= SEGMENT_SIZE;
         let is_open =
             self.segments.last().is_some_and(|last| !last.sealed && last.header.epoch == self.epoch && fits(last));
         if !is_open {
             self.roll(disk)?;
-            bytes = batch::build(at(self), self.timestamp, self.synced, records);
+            bytes = build(self);
         }
+        self.stated = Some(self.synced);
         Ok(self.put(disk, &bytes))
     }
 
@@ -250,7 +264,9 @@ impl Log {
     fn put(&mut self, disk: &mut Disk, bytes: &[u8]) -> Mark {
         let segment = self.segments.last().unwrap();
         disk.write(segment.file, segment.end, bytes);
-        self.take_in(BatchHeader::decode(bytes.first_chunk().unwrap()))
+        let at = Expected { first_lsn: self.next, chain: self.chain, epoch: segment.header.epoch };
+        let header = batch::verify(bytes, SEGMENT_SIZE - segment.end, at).unwrap();
+        self.take_in(header)
     }
 
     fn take_in(&mut self, header: BatchHeader) -> Mark {
@@ -282,6 +298,7 @@ impl Log {
             epoch: self.epoch,
             chain_before: self.chain,
             segment_size: SEGMENT_SIZE,
+            version: SEGMENT_VERSION,
         };
         self.activate(disk, header)
     }
@@ -392,7 +409,7 @@ impl Log {
         }
         self.drop_open_if_empty(disk);
         self.activate(disk, header).map_err(|Full| "no room for the next segment".to_owned())?;
-        (self.epoch, self.chain, self.trusted) = (header.epoch, header.chain_before, None);
+        (self.epoch, self.chain, self.trusted, self.stated) = (header.epoch, header.chain_before, None, None);
         Ok(())
     }
 
@@ -433,7 +450,7 @@ impl Log {
             disk.zero(open.file, offset..open.end);
             (open.end, open.sealed, open.last) = (offset, false, next.previous());
         }
-        (self.next, self.chain) = (next, chain);
+        (self.next, self.chain, self.stated) = (next, chain, None);
         self.epoch = self.segments.last().map_or(Epoch::ZERO, |last| last.header.epoch);
         disk.sync_now();
         self.synced = self.head();
@@ -523,7 +540,8 @@ impl Log {
             self.marks.iter().filter(|mark| mark.header.record_count > 0 && mark.lsn() <= stated).collect();
         let mark = marks.get(chance.index(marks.len().max(1)))?;
         let segment = self.segments.iter().find(|segment| segment.header.id.first_lsn == mark.segment)?;
-        let byte = chance.between(mark.start, mark.start + BATCH_HEADER_LEN + u64::from(mark.header.body_len) - 1);
+        let len = mark.header.header_len() + u64::from(mark.header.body_len);
+        let byte = chance.between(mark.start, mark.start + len - 1);
         Some((segment.header.id, byte * 8 + chance.below(8)))
     }
 }

@@ -6,7 +6,7 @@ use towline::protocol::{
     Assignment, Engine, Event, Millis, ReadinessObserved, ReplicaInfo, Role, SessionId, SessionLimits, Settings,
 };
 use towline::target::ReplicationTarget;
-use towline::wal::{BatchIter, KnownSynced, WrittenHere};
+use towline::wal::{KnownSynced, WrittenHere};
 use towline::{Epoch, Lsn, NodeId, ShardId};
 
 use super::clock::Time;
@@ -203,8 +203,7 @@ impl World {
                 break;
             }
             let Some(mark) = node.log.batch_after(applied).filter(|mark| mark.lsn() <= node.log.synced) else { break };
-            let bytes = node.log.batch_bytes(&node.disk, &mark);
-            let batch = BatchIter::new(bytes).next().unwrap();
+            let batch = node.log.batch(&node.disk, &mark);
             let result = match node.following.rebuild_mut() {
                 Some(session) => session.apply_log_entry(&batch),
                 None => node.blocks.apply_batch(SHARD, &batch),

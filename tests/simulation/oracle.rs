@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use towline::wal::BatchIter;
 use towline::{Chain, Epoch, Lsn};
 
 use super::disk::Disk;
@@ -81,7 +80,7 @@ impl Oracle {
             let Some(mut state) = self.written.get(&before).map(|written| written.state) else {
                 return self.violated(format!("node {node} writes behind {before:?}, where no log ever stood"));
             };
-            for record in BatchIter::new(bytes).flat_map(|batch| batch.records().collect::<Vec<_>>()) {
+            for record in log.batch(disk, &mark).records() {
                 apply_to(&mut state, record);
             }
             self.written.insert((mark.lsn(), mark.chain()), Written { before, hash: hash(bytes), state });
