@@ -132,6 +132,7 @@ pub struct Expected {
 impl BatchHeader {
     /// Reads the fields of a header of version 2. Says nothing about validity: see [`verify`].
     #[must_use]
+    #[inline]
     pub fn decode(bytes: &[u8; HEADER]) -> BatchHeader {
         BatchHeader {
             crc: Chain(u32_at(bytes, 0)),
@@ -238,6 +239,7 @@ impl BatchHeader {
 
     /// The LSN of the last record; one before [`first_lsn`](Self::first_lsn) where there is none.
     #[must_use]
+    #[inline]
     pub fn last_lsn(&self) -> Lsn {
         self.first_lsn.previous().plus(u64::from(self.record_count))
     }
@@ -608,10 +610,15 @@ impl<'a> Iterator for BatchIter<'a> {
 
     #[inline]
     fn next(&mut self) -> Option<Batch<'a>> {
-        let header = BatchHeader::read(self.rest, self.before)?;
-        if header.is_compact() && self.before.first_lsn == Lsn::ZERO {
-            return None;
-        }
+        let first = self.rest.first_chunk::<COMPACT>()?;
+        let header = if is_compact(first) {
+            if self.before.first_lsn == Lsn::ZERO {
+                return None;
+            }
+            BatchHeader::decode_compact(first, self.before)
+        } else {
+            BatchHeader::decode(self.rest.first_chunk()?)
+        };
         let (batch, rest) = Batch::split_off(header, self.rest)?;
         self.rest = rest;
         self.before = Expected { first_lsn: header.last_lsn().next(), chain: header.crc, epoch: header.epoch };
