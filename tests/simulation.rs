@@ -89,15 +89,21 @@ fn explain(seed: u64, seconds: u64) -> String {
 #[derive(Default)]
 struct Sum {
     failed: Vec<u64>,
-    counts: [u64; 6],
+    counts: [u64; 7],
 }
 
 impl Sum {
     fn add(&mut self, seed: u64, ended: &Ended) {
-        let Ended { simulated, acknowledged, rebuilds, cuts, elections, crashes, .. } = ended;
-        for (sum, count) in
-            self.counts.iter_mut().zip([simulated / 1000, *acknowledged, *rebuilds, *cuts, *elections, *crashes])
-        {
+        let Ended { simulated, acknowledged, compact, rebuilds, cuts, elections, crashes, .. } = ended;
+        for (sum, count) in self.counts.iter_mut().zip([
+            simulated / 1000,
+            *acknowledged,
+            *compact,
+            *rebuilds,
+            *cuts,
+            *elections,
+            *crashes,
+        ]) {
             *sum += count;
         }
         if let Some(violation) = &ended.violation {
@@ -127,17 +133,17 @@ fn whatever_breaks_nothing_acknowledged_is_lost_and_everything_comes_together() 
         let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    let [simulated, acknowledged, rebuilds, cuts, elections, crashes] =
+    let [simulated, acknowledged, compact, rebuilds, cuts, elections, crashes] =
         std::array::from_fn(|at| sums.iter().map(|sum| sum.counts[at]).sum::<u64>());
     println!(
-        "{simulated} simulated seconds: {acknowledged} batches acknowledged, {crashes} crashes, {elections} elections, \
+        "{simulated} simulated seconds: {acknowledged} batches acknowledged, {compact} compact ones written, {crashes} crashes, {elections} elections, \
          {rebuilds} rebuilds, {cuts} tails cut"
     );
     if let Some(seed) = sums.iter().flat_map(|sum| &sum.failed).min() {
         panic!("{}", explain(*seed, seconds));
     }
     let is_thorough = seeds >= 1000 && seconds >= 30;
-    let nothing_happened = [acknowledged, rebuilds, cuts, elections, crashes].contains(&0);
+    let nothing_happened = [acknowledged, compact, rebuilds, cuts, elections, crashes].contains(&0);
     assert!(!is_thorough || !nothing_happened, "runs in which nothing happens show nothing");
 }
 

@@ -43,6 +43,8 @@ pub struct Oracle {
     /// The first thing that was not as it must be.
     pub violation: Option<String>,
     pub acknowledged_count: u64,
+    /// Compact batches that leaders wrote.
+    pub compact: u64,
     pub rebuilds: u64,
     pub cuts: u64,
     pub elections: u64,
@@ -62,6 +64,7 @@ impl Oracle {
             offered: BTreeMap::new(),
             violation: None,
             acknowledged_count: 0,
+            compact: 0,
             rebuilds: 0,
             cuts: 0,
             elections: 0,
@@ -80,6 +83,7 @@ impl Oracle {
             let Some(mut state) = self.written.get(&before).map(|written| written.state) else {
                 return self.violated(format!("node {node} writes behind {before:?}, where no log ever stood"));
             };
+            self.compact += u64::from(mark.header.is_compact());
             for record in log.batch(disk, &mark).records() {
                 apply_to(&mut state, record);
             }
