@@ -13,14 +13,14 @@
 //! `MANIFEST` is made last: a directory without one, in which nothing has been written yet, is as good as empty. A
 //! directory that has a log but no `MANIFEST` is damaged, and is never taken for a new one.
 //!
-//! # Format of `MANIFEST`, version 2
+//! # Format of `MANIFEST`, version 3
 //!
 //! 64 bytes, little-endian.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
 //! | 0 | 8 | `magic` | the bytes `TOWLMAN` and a zero |
-//! | 8 | 2 | `version` | 2 |
+//! | 8 | 2 | `version` | 3 |
 //! | 10 | 2 | `region` | where the node's own logs originate |
 //! | 12 | 2 | `shard_count` | shards, from 1 to [`MAX_SHARDS`] |
 //! | 14 | 2 | `flags` | bit 0: *own epoch*, the node itself leads or led under `epoch`; others 0 |
@@ -31,7 +31,9 @@
 //! | 56 | 4 | `reserved` | 0 |
 //! | 60 | 4 | `crc` | CRC-32 (IEEE) of all bytes before it |
 //!
-//! Version 1 has no flags: whose its epoch is, is not known, and so it counts as another's.
+//! Version 1 has no flags: whose its epoch is, is not known, and so it counts as another's. Version 2 is the same as version
+//! 3, which says that the logs may have segments of version 3, so that programs that do not know those leave them alone: they
+//! would take one for a torn tail. It is written when a node opens the directory, before there is any such segment.
 //!
 //! Every version begins with magic and version and ends with the CRC of all bytes before it, so that a newer version
 //! can be told from damage.
@@ -58,7 +60,7 @@ const FOLLOWERS: &str = "followers";
 
 const MAGIC: [u8; 8] = *b"TOWLMAN\0";
 /// Version of the format of `MANIFEST`.
-pub const MANIFEST_VERSION: u16 = 2;
+pub const MANIFEST_VERSION: u16 = 3;
 const MANIFEST_LEN: usize = 64;
 const FLAG_OWN_EPOCH: u16 = 1;
 
@@ -140,7 +142,7 @@ impl Manifest {
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
         let known_flags = match version {
             1 => 0,
-            MANIFEST_VERSION => FLAG_OWN_EPOCH,
+            2 | MANIFEST_VERSION => FLAG_OWN_EPOCH,
             _ => return Err(format!("there is no manifest version {version}")),
         };
         if u16_at(14) & !known_flags != 0 || u32_at(56) != 0 {
@@ -230,6 +232,7 @@ impl DataDir {
         }
         let manifest = DataDir::read_manifest(path)?;
         remove_temporary_files(path)?;
+        raise_version(path, &manifest)?;
         let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
         for shard in (0..manifest.shard_count).map(ShardId) {
             let path = directory.shard_path(shard);
@@ -463,6 +466,13 @@ fn names(directory: &Path) -> Result<Vec<String>> {
         .map_err(Error::io("read", directory))
 }
 
+/// Has older programs leave a directory alone, whose logs will be written as they do not know them.
+fn raise_version(path: &Path, manifest: &Manifest) -> Result<()> {
+    let file = path.join(MANIFEST);
+    let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
+    if bytes == manifest.encode() { Ok(()) } else { atomic_file::replace(&file, &manifest.encode()) }
+}
+
 /// In a directory without `MANIFEST`: fails if it has served before.
 fn refuse_orphaned_logs(directory: &Path) -> Result<()> {
     let manifest = directory.join(MANIFEST);
@@ -582,7 +592,7 @@ mod tests {
 
     #[test]
     fn the_format_is_what_the_table_says() {
-        let mut golden = b"TOWLMAN\0\x02\0\x03\0\x02\0\x01\0".to_vec();
+        let mut golden = b"TOWLMAN\0\x03\0\x03\0\x02\0\x01\0".to_vec();
         golden.extend([9, 0, 0, 0, 0, 0, 0, 0]);
         golden.extend([0, 0, 1, 0, 0, 0, 0, 0]);
         golden.extend([5, 0, 0, 0, 0, 0, 0, 0]);
@@ -594,7 +604,7 @@ mod tests {
     #[test]
     fn a_newer_version_is_told_from_damage() {
         let mut newer = MANIFEST_OF_TWO.encode().to_vec();
-        newer[8] = 3;
+        newer[8] = 4;
         newer.extend([1; 40]);
         let error = decode(&resealed(newer)).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("newer towline"), "{error}");
@@ -672,6 +682,23 @@ mod tests {
         assert_eq!(decode(&resealed(first.clone())).unwrap(), Manifest { own_epoch: false, ..MANIFEST_OF_TWO });
         first[14] = 1;
         assert!(decode(&resealed(first)).unwrap_err().is_corruption());
+    }
+
+    #[test]
+    fn what_an_older_version_made_is_marked_as_soon_as_it_is_opened() {
+        let parent = tempfile::tempdir().unwrap();
+        drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
+        let path = parent.path().join(MANIFEST);
+        for version in [1, 2] {
+            let mut older = MANIFEST_OF_TWO.encode().to_vec();
+            older[8] = version;
+            older[14] *= version - 1;
+            std::fs::write(&path, resealed(older)).unwrap();
+            let due = Manifest { own_epoch: version == 2, ..MANIFEST_OF_TWO };
+            assert_eq!(DataDir::read_manifest(parent.path()).unwrap(), due, "looking changes nothing");
+            assert_eq!(DataDir::open(parent.path()).unwrap().unwrap().manifest(), due);
+            assert_eq!(std::fs::read(&path).unwrap(), due.encode());
+        }
     }
 
     #[test]

@@ -10,9 +10,8 @@ pub const BATCH_HEADER_LEN: u64 = 56;
 pub const COMPACT_HEADER_LEN: u64 = 16;
 /// Bytes of the longest record that a compact batch can have.
 pub const MAX_COMPACT_RECORD_LEN: u64 = 4095;
-/// Bytes from the beginning of one batch that says everything to where the next one is due, with compact ones in between:
-/// behind damage the log can be read again from such a batch on, and a page is what is damaged at the least.
-pub const MAX_COMPACT_RUN_LEN: u64 = PAGE_LEN;
+/// The first LSN of a segment and that of a compact batch in it differ by less than this.
+pub const COMPACT_LSNS: u64 = 1 << 26;
 /// Batches begin at multiples of this many bytes.
 pub const BATCH_ALIGNMENT: u64 = 8;
 /// Bytes before each record: its length.

@@ -17,7 +17,7 @@ use crate::receiver::refusal;
 use crate::transport::{FrameReceiver, FrameSender};
 use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::{Log, LogPosition};
-use crate::wire::{CommonPoint, EpochEnd, EpochHistory, Message, ProtocolVersion, SessionKind, ShardInfo, SyncRequest};
+use crate::wire::{CommonPoint, EpochEnd, EpochHistory, Message, SessionKind, ShardInfo, SyncRequest};
 
 /// A log, as far as it is compared with another.
 pub trait History {
@@ -69,7 +69,7 @@ pub struct Parting {
 
 // The leader's side --------------------------------------------------------------------------------------------------
 
-/// Asks a follower where its log parts from `log`, if it is not a beginning of it and its version knows the question.
+/// Asks a follower where its log parts from `log`, if it is not a beginning of it.
 /// Logs that no longer reach each other are not compared.
 ///
 /// # Errors
@@ -82,7 +82,7 @@ pub(crate) fn ask_where_logs_part(
     sender: &mut dyn FrameSender,
     receiver: &mut dyn FrameReceiver,
 ) -> Result<Option<Parting>> {
-    if version < ProtocolVersion::V2.to_wire() || is_beginning_of(log, request) {
+    if is_beginning_of(log, request) {
         return Ok(None);
     }
     sender.send_message(&Message::EpochHistory(question(log, version)?))?;

@@ -31,10 +31,12 @@ use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
 use crate::types::{Lsn, NodeId, ShardId};
+use crate::wal::segment::SEGMENT_VERSION;
 use crate::wal::{ChainCursor, Log, LogPosition, LogReader};
 use crate::watermark::WaiterName;
 use crate::wire::{
-    ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncRequest,
+    ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, ProtocolVersion, Purpose, SessionId, SessionKind, ShardInfo,
+    SyncRequest,
 };
 use stream::{Agreed, LeaveStream, Stream};
 
@@ -370,7 +372,7 @@ impl Server {
         peer: &str,
         signals: &StreamSignals,
     ) -> Result<Answer, Refusal> {
-        self.check_follower(request)?;
+        self.check_follower(request, version)?;
         let shard = self.shard(request.shard).map_err(internal)?;
         let parting = ask_where_logs_part(&shard.log, request, version, sender, receiver).map_err(|error| {
             let violates = matches!(error, Error::Protocol { .. });
@@ -436,7 +438,7 @@ impl Server {
     }
 
     /// Whether the follower can follow this node and this log, wherever it stands.
-    fn check_follower(&self, request: &SyncRequest) -> Result<(), Refusal> {
+    fn check_follower(&self, request: &SyncRequest, version: u16) -> Result<(), Refusal> {
         if self.role != Role::Leader {
             return Err(Refusal(
                 RefusalCode::WrongRole,
@@ -479,6 +481,7 @@ impl Server {
                 ),
             ));
         }
+        takes_log(version)?;
         self.shard(request.shard).map_err(internal)?.commits.acknowledged().follower(request.node).map_err(internal)?;
         Ok(())
     }
@@ -486,6 +489,7 @@ impl Server {
     fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<Answer, Refusal> {
         let shard = self.shard(request.shard).map_err(internal)?;
         let log = &shard.log;
+        takes_log(version)?;
         let from = if request.from == Lsn::ZERO { log.tail() } else { request.from };
         // A reader has nothing of the log that a compact batch could lean on.
         let place = log.plain_position_before(from);
@@ -559,6 +563,21 @@ fn say_how_it_ended(server: &Server, peer: &str, result: &Result<()>) {
         Err(error) => (log::Level::Warn, error as _),
     };
     log::log!(level, "{peer}: {how}");
+}
+
+/// Whoever takes in or reads a log of this node must know what its segments hold.
+fn takes_log(version: u16) -> Result<(), Refusal> {
+    if version >= ProtocolVersion::V3.to_wire() {
+        return Ok(());
+    }
+    Err(Refusal(
+        RefusalCode::UnsupportedVersion,
+        format!(
+            "this node's log has segments of version {SEGMENT_VERSION}, which came with protocol version {}; you speak up to \
+             {version}; update that side first",
+            ProtocolVersion::V3.to_wire()
+        ),
+    ))
 }
 
 fn internal(error: Error) -> Refusal {

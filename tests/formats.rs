@@ -201,6 +201,12 @@ fn a_manifest_of_version_1() {
 fn a_manifest_of_version_2() {
     let bytes = golden("MANIFEST-v2");
     assert_eq!(Manifest::decode(&bytes, Path::new("MANIFEST-v2")).unwrap(), manifest());
+}
+
+#[test]
+fn a_manifest_of_version_3() {
+    let bytes = golden("MANIFEST-v3");
+    assert_eq!(Manifest::decode(&bytes, Path::new("MANIFEST-v3")).unwrap(), manifest());
     assert_eq!(manifest().encode(), bytes.as_slice());
 }
 
@@ -292,7 +298,7 @@ fn write_missing_golden_files() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     std::fs::create_dir_all(&directory).unwrap();
     let files = [
-        ("MANIFEST-v1", manifest().encode().to_vec()),
+        ("MANIFEST-v3", manifest().encode().to_vec()),
         ("checkpoint-v1", checkpoint().encode()),
         ("frames-v1", stream(messages())),
         ("frames-v2", stream(messages_since_2())),
@@ -310,7 +316,7 @@ fn write_missing_golden_files() {
 /// Reads the golden file of a name by its decoder.
 fn is_read(name: &str, bytes: &[u8]) -> bool {
     match name {
-        "MANIFEST-v1" => Manifest::decode(bytes, Path::new(name)).is_ok(),
+        "MANIFEST-v1" | "MANIFEST-v3" => Manifest::decode(bytes, Path::new(name)).is_ok(),
         "checkpoint-v1" => Checkpoint::decode(bytes).is_ok(),
         "segment-v2" | "segment-v3" => WalSegmentPayload::from_bytes(bytes).is_ok(),
         other => panic!("{other}"),
@@ -329,7 +335,7 @@ fn first_batch() -> (Vec<u8>, Expected, u64) {
 proptest! {
     #[test]
     fn any_flipped_byte_and_any_cut_of_a_file_is_found(at in any::<prop::sample::Index>(), mask in 1u8..) {
-        for name in ["MANIFEST-v1", "checkpoint-v1", "segment-v2", "segment-v3"] {
+        for name in ["MANIFEST-v1", "MANIFEST-v3", "checkpoint-v1", "segment-v2", "segment-v3"] {
             let mut bytes = golden(name);
             prop_assert!(is_read(name, &bytes));
             let at = at.index(bytes.len());

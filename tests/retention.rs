@@ -173,12 +173,13 @@ fn the_answer_follows_from_the_facts() {
     assert_eq!(code, RefusalCode::Diverged, "{text}");
     let older = SyncRequest { epoch: Epoch::ZERO, chain: Chain(1), ..at(4) };
     assert_eq!(ask(&leader, older).err().unwrap().0, RefusalCode::Diverged);
-    // Whoever speaks the first version alone is not asked where the logs part.
-    let versions = VersionRange { min: 1, max: 1 };
-    for request in [SyncRequest { chain: Chain(1), ..at(4) }, older] {
-        assert_eq!(ask(&leader, SyncRequest { versions, ..request }).err().unwrap().0, RefusalCode::Diverged);
+    // Whoever does not know what the log's segments hold gets none of it, and is asked nothing.
+    let versions = VersionRange { min: 1, max: 2 };
+    for request in [at(4), SyncRequest { chain: Chain(1), ..at(4) }, older] {
+        let (code, text) = ask(&leader, SyncRequest { versions, ..request }).err().unwrap();
+        assert_eq!(code, RefusalCode::UnsupportedVersion, "{text}");
+        assert!(text.contains("segments of version 3") && text.contains("you speak up to 2"), "{text}");
     }
-    assert_eq!(ask(&leader, SyncRequest { versions, ..at(4) }).ok().unwrap().info.version, 1);
     assert!(ask(&leader, at(10)).is_ok(), "a refusal ends with the first facts that allow a session");
 }
 

@@ -33,22 +33,33 @@
 //!
 //! `time` is the timestamp without its bit 15, which is 0: bits 0 to 14 count batches within a millisecond, the others
 //! milliseconds. The epoch is the segment's, and the chain before the batch is the `crc` of the one before it, which takes
-//! part in its own. What was synced it does not say.
+//! part in its own. The LSN is the lowest with these bits that is not below the segment's first. What was synced it does not
+//! say.
 //!
-//! A batch is valid where it stands exactly if
+//! A batch of version 2 is valid where it stands exactly if
 //!
 //! 1. header, body and padding end within the segment;
 //! 2. `version` is 2, unknown flags and `reserved` are 0;
-//! 3. `first_lsn` is the LSN after the batch before it, `epoch` that of the segment, and `prev_crc` the chain so far; of a
-//!    compact batch, the bits of the LSN are those of that LSN;
+//! 3. `first_lsn` is the LSN after the batch before it, `epoch` that of the segment, and `prev_crc` the chain so far;
 //! 4. `synced_lsn` is below `first_lsn`;
 //! 5. the records fill the body exactly and are as many as `record_count`, at least one unless it seals;
-//! 6. a sealing batch has no records;
+//! 6. a sealing batch has no records, and is not the first of its segment;
 //! 7. `crc` matches.
 //!
-//! Whoever looks for a batch behind damage looks for one of version 2, which needs nothing before it. A
-//! [`LogWriter`](super::LogWriter) begins each segment with one, and writes another when 4096 bytes of compact ones stand
-//! behind the last or more has been synced than that says, so that compact ones leave out nothing that others would have said.
+//! A compact batch is, if
+//!
+//! 1. header, record and padding end within the segment;
+//! 2. the segment has version 3, and it is not the first batch in it;
+//! 3. the bits of the LSN are those of the LSN after the batch before it, which is less than 2^26 above the segment's first;
+//! 4. `crc` matches.
+//!
+//! What has to do with the segment as a whole, whoever walks one checks, and [`verify`] does not: that a batch is not the
+//! first of its segment, which version that has, and how far above its first an LSN is.
+//!
+//! Whoever looks for a batch behind damage looks for one of version 2, which needs nothing before it. The first batch that
+//! begins in a page of 4096 bytes is one wherever a [`LogWriter`](super::LogWriter) writes it, and so is the first after more
+//! has been synced than the last one says. So each page in which a batch begins says what was synced, whatever becomes of the
+//! pages around it; but where one bit of a compact batch is wrong, nothing can be read from there to the next page.
 //!
 //! `synced_lsn` is true of the disk of the node that wrote the batch, and says nothing of a follower's, which has the same
 //! bytes: see [`WrittenHere`](super::WrittenHere).
@@ -60,7 +71,8 @@
 use std::borrow::Cow;
 
 use crate::limits::{
-    self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, COMPACT_HEADER_LEN, MAX_COMPACT_RECORD_LEN, RECORD_HEADER_LEN,
+    self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, COMPACT_HEADER_LEN, COMPACT_LSNS, MAX_COMPACT_RECORD_LEN,
+    RECORD_HEADER_LEN,
 };
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn};
 use crate::wal::segment::SegmentHeader;
@@ -88,6 +100,7 @@ const TIME_BITS: u32 = LEN_SHIFT + u64::BITS - LSN_BITS;
 /// Bits of `time` that count within a millisecond: one less than a timestamp has.
 const COUNT_BITS: u32 = 15;
 const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
+const _: () = assert!(LSN_MASK + 1 == COMPACT_LSNS);
 const _: () = assert!(MAX_COMPACT_RECORD_LEN < 1 << (31 - LEN_SHIFT), "the length fits in its bits");
 
 /// A decoded batch header. Field meanings stand in the [format](self). What a compact batch does not say itself is what the
@@ -262,6 +275,18 @@ impl BatchHeader {
 #[inline]
 fn is_compact(bytes: &[u8; COMPACT]) -> bool {
     u32_at(bytes, 4) & IS_COMPACT != 0
+}
+
+/// The timestamp after `last` that a compact batch can have: one that counts no further than it can goes on with the next
+/// millisecond.
+#[inline]
+pub(crate) fn compact_tick(last: HybridTimestamp, unix_ms: u64) -> HybridTimestamp {
+    let next = last.tick(unix_ms);
+    if next.0 & (COUNT_MASK + 1) == 0 {
+        next
+    } else {
+        HybridTimestamp((next.0 | COUNT_MASK << 1 | 1).saturating_add(1))
+    }
 }
 
 /// The header of a compact batch but for its `crc`: `detail` and `place`. `None` if the timestamp does not fit, with more

@@ -1,10 +1,11 @@
 //! Logs on disk for tests, written batch by batch with what a crash or a bad disk makes of them.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::limits::{MIN_SEGMENT_SIZE, SEGMENT_HEADER_LEN};
+use crate::limits::{self, MIN_SEGMENT_SIZE, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, RegionId, ShardId, WalSegmentId};
 use crate::wal::batch::{self, Expected};
 use crate::wal::identity::LogIdentity;
@@ -25,6 +26,15 @@ pub(super) struct Place {
     pub(super) last_lsn: Lsn,
     /// The chain after it.
     pub(super) chain: Chain,
+    /// What it says was synced, unless it is compact.
+    pub(super) stated: Option<Lsn>,
+}
+
+impl Place {
+    /// Where it stands in its file.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.len
+    }
 }
 
 /// Writes a log.
@@ -34,8 +44,8 @@ pub(super) struct LogFixture {
     pub(super) next: Expected,
     /// What the batches to come say was synced.
     pub(super) synced: Lsn,
-    /// What the last batch says.
-    stated: Lsn,
+    /// What the last batch says that is not compact, and the page in which it begins.
+    stated: (Lsn, u64),
     path: PathBuf,
     end: u64,
     timestamp: HybridTimestamp,
@@ -54,7 +64,7 @@ impl LogFixture {
             places: Vec::new(),
             next: Expected { first_lsn, chain, epoch: Epoch(3) },
             synced: Lsn::ZERO,
-            stated: Lsn::ZERO,
+            stated: (Lsn::ZERO, 0),
             path: PathBuf::new(),
             end: 0,
             timestamp: HybridTimestamp::default().tick(1_000),
@@ -79,6 +89,28 @@ impl LogFixture {
         log
     }
 
+    /// Three segments of some pages of small records, each in a batch of its own, most of which are compact; the records of
+    /// the last say that all but a few hundred bytes of it was synced. From LSN `differs_from` on, other bytes.
+    pub(super) fn of_small_records(differs_from: Lsn) -> LogFixture {
+        let mut log = LogFixture::new();
+        for segment in 0..3_u64 {
+            while log.end() < SEGMENT_HEADER_LEN + 14_000 {
+                let lsn = log.next.first_lsn;
+                if lsn.0.is_multiple_of(50) {
+                    log.synced = log.head();
+                }
+                let filler = if lsn < differs_from { 7 } else { 8 };
+                log.append(&[&vec![filler; limits::index(lsn.0 * 37 % 190)]]);
+            }
+            if segment < 2 {
+                log.synced = log.head();
+                log.roll(Epoch(3 + segment));
+            }
+        }
+        assert!(log.places.iter().filter(|place| place.stated.is_none()).count() > 300);
+        log
+    }
+
     pub(super) fn path(&self) -> &Path {
         self.directory.path()
     }
@@ -100,10 +132,12 @@ impl LogFixture {
     pub(super) fn append(&mut self, records: &[&[u8]]) {
         self.timestamp = self.timestamp.tick(0);
         let synced = self.synced.min(self.head());
-        // As the log's writer does it: never at the beginning of a segment, nor where there is something to say.
-        let is_compact = records.len() == 1 && self.end > SEGMENT_HEADER_LEN && synced == self.stated;
+        // As the log's writer does it: neither first in a page, nor where there is something to say.
+        let says = (synced, self.end / PAGE_LEN);
+        let is_compact = records.len() == 1 && self.end > SEGMENT_HEADER_LEN && says == self.stated;
         let compact = is_compact.then(|| batch::build_compact(self.next, self.timestamp, records[0])).flatten();
-        self.stated = synced;
+        self.stated = says;
+        let stated = compact.is_none().then_some(synced);
         let bytes = compact.unwrap_or_else(|| batch::build(self.next, self.timestamp, synced, records));
         assert!(self.end + bytes.len() as u64 <= SIZE);
         write(&self.path, &bytes, self.end);
@@ -115,6 +149,7 @@ impl LogFixture {
             first_lsn: header.first_lsn,
             last_lsn: header.last_lsn(),
             chain: header.crc,
+            stated,
         });
         self.end += bytes.len() as u64;
         self.next = Expected { first_lsn: header.last_lsn().next(), chain: header.crc, ..self.next };

@@ -381,7 +381,7 @@ impl SegmentWriter {
     pub(crate) fn prefetch(&mut self, len: u64) {
         let (from, to) = (self.fetched.max(self.end + len), self.end + 2 * len + FETCH_BEYOND);
         if from < to {
-            self.segment.mapping.prefetch_for_writing(from..to);
+            self.segment.mapping.prefetch_for_writing(from - from % CACHE_LINE as u64..to);
             self.fetched = to.next_multiple_of(CACHE_LINE as u64);
         }
     }

@@ -194,7 +194,7 @@ impl Mender<'_> {
         let (mut at, mut own_batches) = (SEGMENT_HEADER_LEN, 0);
         let end = loop {
             let mut file = self.open(&work)?;
-            let walked = walk::walk(&mut file, (at, size, size), due, |_, _| {})?;
+            let walked = walk::walk(&mut file, Some(&header), (at, size, size), due, |_, _| {})?;
             (at, due) = (walked.end, walked.next);
             own_batches += walked.batches;
             self.mending.known.note(header.epoch, walked.synced);
@@ -211,7 +211,7 @@ impl Mender<'_> {
                 walked.stopped.map_or_else(|| "it is not sealed".to_owned(), |error| error.to_string())
             };
             let sealed;
-            (at, due, sealed) = self.mend_range(&mut work, (at, due), candidate, reason)?;
+            (at, due, sealed) = self.mend_range((&mut work, &header), (at, due), candidate, reason)?;
             if sealed {
                 break End::Sealed;
             }
@@ -302,7 +302,7 @@ impl Mender<'_> {
     /// fits. Gives the place behind it, and whether a sealing batch stands before that.
     fn mend_range(
         &mut self,
-        work: &mut Work,
+        (work, header): (&mut Work, &SegmentHeader),
         (at, due): (u64, Expected),
         next: Option<(u64, BatchHeader)>,
         reason: String,
@@ -323,7 +323,7 @@ impl Mender<'_> {
             return Err(self.refusal(work, at, due.first_lsn, &reason));
         }
         let mut file = self.open(work)?;
-        let came = walk::walk(&mut file, (at, end, size), due, |_, _| {})?;
+        let came = walk::walk(&mut file, Some(header), (at, end, size), due, |_, _| {})?;
         if came.end == at {
             let stopped = came.stopped.map_or_else(String::new, |error| error.to_string());
             return Err(self.judge(work, (at, end), due, next, &stopped)?);
@@ -379,8 +379,19 @@ impl Mender<'_> {
             );
             return Ok(self.refusal(work, at, due.first_lsn, &reason));
         }
-        // One that ends elsewhere than the log's own batch did came only in part.
+        // A compact batch has nothing to tell another chain by but its checksum.
         let header = BatchHeader::read(file.bytes(at, BATCH_HEADER_LEN)?, due);
+        let is_due = |header: &BatchHeader| header.first_lsn == due.first_lsn && at + header.total_len() <= end;
+        if header.is_some_and(|header| header.is_compact() && is_due(&header)) {
+            let reason = format!(
+                "the log has chain {:08x} before it, and what {} has there does not continue that: it is of another history, \
+                 or damaged ({stopped})",
+                due.chain.0,
+                self.source.name()
+            );
+            return Ok(self.refusal(work, at, due.first_lsn, &reason));
+        }
+        // One that ends elsewhere than the log's own batch did came only in part.
         let longer = header.filter(|header| {
             let is_batch = header.is_compact() || header.version == BATCH_VERSION;
             is_batch && header.first_lsn == due.first_lsn && at + header.total_len() > end
@@ -525,4 +536,4 @@ fn write_in_pages(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()>
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -32,6 +32,8 @@ use std::time::Duration;
 
 pub mod batch;
 mod carry_out;
+#[cfg(test)]
+mod compact_tests;
 mod compare;
 mod cut;
 mod filling;

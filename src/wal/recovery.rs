@@ -23,9 +23,10 @@
 //! | unknown, because the log's first segment has no readable beginning, and began past LSN 1 | refuse | refuse |
 //!
 //! A valid batch behind the stop does not by itself make it corruption, since a crash may keep a later batch and lose
-//! an earlier one. It does if it says that the LSN at the stop was synced before it was written. As batches state what
-//! was synced all the time, that covers all of a leader's log but what was written since the last sync but one; of a
-//! follower's, all but what was synced since its last checkpoint.
+//! an earlier one. It does if it says that the LSN at the stop was synced before it was written. As the first batch in each
+//! page and the first after each sync state what was synced, and one of them is read as long as its own page is, that covers all
+//! of a leader's log but what was written since the last sync but one; of a follower's, all but what was synced since its last
+//! checkpoint. Compact batches state nothing, and are not looked for.
 //!
 //! The last line: where the oldest segment begins past LSN 1, its name says that there were records before, all of
 //! them synced. To drop it would be to begin again from nothing. So a log that begins past LSN 1 must have its header
@@ -589,6 +590,29 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_of_a_later_version_is_not_taken_for_damage() {
+        for place in [0, 5, 10] {
+            let log = LogFixture::synced_all_along();
+            let path = &log.places[place].path;
+            let mut page = fs::read(path).unwrap()[..60].to_vec();
+            page[8] = 4;
+            page.extend(crc32fast::hash(&page).to_le_bytes());
+            write(path, &page, 0);
+            let before = image(log.path());
+            for known in [0, 36] {
+                let error = recover(log.path(), &IDENTITY, Lsn(known).into()).unwrap_err();
+                assert!(
+                    matches!(error, Error::Mismatch { .. }) && error.to_string().contains("newer towline"),
+                    "{error}"
+                );
+            }
+            let verified = crate::wal::scan::verify_log(log.path(), Some(&IDENTITY), Lsn(0).into(), &mut ());
+            assert!(matches!(verified, Err(Error::Mismatch { .. })));
+            assert_eq!(before, image(log.path()));
+        }
+    }
+
+    #[test]
     fn a_record_that_looks_like_the_log_does_not_make_it_corrupt() {
         let mut log = LogFixture::new();
         log.synced = Lsn(1);
@@ -709,7 +733,8 @@ mod tests {
                     synced_at = (log.segment_path(), log.end(), log.head());
                     log.synced = log.head();
                 }
-                log.append(&[&vec![7; *size], b"second"]);
+                // One record makes a compact batch, where nothing is to be said.
+                log.append(&[&vec![7; *size], &b"second"[..]][..2 - size % 2]);
                 if *roll || log.end() + 4000 > SIZE {
                     log.roll(Epoch(3));
                 }

@@ -148,8 +148,9 @@ fn scan_file(file: &mut SegmentFile, limit: u64, visit: &mut dyn Visit) -> Resul
     };
     if let Ok(header) = &report.header {
         let (size, first) = (header.segment_size, first_of(header));
+        let of = Some(header);
         let range = (SEGMENT_HEADER_LEN, limit.min(size), size);
-        let walked = walk::walk(file, range, first, |offset, batch| visit.batch(&path, offset, batch))?;
+        let walked = walk::walk(file, of, range, first, |offset, batch| visit.batch(&path, offset, batch))?;
         report.count(&walked);
         (report.end, report.sealed) = (walked.end, walked.sealed);
         (report.last_lsn, report.chain) = (walked.last_lsn(), walked.next.chain);
@@ -202,7 +203,7 @@ pub(crate) fn scrub_segment(
     let (mut at, mut due) = (SEGMENT_HEADER_LEN, first_of(header));
     loop {
         let limit = published.min(at + SCRUB_STEP);
-        let walked = walk::walk(&mut file, (at, limit, header.segment_size), due, |_, _| {})?;
+        let walked = walk::walk(&mut file, Some(header), (at, limit, header.segment_size), due, |_, _| {})?;
         if read(walked.end - at) == Continue::No {
             return Ok(None);
         }
@@ -529,8 +530,10 @@ impl Verification<'_> {
             }
             let expected = Expected { first_lsn: header.first_lsn, chain: header.prev_crc, epoch: header.epoch };
             let visit = &mut *self.visit;
-            let walked =
-                walk::walk(file, (found, size, size), expected, |offset, batch| visit.batch(&path, offset, batch))?;
+            let of = segment.header.as_ref().ok().copied();
+            let walked = walk::walk(file, of.as_ref(), (found, size, size), expected, |offset, batch| {
+                visit.batch(&path, offset, batch)
+            })?;
             segment.count(&walked);
             self.known.note(header.epoch, walked.synced);
             if walked.end == found {

@@ -20,14 +20,17 @@
 //! | 60 | 4 | `crc` | CRC-32 (IEEE) of bytes 0 to 60 |
 //! | 64 | 4032 | | 0 |
 //!
+//! A program that finds a later version than it knows, with the right CRC, does nothing to the log: it says so.
+//!
 //! A header is valid exactly if magic, version, zeros and CRC are right and the size is one that a segment can have.
 //! Region, shard and first LSN also stand in the [file's name](crate::WalSegmentId).
 
 use std::fs::File;
 use std::io;
 
-use crate::limits::{self, MAX_SEGMENT_SIZE, MIN_SEGMENT_SIZE, PAGE_LEN, SEGMENT_HEADER_LEN};
+use crate::limits::{self, COMPACT_LSNS, MAX_SEGMENT_SIZE, MIN_SEGMENT_SIZE, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, ClusterId, Epoch, Lsn, RegionId, ShardId, WalSegmentId};
+use crate::wal::batch::BatchHeader;
 
 const MAGIC: [u8; 8] = *b"TOWLINE\0";
 /// Version of the segment format.
@@ -122,6 +125,33 @@ impl SegmentHeader {
             return Err("the first LSN of a segment cannot be 0".to_owned());
         }
         Ok(header)
+    }
+}
+
+impl SegmentHeader {
+    /// Why a batch cannot stand at this offset of the segment, although it [verifies](super::batch::verify); if that is so.
+    #[inline]
+    pub(crate) fn find_misplaced(&self, offset: u64, batch: &BatchHeader) -> Option<&'static str> {
+        if offset == SEGMENT_HEADER_LEN && batch.is_sealing() {
+            // Its successor would have the same name.
+            Some("it seals a segment that has no records")
+        } else if !batch.is_compact() {
+            None
+        } else if offset == SEGMENT_HEADER_LEN || self.version < SEGMENT_VERSION {
+            Some("a compact batch is the first of its segment, or in one of a version that has none")
+        } else if batch.first_lsn.records_since(self.id.first_lsn) >= COMPACT_LSNS {
+            Some("a compact batch is too far from the beginning of its segment to know its LSN")
+        } else {
+            None
+        }
+    }
+
+    /// The version of a whole header page that is of a later version than this program knows.
+    pub(crate) fn newer_version(page: &[u8; HEADER_PAGE]) -> Option<u16> {
+        let version = u16::from_le_bytes([page[8], page[9]]);
+        let crc = u32::from_le_bytes([page[60], page[61], page[62], page[63]]);
+        let is_whole = page[0..8] == MAGIC && crc32fast::hash(&page[..60]) == crc;
+        (is_whole && version > SEGMENT_VERSION).then_some(version)
     }
 }
 

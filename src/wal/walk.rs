@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, PAGE_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, Expected, FLAG_SEALING};
-use crate::wal::segment::{HEADER_PAGE, SegmentHeader, read_at};
+use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION, SegmentHeader, read_at};
 use crate::wal::walk_ahead::WalkedAhead;
 
 #[allow(clippy::cast_possible_truncation, reason = "a small constant")]
@@ -148,13 +148,25 @@ impl SegmentFile {
     }
 
     /// The header page; the inner error is what is wrong with it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Mismatch`] for one of a later version, which is nothing wrong: whatever would be done about that is not.
     pub(super) fn header(&mut self) -> Result<Result<SegmentHeader, String>> {
         let len = self.len;
-        Ok(match self.bytes(0, SEGMENT_HEADER_LEN)?.first_chunk::<HEADER_PAGE>() {
-            Some(page) if page.iter().all(|&byte| byte == 0) => Err("its header page is blank".to_owned()),
-            Some(page) => SegmentHeader::decode(page),
-            None => Err(format!("its {len} bytes are too few for a header page")),
-        })
+        let Some(page) = self.bytes(0, SEGMENT_HEADER_LEN)?.first_chunk::<HEADER_PAGE>() else {
+            return Ok(Err(format!("its {len} bytes are too few for a header page")));
+        };
+        if page.iter().all(|&byte| byte == 0) {
+            return Ok(Err("its header page is blank".to_owned()));
+        }
+        if let Some(version) = SegmentHeader::newer_version(page) {
+            let reason = format!(
+                "written by a newer towline (segment version {version}; this one knows {SEGMENT_VERSION}); upgrade this one"
+            );
+            return Err(Error::Mismatch { path: self.path.clone(), reason: reason.into() });
+        }
+        Ok(SegmentHeader::decode(page))
     }
 
     /// The end of the last byte that is not zero at or after `from`; `from` where there is none.
@@ -218,11 +230,11 @@ impl Walked {
 }
 
 /// Walks the batches of a segment from `at`, where a batch that continues `expected` is due, and verifies each, until
-/// one is not valid, one seals, or `limit` is reached. The segment has `size` bytes by its header.
-///
-/// A sealing batch before any record is not valid in a segment: its successor would have the same name.
+/// one is not valid, one seals, or `limit` is reached. The segment has `size` bytes. Where its header can be read, batches
+/// must be such as can stand in it.
 pub(super) fn walk(
     file: &mut SegmentFile,
+    segment: Option<&SegmentHeader>,
     (mut at, limit, size): (u64, u64, u64),
     expected: Expected,
     mut visit: impl FnMut(u64, Batch<'_>),
@@ -239,11 +251,13 @@ pub(super) fn walk(
     };
     while at < limit {
         let header = match verify_at(file, at, size, walked.next)? {
-            Ok(header) if header.is_sealing() && at == SEGMENT_HEADER_LEN => {
-                walked.stopped = Some(BatchError::Invalid("it seals a segment that has no records".into()));
-                break;
+            Ok(header) => {
+                if let Some(reason) = segment.and_then(|segment| segment.find_misplaced(at, &header)) {
+                    walked.stopped = Some(BatchError::Invalid(reason.into()));
+                    break;
+                }
+                header
             }
-            Ok(header) => header,
             Err(error) => {
                 walked.stopped = Some(error);
                 break;
@@ -410,7 +424,7 @@ mod tests {
     fn a_walk_is_the_same_however_batches_lie_across_the_buffer() {
         let (_directory, mut file, ends) = file_of(&SIZES, LEN);
         let mut seen = Vec::new();
-        let walked = walk(&mut file, (4096, LEN as u64, LEN as u64), FIRST, |at, batch| {
+        let walked = walk(&mut file, None, (4096, LEN as u64, LEN as u64), FIRST, |at, batch| {
             seen.push(at + batch.header.total_len());
             assert_eq!(batch.records().next().unwrap().bytes.len(), SIZES[seen.len() - 1]);
         });

@@ -38,7 +38,7 @@ impl WalkedAhead {
     pub(super) fn of(file: &mut SegmentFile, header: &SegmentHeader) -> crate::error::Result<WalkedAhead> {
         let size = header.segment_size;
         let first = Expected { first_lsn: header.id.first_lsn, chain: header.chain_before, epoch: header.epoch };
-        let walked = walk::walk(file, (SEGMENT_HEADER_LEN, size, size), first, |_, _| {})?;
+        let walked = walk::walk(file, Some(header), (SEGMENT_HEADER_LEN, size, size), first, |_, _| {})?;
         let extent = if walked.sealed { walked.end } else { file.extent(walked.end)? };
         Ok(WalkedAhead { first, walked, extent })
     }

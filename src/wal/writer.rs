@@ -16,7 +16,7 @@ use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 use crate::limits::{
-    self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, COMPACT_HEADER_LEN, MAX_COMPACT_RECORD_LEN, MAX_COMPACT_RUN_LEN,
+    self, BATCH_ALIGNMENT, BATCH_HEADER_LEN, COMPACT_HEADER_LEN, COMPACT_LSNS, MAX_COMPACT_RECORD_LEN, PAGE_LEN,
     RECORD_HEADER_LEN, SEGMENT_HEADER_LEN,
 };
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
@@ -313,8 +313,7 @@ impl LogWriter {
         } else {
             self.chain = write_batch(open, &mut self.frame, total, header, fill)?;
         }
-        let has_compact = open.segment().header().version >= SEGMENT_VERSION;
-        self.compact_until = if has_compact { open.end() + MAX_COMPACT_RUN_LEN } else { 0 };
+        self.compact_until = compact_until(open.segment().header(), open.end(), header.last_lsn());
         self.stated_synced = header.synced_lsn;
         self.timestamp = header.timestamp;
         self.placed(total, header.last_lsn(), is_stored)
@@ -335,7 +334,7 @@ impl LogWriter {
             return Ok(None);
         }
         self.log.check_writable()?;
-        let timestamp = self.timestamp.tick(self.clock.unix_ms());
+        let timestamp = batch::compact_tick(self.timestamp, self.clock.unix_ms());
         #[allow(clippy::cast_possible_truncation, reason = "at most 4095")]
         let Some((detail, place)) = batch::compact_header(len as u32, self.next_lsn, timestamp) else {
             return Ok(None);
@@ -632,6 +631,7 @@ impl LogWriter {
     fn ingest_batches(&mut self) -> Result<()> {
         let Some(open) = self.open.as_mut().filter(|_| self.arrived > 0) else { return Ok(()) };
         let (room, end) = (open.room(), open.end());
+        let segment = Arc::clone(open.segment());
         let arrived: &[u8] = if self.is_staged {
             self.staging.get(..limits::index(self.arrived)).unwrap_or_default()
         } else {
@@ -642,12 +642,13 @@ impl LogWriter {
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
             match batch::verify(&arrived[whole..], room - whole as u64, expected) {
-                Ok(header) if header.is_sealing() && end + whole as u64 == SEGMENT_HEADER_LEN => {
-                    return Err(Error::invalid(
-                        "a segment without records is sealed: its successor would have its name",
-                    ));
-                }
                 Ok(header) => {
+                    if let Some(reason) = segment.header().find_misplaced(end + whole as u64, &header) {
+                        return Err(Error::invalid(format!(
+                            "what arrived for LSN {} cannot stand there: {reason}",
+                            expected.first_lsn
+                        )));
+                    }
                     whole += usize::try_from(header.total_len()).unwrap_or(usize::MAX);
                     expected.first_lsn = header.last_lsn().next();
                     expected.chain = header.crc;
@@ -711,6 +712,15 @@ fn put_record(to: &mut [u8], record: &[u8]) {
     let (len, bytes) = to.split_at_mut(limits::index(RECORD_HEADER_LEN));
     len.copy_from_slice(&(record.len() as u32).to_le_bytes());
     bytes.copy_from_slice(record);
+}
+
+/// Where compact batches may begin behind one that says everything, which begins at `at` and ends with `lsn`: in the same
+/// page. 0 for nowhere.
+#[inline]
+fn compact_until(segment: &SegmentHeader, at: u64, lsn: Lsn) -> u64 {
+    // No page has so many of them.
+    let is_near = lsn.records_since(segment.id.first_lsn) < COMPACT_LSNS - PAGE_LEN;
+    if segment.version >= SEGMENT_VERSION && is_near { (at + 1).next_multiple_of(PAGE_LEN) } else { 0 }
 }
 
 /// Bytes from which on a batch goes in through the file, of a segment whose pages are made ready for stores or not.

@@ -59,6 +59,9 @@ pub use session::{
 #[non_exhaustive]
 #[repr(u16)]
 pub enum ProtocolVersion {
+    /// Segments have version 3, with [compact batches](crate::wal::batch): who takes a log in, or reads it, knows them.
+    /// Nothing else has changed.
+    V3 = 3,
     /// A follower whose log is no beginning of the leader's is asked where they part ([`EpochHistory`]), and one that makes
     /// a rebuild durable says so ([`SessionPhase::MakingDurable`]). Nothing else has changed.
     V2 = 2,
@@ -68,7 +71,7 @@ pub enum ProtocolVersion {
 
 impl ProtocolVersion {
     /// The newest.
-    pub const NEWEST: ProtocolVersion = ProtocolVersion::V2;
+    pub const NEWEST: ProtocolVersion = ProtocolVersion::V3;
     /// The oldest that is still spoken.
     pub const OLDEST: ProtocolVersion = ProtocolVersion::V1;
 
@@ -297,7 +300,7 @@ mod tests {
             assert_eq!(ours.negotiate(theirs), expected, "{ours:?} {theirs:?}");
             assert_eq!(theirs.negotiate(ours), expected, "{ours:?} {theirs:?}");
         }
-        assert_eq!(PROTOCOL_VERSIONS, range(1, 2));
+        assert_eq!(PROTOCOL_VERSIONS, range(1, 3));
     }
 
     #[test]

@@ -70,8 +70,9 @@ pub struct Log {
     pub epoch: Epoch,
     timestamp: HybridTimestamp,
     pub synced: Lsn,
-    /// What the last batch of this leader's says was synced, if compact ones may follow it.
-    stated: Option<Lsn>,
+    /// What the last batch of this leader's that is not compact says was synced, and the page in which it begins; nothing if
+    /// no compact one may follow it.
+    stated: Option<(Lsn, u64)>,
     /// The newest epoch that the first header may have, while it has not arrived.
     trusted: Option<Epoch>,
     /// A header page, or the beginning of a batch, as far as it has arrived.
@@ -245,7 +246,8 @@ impl Log {
         let at = |log: &Log| Expected { first_lsn: log.next, chain: log.chain, epoch: log.epoch };
         self.timestamp = self.timestamp.tick(1_000_000 + now);
         // As the crate's writer: compact where there is nothing more to say.
-        let is_compact = records.len() == 1 && self.stated == Some(self.synced);
+        let page = |log: &Log| log.segments.last().map_or(0, |last| last.end / 4096);
+        let is_compact = records.len() == 1 && self.stated == Some((self.synced, page(self)));
         let compact = is_compact.then(|| batch::build_compact(at(self), self.timestamp, records[0])).flatten();
         let build = |log: &Log| batch::build(at(log), log.timestamp, log.synced, records);
         let mut bytes = compact.unwrap_or_else(|| build(self));
@@ -256,7 +258,7 @@ impl Log {
             self.roll(disk)?;
             bytes = build(self);
         }
-        self.stated = Some(self.synced);
+        self.stated = Some((self.synced, page(self)));
         Ok(self.put(disk, &bytes))
     }
 
@@ -372,7 +374,9 @@ impl Log {
                 return Err("bytes arrived behind the end of a sealed segment".to_owned());
             }
             let mut expected = Expected { first_lsn: self.next, chain: self.chain, epoch: open.header.epoch };
-            if let Some(first) = self.arrived.first_chunk().filter(|_| self.trusts_chain) {
+            // A compact batch does not say what it continues.
+            let says_chain = self.arrived.get(7).is_some_and(|byte| byte >> 7 == 0);
+            if let Some(first) = self.arrived.first_chunk().filter(|_| self.trusts_chain && says_chain) {
                 expected.chain = BatchHeader::decode(first).prev_crc;
             }
             match batch::verify(&self.arrived, SEGMENT_SIZE - open.end, expected) {

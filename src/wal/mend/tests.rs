@@ -34,7 +34,7 @@ impl Source for Copy {
         let mut file = SegmentFile::open(&path)?;
         let header = file.header()?.unwrap();
         let due = Expected { first_lsn: segment, chain: header.chain_before, epoch: header.epoch };
-        let walked = walk::walk(&mut file, (SEGMENT_HEADER_LEN, SIZE, SIZE), due, |_, _| {})?;
+        let walked = walk::walk(&mut file, Some(&header), (SEGMENT_HEADER_LEN, SIZE, SIZE), due, |_, _| {})?;
         let end = range.end.min(walked.end).max(range.start);
         let range = usize::try_from(range.start).unwrap()..usize::try_from(end).unwrap();
         let mut bytes = fs::read(&path).unwrap()[range.clone()].to_vec();
@@ -57,6 +57,11 @@ fn mend_to(log: &LogFixture, staging: &Path, source: &mut dyn Source) -> Result<
 
 fn mend(log: &LogFixture, source: &mut dyn Source) -> Result<Vec<MendedRange>> {
     mend_to(log, log.path(), source)
+}
+
+/// Mends a log from another one.
+pub(in crate::wal) fn mend_from(log: &LogFixture, other: &LogFixture) -> Result<Vec<MendedRange>> {
+    mend(log, &mut Copy::of(other))
 }
 
 /// A log, and a copy of it.

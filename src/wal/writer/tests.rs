@@ -38,7 +38,7 @@ fn is_last_compact(log: &Arc<Log>) -> bool {
 }
 
 #[test]
-fn small_records_are_compact_but_for_one_in_each_page_of_them() {
+fn small_records_are_compact_but_for_the_first_in_each_page() {
     let directory = tempfile::tempdir().unwrap();
     let (wal, mut writer) = open(directory.path());
     let lens = [0, 1, 7, 8, 100, 128, 500, 1000];
@@ -54,9 +54,9 @@ fn small_records_are_compact_but_for_one_in_each_page_of_them() {
                 (&plain.0, COMPACT_BATCH_VERSION),
                 "each segment begins with a plain one"
             );
-            assert!(*at < plain.1 + MAX_COMPACT_RUN_LEN, "at {at}, behind {}", plain.1);
+            assert_eq!(at / PAGE_LEN, plain.1 / PAGE_LEN, "at {at}, behind {}", plain.1);
         } else {
-            let is_due = *segment != plain.0 || header.is_sealing() || *at >= plain.1 + MAX_COMPACT_RUN_LEN;
+            let is_due = *segment != plain.0 || header.is_sealing() || at / PAGE_LEN > plain.1 / PAGE_LEN;
             assert!(is_due, "a plain batch at {at}, behind {}", plain.1);
             plain = (*segment, *at);
         }
@@ -114,7 +114,7 @@ fn what_others_would_say_is_said() {
 }
 
 #[test]
-fn a_timestamp_that_a_compact_batch_cannot_have_makes_a_plain_one() {
+fn timestamps_go_on_where_a_compact_batch_cannot_count_further() {
     let directory = tempfile::tempdir().unwrap();
     let (wal, mut writer) = open(directory.path());
     writer.append(b"the first of a segment").unwrap();
@@ -127,7 +127,7 @@ fn a_timestamp_that_a_compact_batch_cannot_have_makes_a_plain_one() {
             is_last_compact(wal.log())
         })
         .collect();
-    assert_eq!(compact, [true, false, false]);
+    assert_eq!(compact, [true; 3]);
     assert!(headers(wal.log()).windows(2).all(|pair| pair[1].2.timestamp > pair[0].2.timestamp));
     writer.timestamp = HybridTimestamp(1 << 58);
     writer.append(b"record").unwrap();
@@ -206,10 +206,37 @@ fn reading_begins_anywhere_in_a_run_of_compact_batches() {
         let (place, plain) = (log.position_before(Lsn(from)).unwrap(), log.plain_position_before(Lsn(from)).unwrap());
         assert!(is_plain(plain), "LSN {from}: {plain:?}");
         assert!((plain.segment, plain.offset) <= (place.segment, place.offset) && plain.lsn <= place.lsn);
-        assert!(place.segment != plain.segment || place.offset < plain.offset + 2 * MAX_COMPACT_RUN_LEN);
+        assert!(place.segment != plain.segment || place.offset - plain.offset <= PAGE_LEN + 256);
         compact_places += usize::from(plain != place);
     }
     assert!(compact_places > 300, "{compact_places}");
     let end = log.plain_position_before(Lsn(401)).unwrap();
     assert!(is_plain(end) && end.lsn < Lsn(400), "{end:?}");
+}
+
+#[test]
+fn no_batch_is_compact_whose_lsn_the_segment_could_not_tell() {
+    let segment = SegmentHeader {
+        id: WalSegmentId { region: IDENTITY.region, shard: IDENTITY.shard, first_lsn: Lsn(10) },
+        cluster: IDENTITY.cluster,
+        epoch: Epoch(1),
+        chain_before: Chain(5),
+        segment_size: limits::MAX_SEGMENT_SIZE,
+        version: SEGMENT_VERSION,
+    };
+    assert_eq!(compact_until(&segment, 4096, Lsn(10)), 8192);
+    assert_eq!(compact_until(&segment, 8191, Lsn(10)), 8192);
+    let far = Lsn(10 + COMPACT_LSNS - PAGE_LEN);
+    assert_eq!((compact_until(&segment, 5000, far.previous()), compact_until(&segment, 5000, far)), (8192, 0));
+    assert_eq!(compact_until(&SegmentHeader { version: OLDEST_SEGMENT_VERSION, ..segment }, 5000, Lsn(10)), 0);
+    // And where one is read, it is refused.
+    let misplaced = |first_lsn, offset, segment: &SegmentHeader| {
+        let at = Expected { first_lsn: Lsn(first_lsn), chain: Chain(1), epoch: Epoch(1) };
+        let bytes = batch::build_compact(at, HybridTimestamp(1), b"record").unwrap();
+        let header = batch::verify(&bytes, 100, at).unwrap();
+        segment.find_misplaced(offset, &header).is_some()
+    };
+    assert!(!misplaced(9 + COMPACT_LSNS, 5000, &segment) && misplaced(10 + COMPACT_LSNS, 5000, &segment));
+    assert!(misplaced(11, SEGMENT_HEADER_LEN, &segment));
+    assert!(misplaced(11, 5000, &SegmentHeader { version: OLDEST_SEGMENT_VERSION, ..segment }));
 }
