@@ -33,7 +33,7 @@ use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes of zeros written at once, at most, where nobody waits for syncs: the page cache keeps such a piece as one folio,
 /// which takes one fault where its pages would take sixteen, and is written back as one. So where a sync ends in the middle
-/// of a piece, the next one writes that whole piece again.
+/// of a piece that is stored to, the next one writes that whole piece again.
 const LONGEST_PIECE: u64 = MAX_ZERO_PIECE;
 
 /// What all syncs of a segment together may write again for that reason: one part in so many of it.
@@ -581,16 +581,22 @@ impl Spares {
     /// write again for them stays within its bound. Only once the writer has filled a segment is that known.
     ///
     /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready all
-    /// the same: it writes through the file then, which is less work in all.
+    /// the same, or somebody waits for syncs: it writes through the file then, which is less work in all. A write makes no
+    /// more of a piece dirty than it writes, so pieces may be large there in any case: a sync of 16 KiB takes a tenth less where
+    /// its pages are one folio. A short batch in between is stored, and has the next sync write its whole piece.
     fn manner(&self) -> Manner {
         let (taken, before, is_ahead) = {
             let state = self.state.lock();
             // A writer that waits has filled all that it took, or begins a new epoch, which is rare.
             (state.taken + u64::from(state.waiting), state.syncs, state.waiting || state.outrun)
         };
-        let goes_through_file = cfg!(target_os = "linux") && is_ahead && self.in_long.load(Ordering::Relaxed);
-        let piece_len = if taken < 2 || self.sync_waited.load(Ordering::Relaxed) {
+        let is_waited_for = self.sync_waited.load(Ordering::Relaxed);
+        let goes_through_file =
+            cfg!(target_os = "linux") && (is_ahead || is_waited_for) && self.in_long.load(Ordering::Relaxed);
+        let piece_len = if taken < 2 {
             PAGE_LEN
+        } else if is_waited_for {
+            if goes_through_file { LONGEST_PIECE } else { PAGE_LEN }
         } else {
             let syncs = before.max(self.syncs.load(Ordering::Relaxed)).max(1);
             let most = (self.segment_size / WRITTEN_AGAIN / syncs).clamp(PAGE_LEN, LONGEST_PIECE);

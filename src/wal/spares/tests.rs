@@ -100,6 +100,26 @@ fn pages_are_left_alone_where_a_writer_of_long_batches_is_ahead() {
 }
 
 #[test]
+fn long_batches_that_are_waited_for_get_large_pieces_and_no_pages_made_ready() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    spares.state.lock().taken = 2;
+    spares.syncs_are_waited_for();
+    let manner = spares.manner();
+    assert!(
+        manner.touches && manner.piece_len == PAGE_LEN,
+        "short ones are stored, and a sync would write whole pieces"
+    );
+    spares.set_long(true);
+    let manner = spares.manner();
+    let on_linux = cfg!(target_os = "linux");
+    assert_eq!((manner.touches, manner.piece_len), (!on_linux, if on_linux { LONGEST_PIECE } else { PAGE_LEN }));
+    let prepared = spares.prepare(&spare_path(directory.path(), 100)).unwrap();
+    assert_eq!(prepared.through_file, on_linux);
+    assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
+}
+
+#[test]
 fn whoever_waits_for_a_spare_fills_it_too() {
     let directory = tempfile::tempdir().unwrap();
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
