@@ -259,14 +259,16 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let piece = |bytes: &[u8]| [&u16::try_from(bytes.len()).unwrap().to_le_bytes()[..], bytes].concat();
     let page = decoders::first_header();
     let chain = SegmentHeader::decode(&page).unwrap().chain_before;
-    let log_of = |with_compact: bool| {
+    let log_of = |compact: usize| {
         let mut at = Expected { first_lsn: Lsn(1), chain, epoch: Epoch(1) };
         let mut log = Vec::new();
-        for records in [&[&b"one"[..]][..], &[b"compact"], &[b"two", b"three"], &[]] {
-            let compact = batch::build_compact(at, HybridTimestamp(1 << 20), records.first().unwrap_or(&&b""[..]));
-            let built = match (records, with_compact) {
-                ([b"compact"], false) => continue,
-                ([b"compact"], true) => compact.unwrap(),
+        const ONE: &[&[u8]] = &[b"one"];
+        const COMPACT: &[&[u8]] = &[b"compact"];
+        const REST: [&[&[u8]]; 2] = [&[b"two", b"three"], &[]];
+        let compact = std::iter::repeat_n(COMPACT, compact);
+        for records in std::iter::once(ONE).chain(compact).chain(REST) {
+            let built = match records {
+                [b"compact"] => batch::build_compact(at, HybridTimestamp(1 << 20), records[0]).unwrap(),
                 _ => batch::build(at, HybridTimestamp(1 << 20), Lsn::ZERO, records),
             };
             let found = batch::verify(&built, 60000, at).unwrap();
@@ -275,7 +277,8 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         }
         log
     };
-    let (log, with_compact) = (log_of(false), log_of(true));
+    let (log, with_compact, with_run) = (log_of(0), log_of(1), log_of(7));
+    seeds.push(("ingest", "compact_run", behind(&[2], &piece(&with_run))));
     seeds.push(("ingest", "compact", behind(&[2], &with_compact.chunks(50).map(piece).collect::<Vec<_>>().concat())));
     seeds.push(("ingest", "compact_sealed", behind(&[3], &piece(&with_compact))));
     seeds.push(("ingest", "whole", behind(&[2], &piece(&log))));

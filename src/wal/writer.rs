@@ -633,8 +633,8 @@ impl LogWriter {
         let Some(open) = self.open.as_mut().filter(|_| self.arrived > 0) else { return Ok(()) };
         let (room, end) = (open.room(), open.end());
         let segment = Arc::clone(open.segment());
-        let arrived: &[u8] = if self.is_staged {
-            self.staging.get(..limits::index(self.arrived)).unwrap_or_default()
+        let arrived: &mut [u8] = if self.is_staged {
+            self.staging.get_mut(..limits::index(self.arrived)).unwrap_or_default()
         } else {
             open.unpublished(0..self.arrived)
         };
@@ -642,6 +642,15 @@ impl LogWriter {
         let mut whole = 0usize;
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
+            // Of these only the last can be too far from the beginning of its segment, and only the first be that.
+            if let Some((len, last)) = batch::verify_compact_run(&mut arrived[whole..], room - whole as u64, expected)
+                && segment.header().find_misplaced(end + whole as u64, &last).is_none()
+            {
+                whole += len;
+                expected = Expected { first_lsn: last.first_lsn.next(), chain: last.crc, ..expected };
+                self.timestamp = last.timestamp;
+                continue;
+            }
             match batch::verify(&arrived[whole..], room - whole as u64, expected) {
                 Ok(header) => {
                     if let Some(reason) = segment.header().find_misplaced(end + whole as u64, &header) {
