@@ -26,7 +26,6 @@ use super::shard::Shard;
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
-use crate::wal::segment::zero_in_pages;
 
 /// Bytes looked at together where blanks are searched for.
 const LOOK_LEN: usize = 256 * 1024;
@@ -137,7 +136,7 @@ impl Shard {
         let len = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
         if len > end {
             // Where a file cannot be cut while it is mapped, zeros do as well.
-            let cut = self.file.set_len(end).or_else(|_| zero_in_pages(&self.file, end..len));
+            let cut = self.file.set_len(end).or_else(|_| self.write_zeros(end..len));
             cut.map_err(Error::io("cut", &self.path))?;
         }
         let arriving = Arriving { filled, ahead: SlotSet::default(), there: Vec::new(), found: Found::new() };
@@ -233,7 +232,7 @@ impl Shard {
             let is_ahead = |slot: &u64| arriving.ahead.contains(*slot);
             let to = (arriving.filled..end).find(is_ahead).unwrap_or(end);
             let blank = self.layout.slot_offset(arriving.filled)..self.layout.slot_offset(to);
-            zero_in_pages(&self.file, blank).map_err(Error::io("extend", &self.path))?;
+            self.write_zeros(blank).map_err(Error::io("extend", &self.path))?;
             arriving.filled = (to..end).find(|slot| !is_ahead(slot)).unwrap_or(end);
         }
         Ok(())
@@ -254,7 +253,7 @@ impl Shard {
                 let (page, behind) = rest.split_at(index(PAGE_LEN - at % PAGE_LEN).min(rest.len()));
                 let to = at + page.len() as u64;
                 if page.iter().all(|&byte| byte == 0) {
-                    zero_in_pages(&self.file, at..to).map_err(Error::io("extend", &self.path))?;
+                    self.write_zeros(at..to).map_err(Error::io("extend", &self.path))?;
                 }
                 (at, rest) = (to, behind);
             }

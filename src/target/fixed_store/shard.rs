@@ -30,7 +30,7 @@ use super::{Entry, Visit};
 use crate::error::{Error, Result};
 use crate::limits::PAGE_LEN;
 use crate::types::{Lsn, ShardId};
-use crate::wal::segment::{read_at, write_all_at, write_in_pages, zero_in_pages};
+use crate::wal::segment::{MAX_ZERO_PIECE, read_at, write_all_at, write_in_pages, zero_in_pieces};
 
 pub(super) struct Shard {
     pub(super) id: ShardId,
@@ -219,6 +219,12 @@ impl Shard {
         cfg!(target_os = "linux") && self.layout.slot_len() as u64 >= PAGE_LEN
     }
 
+    /// Writes real zeros to the file: in large pieces where nothing is stored to them through the mapping, for the reason that
+    /// [`write_slots`](Self::write_slots) has.
+    pub(super) fn write_zeros(&self, range: std::ops::Range<u64>) -> std::io::Result<()> {
+        zero_in_pieces(&self.file, range, if self.writes_through_file() { MAX_ZERO_PIECE } else { PAGE_LEN })
+    }
+
     /// Writes whole slots to the file.
     pub(super) fn write_slots(&self, first: u64, bytes: &[u8]) -> std::io::Result<()> {
         let at = self.layout.slot_offset(first);
@@ -294,7 +300,7 @@ impl Shard {
             return Err(Error::invalid(format!("shard {} has {count} slots and cannot have more", self.id)));
         }
         let range = self.layout.slot_offset(count)..self.layout.slot_offset(grown);
-        zero_in_pages(&self.file, range).map_err(Error::io("extend", &self.path))?;
+        self.write_zeros(range).map_err(Error::io("extend", &self.path))?;
         self.file.sync_all().map_err(|source| self.poison("sync", source))?;
         self.update_header(|header| header.slot_count = grown)?;
         self.map.extend(slots, &self.file, grown).map_err(Error::io("map", &self.path))
