@@ -226,7 +226,7 @@ impl Follower {
         };
         builder.check_settings(&directory)?;
         let directory = Arc::new(directory);
-        let OpenLogs { wals, writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        let OpenLogs { wals, writers, checkpoint } = open_logs(&directory, &builder.options, Role::Follower)?;
         let threads = Arc::new(Threads::default());
         let (mut applied_marks, mut states) = (Vec::new(), Vec::new());
         for wal in &wals {

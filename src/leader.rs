@@ -70,7 +70,7 @@ impl Leader {
         let listener = builder.make_transport().listen(address)?;
         let address = listener.local_address();
         let directory = Arc::new(builder.open_as_leader()?);
-        let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options)?;
+        let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options, Role::Leader)?;
         directory.lead_under(builder.epoch)?;
         let manifest = directory.manifest();
         for shard in wals.iter().map(|wal| wal.log().shard()) {

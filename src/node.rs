@@ -27,6 +27,7 @@ use crate::retention::{Retainer, RetentionOptions, ShardRetention};
 use crate::scrub::{ScrubOptions, Scrubber};
 use crate::server::Server;
 use crate::shutdown::ShutdownSignal;
+use crate::status::Role;
 use crate::target::ReplicationTarget;
 use crate::transport::{TcpOptions, TcpTransport, Transport};
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
@@ -550,8 +551,9 @@ pub(crate) struct OpenLogs {
 /// Opens every shard's log.
 ///
 /// Before the node accepts any epoch: the manifest still says which batches the node itself wrote, whose word about what
-/// was synced counts. Once they are open, everything in them is synced.
-pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<OpenLogs> {
+/// was synced counts. Once they are open, everything in them is synced. A follower's logs have nothing prepared before it
+/// knows how it will follow.
+pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions, role: Role) -> Result<OpenLogs> {
     let manifest = directory.manifest();
     let written_here = WrittenHere::by(&manifest);
     let checkpoint = Checkpoint::load(&directory.checkpoint_path())?.unwrap_or_default();
@@ -566,7 +568,8 @@ pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions) -> Result<Op
         };
         let known_synced = checkpoint.entries.get(&shard).map_or(Lsn::ZERO, |entry| entry.synced);
         let wal = WalOptions { known_synced: KnownSynced { lsn: known_synced, written_here }, ..options.wal };
-        let (wal, writer) = Wal::open(&directory.shard_path(shard), identity, wal)?;
+        let open = if role == Role::Follower { Wal::open_unprepared } else { Wal::open };
+        let (wal, writer) = open(&directory.shard_path(shard), identity, wal)?;
         if known_synced > wal.log().head() {
             return Err(Error::corrupt(
                 directory.shard_path(shard),

@@ -137,6 +137,11 @@ impl Receiver {
                 let taken = Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), over);
                 Some(Box::new(taken?))
             }
+            SessionKind::KeepUp => {
+                // In bulk, segments are made without what is prepared for records that come one by one.
+                self.own.writer()?.log().prepare_spares()?;
+                None
+            }
             _ => None,
         };
         let next = self.own.writer()?.end().head.next();

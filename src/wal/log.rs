@@ -536,6 +536,15 @@ impl Log {
         self.spares.wait_ready(deadline)
     }
 
+    /// Has the first spares prepared, if none have been yet: records are about to come one by one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if there can be no thread for it.
+    pub(crate) fn prepare_spares(&self) -> Result<()> {
+        self.spares.begin()
+    }
+
     /// [`wait_synced`](Self::wait_synced) for whoever has the time.
     fn sync_through(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
         while self.synced.load() < lsn {

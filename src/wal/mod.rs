@@ -158,6 +158,18 @@ impl Wal {
     /// [`Error::InUse`] if the log is open already; [`Error::Corrupt`] for damage to what was synced;
     /// [`Error::Mismatch`] if the files belong to another log; [`Error::Io`].
     pub fn open(directory: &Path, identity: LogIdentity, options: WalOptions) -> Result<(Wal, LogWriter)> {
+        let (wal, writer) = Self::open_unprepared(directory, identity, options)?;
+        wal.log.spares().begin()?;
+        Ok((wal, writer))
+    }
+
+    /// [`open`](Self::open), but no spares are prepared before the writer takes one: for a follower whose log may be replaced,
+    /// or filled in bulk, as soon as it has found its leader.
+    pub(crate) fn open_unprepared(
+        directory: &Path,
+        identity: LogIdentity,
+        options: WalOptions,
+    ) -> Result<(Wal, LogWriter)> {
         check_size(&identity)?;
         let lock = lock_directory(directory)?;
         let recovered = recovery::recover(directory, &identity, options.known_synced)?;
@@ -206,13 +218,15 @@ impl Wal {
         let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares));
         log.sync_all()?;
         given_up::remove_set_aside(directory)?;
-        let wal = Self::start(&log, &lock)?;
+        let wal = Self::start(&log, &lock);
         let writer = LogWriter::new(log, lock, open, end, recovered.timestamp, recovered.torn);
         Ok((wal, writer))
     }
 
     /// Replaces whatever log there is in `directory` by an empty one whose next record is `next_lsn`, for a follower
     /// that is being rebuilt: what was in the old log is gone from here on, and a crash leaves a beginning of it.
+    ///
+    /// Nothing is prepared before the writer takes its first segment: much of the log may come at once, beside a base.
     ///
     /// An empty log knows no history, so the first header page that the writer takes in is believed, within limits:
     /// it must be of this log, begin with `next_lsn` and have an epoch of at most `newest_epoch`. Everything after it is
@@ -251,7 +265,7 @@ impl Wal {
         let head = next_lsn.previous();
         let log = Arc::new(Log::new(directory, identity, options, Vec::new(), head, spares));
         log.sync_all()?;
-        let wal = Self::start(&log, &lock)?;
+        let wal = Self::start(&log, &lock);
         let end = LogEnd { head, chain: identity.genesis(), epoch: Epoch::ZERO, segment: next_lsn, offset: 0 };
         let mut writer = LogWriter::new(log, lock, None, end, HybridTimestamp::default(), None);
         if next_lsn > Lsn::FIRST {
@@ -260,12 +274,11 @@ impl Wal {
         Ok((wal, writer))
     }
 
-    /// Has the first spares prepared, and whatever nobody waits for synced.
-    fn start(log: &Arc<Log>, lock: &Arc<File>) -> Result<Wal> {
+    /// Has whatever nobody waits for synced.
+    fn start(log: &Arc<Log>, lock: &Arc<File>) -> Wal {
         let wal = Wal { log: Arc::clone(log), _lock: Arc::clone(lock) };
         syncer::start_when_due(log);
-        log.spares().begin()?;
-        Ok(wal)
+        wal
     }
 
     /// The shared side of it.

@@ -120,6 +120,35 @@ fn long_batches_that_are_waited_for_get_large_pieces_and_no_pages_made_ready() {
 }
 
 #[test]
+fn nothing_is_prepared_unasked_where_how_a_follower_follows_is_not_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares =
+        || std::fs::read_dir(directory.path()).unwrap().filter(|entry| is_spare(entry.as_ref().unwrap())).count();
+    let (wal, mut writer) = Wal::open_unprepared(directory.path(), IDENTITY, WalOptions::default()).unwrap();
+    assert!(!wal.log().spares().state.lock().running);
+    // The first segment comes when it is wanted, and then the others.
+    writer.set_epoch(Epoch(1)).unwrap();
+    assert_eq!(writer.append(b"record").unwrap(), Lsn(1));
+    wal.log().wait_for_spares(None).unwrap();
+    assert_eq!(spares(), WalOptions::default().spare_segments);
+    drop(writer);
+    wal.close().unwrap();
+    // And so they do once it is known.
+    let (wal, _writer) = Wal::open_at(directory.path(), IDENTITY, WalOptions::default(), Lsn(9), Epoch(1)).unwrap();
+    assert_eq!(spares(), 0);
+    wal.log().prepare_spares().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while spares() == 0 && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    assert!(spares() > 0);
+}
+
+fn is_spare(entry: &std::fs::DirEntry) -> bool {
+    entry.file_name().to_string_lossy().starts_with("spare-")
+}
+
+#[test]
 fn whoever_waits_for_a_spare_fills_it_too() {
     let directory = tempfile::tempdir().unwrap();
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
