@@ -184,7 +184,8 @@ impl World {
 
     /// Offers the target what is durable and not applied, batch by batch.
     pub fn apply_log(&mut self, id: u64) {
-        let lags = self.chance.below(1000) < self.apply_lag;
+        // Not for ever: of many seeds, one would have its target lag at each of a thousand looks.
+        let lags = self.chance.below(1000) < self.apply_lag && self.queue.now < self.faults_end + 60_000;
         let twice = self.plant == Some(Plant::ApplyTwice) && self.chance.per_mille(10);
         let World { nodes, oracle, .. } = self;
         let node = &mut nodes[usize::try_from(id - 1).unwrap()];
