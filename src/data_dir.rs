@@ -33,7 +33,7 @@
 //!
 //! Version 1 has no flags: whose its epoch is, is not known, and so it counts as another's. Version 2 is the same as version
 //! 3, which says that the logs may have segments of version 3, so that programs that do not know those leave them alone: they
-//! would take one for a torn tail. It is written when a node opens the directory, before there is any such segment.
+//! would take one for a torn tail. It is written before a node opens its logs, and so before there is any such segment.
 //!
 //! Every version begins with magic and version and ends with the CRC of all bytes before it, so that a newer version
 //! can be told from damage.
@@ -232,7 +232,6 @@ impl DataDir {
         }
         let manifest = DataDir::read_manifest(path)?;
         remove_temporary_files(path)?;
-        raise_version(path, &manifest)?;
         let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
         for shard in (0..manifest.shard_count).map(ShardId) {
             let path = directory.shard_path(shard);
@@ -269,6 +268,19 @@ impl DataDir {
         sync_directory(path).map_err(Error::io("sync", path))?;
         atomic_file::replace(&path.join(MANIFEST), &manifest.encode())?;
         Ok(directory)
+    }
+
+    /// Has older programs leave the directory alone, whose logs will be written as they do not know them: what they made is
+    /// marked with this version. For whoever is about to write; looking changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub(crate) fn raise_version(&self) -> Result<()> {
+        let file = self.path.join(MANIFEST);
+        let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
+        let due = self.manifest.lock().encode();
+        if bytes == due { Ok(()) } else { atomic_file::replace(&file, &due) }
     }
 
     /// Reads `MANIFEST` without taking the lock: for tools that only look, also while a node runs.
@@ -464,13 +476,6 @@ fn names(directory: &Path) -> Result<Vec<String>> {
         .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
         .collect::<io::Result<_>>()
         .map_err(Error::io("read", directory))
-}
-
-/// Has older programs leave a directory alone, whose logs will be written as they do not know them.
-fn raise_version(path: &Path, manifest: &Manifest) -> Result<()> {
-    let file = path.join(MANIFEST);
-    let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
-    if bytes == manifest.encode() { Ok(()) } else { atomic_file::replace(&file, &manifest.encode()) }
 }
 
 /// In a directory without `MANIFEST`: fails if it has served before.
@@ -685,7 +690,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_older_version_made_is_marked_as_soon_as_it_is_opened() {
+    fn what_an_older_version_made_is_marked_before_anything_is_written() {
         let parent = tempfile::tempdir().unwrap();
         drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
         let path = parent.path().join(MANIFEST);
@@ -695,8 +700,11 @@ mod tests {
             older[14] *= version - 1;
             std::fs::write(&path, resealed(older)).unwrap();
             let due = Manifest { own_epoch: version == 2, ..MANIFEST_OF_TWO };
-            assert_eq!(DataDir::read_manifest(parent.path()).unwrap(), due, "looking changes nothing");
-            assert_eq!(DataDir::open(parent.path()).unwrap().unwrap().manifest(), due);
+            assert_eq!(DataDir::read_manifest(parent.path()).unwrap(), due);
+            let directory = DataDir::open(parent.path()).unwrap().unwrap();
+            assert_eq!(directory.manifest(), due);
+            assert_eq!(std::fs::read(&path).unwrap()[8], version, "looking changes nothing");
+            directory.raise_version().unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), due.encode());
         }
     }

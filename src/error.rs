@@ -136,7 +136,7 @@ pub enum Error {
 #[non_exhaustive]
 #[repr(u16)]
 pub enum RefusalCode {
-    /// The peer speaks no protocol version that this node speaks.
+    /// The peer speaks no protocol version that this node speaks, or none that goes with what it asks for.
     UnsupportedVersion = 1,
     /// The peer belongs to another cluster.
     WrongCluster = 2,

@@ -554,6 +554,7 @@ pub(crate) struct OpenLogs {
 /// was synced counts. Once they are open, everything in them is synced. A follower's logs have nothing prepared before it
 /// knows how it will follow.
 pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions, role: Role) -> Result<OpenLogs> {
+    directory.raise_version()?;
     let manifest = directory.manifest();
     let written_here = WrittenHere::by(&manifest);
     let checkpoint = Checkpoint::load(&directory.checkpoint_path())?.unwrap_or_default();

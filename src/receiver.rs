@@ -405,9 +405,10 @@ impl Receiver {
     }
 
     #[inline(never)]
-    fn take_caught_up(&self, peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<()> {
+    fn take_caught_up(&mut self, peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<()> {
         if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
             self.own.state.set_leader_head(caught_up.head);
+            self.own.writer()?.log().prepare_spares()?;
             log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
         }
         Ok(())

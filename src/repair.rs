@@ -107,6 +107,9 @@ impl Repair {
         let missing = || Error::invalid(format!("there is no node's data in {}", self.directory.display()));
         // A dry run only looks; so that nothing moves meanwhile, the node must be stopped all the same.
         let data = DataDir::open(&self.directory)?.ok_or_else(missing)?;
+        if !self.dry_run {
+            data.raise_version()?;
+        }
         let manifest = data.manifest();
         let shards = match self.shard {
             Some(shard) if shard.0 >= manifest.shard_count => {

@@ -228,9 +228,9 @@ impl Server {
                 server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), peer, &signals)
             }
             Purpose::Tail => server.start_tail(&request, version),
-            Purpose::Segment if request.from == Lsn::ZERO => {
-                server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::Ranges, stream: None })
-            }
+            Purpose::Segment if request.from == Lsn::ZERO => takes_log(version)
+                .and_then(|()| server.describe(&request, version))
+                .map(|info| Answer { info, lanes: Lanes::Ranges, stream: None }),
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
         let Answer { info, lanes, stream: key } = match answer {

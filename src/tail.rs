@@ -91,6 +91,8 @@ struct Gathered {
     /// Where in its segment the first gathered byte stands.
     offset: u64,
     expected: Option<Expected>,
+    /// The segment, where the stream has come to its beginning.
+    segment: Option<SegmentHeader>,
 }
 
 impl Reading<'_> {
@@ -127,8 +129,13 @@ impl Reading<'_> {
         info: &ShardInfo,
         on_batch: &mut dyn FnMut(&Batch<'_>) -> ControlFlow<()>,
     ) -> Result<()> {
-        let mut gathered =
-            Gathered { bytes: Vec::new(), segment_size: info.segment_size, offset: info.start_offset, expected: None };
+        let mut gathered = Gathered {
+            bytes: Vec::new(),
+            segment_size: info.segment_size,
+            offset: info.start_offset,
+            expected: None,
+            segment: None,
+        };
         while !self.reached_target() {
             let header = receiver.receive_header()?;
             match header.kind {
@@ -217,7 +224,7 @@ impl Gathered {
         if self.expected.is_some_and(|due| (due.first_lsn, due.chain) != (start.first_lsn, start.chain)) {
             return Err(Error::protocol(peer, format!("segment {} does not continue what came before it", header.id)));
         }
-        self.expected = Some(start);
+        (self.expected, self.segment) = (Some(start), Some(header));
         self.offset = SEGMENT_HEADER_LEN;
         self.bytes.drain(..HEADER_PAGE);
         Ok(true)
@@ -238,6 +245,10 @@ impl Gathered {
         };
         match batch::verify(rest, self.segment_size.saturating_sub(at), expected) {
             Ok(header) => {
+                if let Some(reason) = self.segment.and_then(|segment| segment.find_misplaced(at, &header)) {
+                    let reason = format!("what came for LSN {} cannot stand there: {reason}", expected.first_lsn);
+                    return Err(Error::protocol(peer, reason));
+                }
                 self.expected =
                     Some(Expected { first_lsn: header.last_lsn().next(), chain: header.crc, epoch: header.epoch });
                 Ok(Some(header))

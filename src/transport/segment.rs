@@ -257,6 +257,9 @@ fn sound_end(segment: &Segment, upto: u64) -> Result<u64> {
     let mut at = SEGMENT_HEADER_LEN;
     while at < upto {
         let Ok(found) = batch::verify(rest, header.segment_size.saturating_sub(at), due) else { return Ok(at) };
+        if header.find_misplaced(at, &found).is_some() {
+            return Ok(at);
+        }
         due = Expected { first_lsn: found.last_lsn().next(), chain: found.crc, ..due };
         at += found.total_len();
         // Verified, so the batch is within the bytes.

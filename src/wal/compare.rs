@@ -91,7 +91,7 @@ pub struct Comparison {
 ///
 /// # Errors
 ///
-/// [`Error::Io`](crate::Error::Io).
+/// [`Error::Io`](crate::Error::Io); [`Error::Mismatch`](crate::Error::Mismatch) for a segment of a later version.
 pub fn compare_logs(a: &Path, b: &Path) -> Result<Comparison> {
     let (a, b) =
         (verify_log(a, None, KnownSynced::default(), &mut ())?, verify_log(b, None, KnownSynced::default(), &mut ())?);

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 use crate::limits::PAGE_LEN;
 use crate::wal::mapping::Mapping;
-use crate::wal::segment::{sync_directory, zero_in_pieces};
+use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory, zero_in_pieces};
 
 /// Bytes that are claimed at once.
 const STEP: u64 = 1 << 20;
@@ -112,6 +112,10 @@ impl Filling {
         }
         // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores after
         // it. Where that is not possible, for want of room say, writing zeros tells why.
+        // Where nothing is stored, a write makes no more of a piece dirty than it writes, however long that is: a sync of 16 KiB
+        // takes a tenth less where its pages are one folio. What is stored all the same, a short batch among long ones say, has
+        // the next sync write its whole piece.
+        let piece_len = if self.is_new && !touches { MAX_ZERO_PIECE } else { piece_len };
         let in_pieces = piece_len > PAGE_LEN;
         if in_pieces || !touches || !self.mapping.populate(range.clone()) {
             let _turn = self.zeroing.lock();

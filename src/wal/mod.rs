@@ -115,7 +115,8 @@ pub struct WalOptions {
     /// Segments prepared ahead of need. Default: 2, at least 1.
     pub spare_segments: usize,
     /// Bytes ahead of the writer whose page faults are taken by the preparing thread; 0 for none, and none either of segments
-    /// for a writer of long batches that is ahead of that thread: it writes them through the file. Default: 4 MiB.
+    /// for a writer of long batches that is ahead of that thread, or whose batches are waited for: it writes them through the
+    /// file. Default: 4 MiB.
     pub populate_ahead: u64,
     /// How those wait whom somebody is waiting for in turn: who waits for a sync or a commit, and shippers. Threads in
     /// the background always park. Default: [`WaitStrategy::Park`].
@@ -156,7 +157,7 @@ impl Wal {
     /// # Errors
     ///
     /// [`Error::InUse`] if the log is open already; [`Error::Corrupt`] for damage to what was synced;
-    /// [`Error::Mismatch`] if the files belong to another log; [`Error::Io`].
+    /// [`Error::Mismatch`] if the files belong to another log, or a segment is of a later version; [`Error::Io`].
     pub fn open(directory: &Path, identity: LogIdentity, options: WalOptions) -> Result<(Wal, LogWriter)> {
         let (wal, writer) = Self::open_unprepared(directory, identity, options)?;
         wal.log.spares().begin()?;

@@ -80,7 +80,7 @@ pub fn list_segments(directory: &Path) -> Result<Vec<(WalSegmentId, PathBuf)>> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`]. Damage is not an error here; it stands in the report.
+/// [`Error::Io`]; [`Error::Mismatch`] for a segment of a later version. Damage is not an error here; it stands in the report.
 ///
 /// ```
 /// use towline::wal::scan;
@@ -120,7 +120,7 @@ pub fn scan_segment(path: &Path, visit: &mut dyn Visit) -> Result<SegmentReport>
 ///
 /// # Errors
 ///
-/// [`Error::Io`].
+/// As [`scan_segment`].
 pub fn scan_published(path: &Path, published: u64, visit: &mut dyn Visit) -> Result<SegmentReport> {
     let report = scan_file(&mut SegmentFile::open(path)?, published, visit)?;
     visit.progress(published, published);
@@ -192,7 +192,12 @@ pub(crate) fn scrub_segment(
         let (path, segment) = (segment.path().to_owned(), segment.id().first_lsn);
         findings.push(Finding { path, segment, offset, end, lsn, reason });
     };
-    let wrong_header = match file.header()? {
+    // One of a later version is not the one either.
+    let found = file.header().or_else(|error| match error {
+        Error::Mismatch { reason, .. } => Ok(Err(reason.into_owned())),
+        other => Err(other),
+    })?;
+    let wrong_header = match found {
         Ok(found) if found != *header => Some("its header is not the one that it was opened with".to_owned()),
         Ok(_) => before.and_then(|before| does_not_continue(header, before)),
         Err(reason) => Some(reason),
@@ -342,7 +347,7 @@ impl LogReport {
 ///
 /// # Errors
 ///
-/// [`Error::Io`]. Damage is not an error here; it stands in the report.
+/// [`Error::Io`]; [`Error::Mismatch`] for a segment of a later version. Damage is not an error here; it stands in the report.
 pub fn verify_log(
     directory: &Path,
     identity: Option<&LogIdentity>,

@@ -135,7 +135,15 @@ impl SegmentHeader {
         if offset == SEGMENT_HEADER_LEN && batch.is_sealing() {
             // Its successor would have the same name.
             Some("it seals a segment that has no records")
-        } else if !batch.is_compact() {
+        } else {
+            self.find_misplaced_compact(offset, batch)
+        }
+    }
+
+    /// The same of compact batches alone, where a segment may be sealed without records.
+    #[inline]
+    pub(crate) fn find_misplaced_compact(&self, offset: u64, batch: &BatchHeader) -> Option<&'static str> {
+        if !batch.is_compact() {
             None
         } else if offset == SEGMENT_HEADER_LEN || self.version < SEGMENT_VERSION {
             Some("a compact batch is the first of its segment, or in one of a version that has none")

@@ -6,8 +6,9 @@
 //! which allocates and fills pages in one step, and a full disk is then an error of that write. Nor does it then keep
 //! what is given up, to be filled again.
 //!
-//! A writer that would wait for the spare that is being made [fills a part of it](super::filling) instead. If its batches are
-//! long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are there.
+//! A writer that would wait for the spare that is being made [fills a part of it](super::filling) instead. If almost all its
+//! batches are long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are
+//! there. Nor is anything made ready for one whose long batches are waited for.
 //!
 //! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
 //! nothing has been wanted for a while: an idle log has no such thread.
@@ -31,13 +32,17 @@ use crate::wal::removed::Removed;
 use crate::wal::segment::MAX_ZERO_PIECE;
 use crate::wal::{LogIdentity, WalOptions};
 
-/// Bytes of zeros written at once, at most, where nobody waits for syncs: the page cache keeps such a piece as one folio,
+/// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps such a piece as one folio,
 /// which takes one fault where its pages would take sixteen, and is written back as one. So where a sync ends in the middle
 /// of a piece that is stored to, the next one writes that whole piece again.
 const LONGEST_PIECE: u64 = MAX_ZERO_PIECE;
 
 /// What all syncs of a segment together may write again for that reason: one part in so many of it.
 const WRITTEN_AGAIN: u64 = 16;
+
+/// Bytes from one sync to the next of a writer that waits for its long batches, or for groups of them. One that waits now and
+/// then, and appends much in between, is better off with pages made ready.
+const SYNCED_OFTEN: u64 = 1 << 20;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
@@ -581,24 +586,22 @@ impl Spares {
     /// write again for them stays within its bound. Only once the writer has filled a segment is that known.
     ///
     /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready all
-    /// the same, or somebody waits for syncs: it writes through the file then, which is less work in all. A write makes no
-    /// more of a piece dirty than it writes, so pieces may be large there in any case: a sync of 16 KiB takes a tenth less where
-    /// its pages are one folio. A short batch in between is stored, and has the next sync write its whole piece.
+    /// the same, or somebody waits for syncs: it writes through the file then, which is less work in all. What a
+    /// [`Filling`] leaves alone has long pieces, whatever this says of others.
     fn manner(&self) -> Manner {
         let (taken, before, is_ahead) = {
             let state = self.state.lock();
             // A writer that waits has filled all that it took, or begins a new epoch, which is rare.
             (state.taken + u64::from(state.waiting), state.syncs, state.waiting || state.outrun)
         };
+        let syncs = before.max(self.syncs.load(Ordering::Relaxed)).max(1);
         let is_waited_for = self.sync_waited.load(Ordering::Relaxed);
+        let is_synced_often = is_waited_for && self.segment_size / syncs <= SYNCED_OFTEN;
         let goes_through_file =
-            cfg!(target_os = "linux") && (is_ahead || is_waited_for) && self.in_long.load(Ordering::Relaxed);
-        let piece_len = if taken < 2 {
+            cfg!(target_os = "linux") && (is_ahead || is_synced_often) && self.in_long.load(Ordering::Relaxed);
+        let piece_len = if taken < 2 || is_waited_for {
             PAGE_LEN
-        } else if is_waited_for {
-            if goes_through_file { LONGEST_PIECE } else { PAGE_LEN }
         } else {
-            let syncs = before.max(self.syncs.load(Ordering::Relaxed)).max(1);
             let most = (self.segment_size / WRITTEN_AGAIN / syncs).clamp(PAGE_LEN, LONGEST_PIECE);
             1 << most.ilog2()
         };

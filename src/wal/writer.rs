@@ -89,9 +89,9 @@ pub struct LogWriter {
     stated_synced: Lsn,
     /// Bytes from which on a batch goes in through the file.
     write_from: u64,
-    /// Batches appended to the open segment, from this offset on.
+    /// Batches appended to the open segment since it was opened, and how many of them were long.
     batches: u64,
-    batches_from: u64,
+    long_batches: u64,
     /// Whether long windows go in through the file (follower only).
     stages: bool,
     /// Where batches are framed that go in through the file.
@@ -150,7 +150,7 @@ impl LogWriter {
             stated_synced: Lsn::ZERO,
             log,
             batches: 0,
-            batches_from: end.offset,
+            long_batches: 0,
             _lock: lock,
             open,
             next_lsn: end.head.next(),
@@ -306,6 +306,7 @@ impl LogWriter {
         if !open.takes_stores() {
             open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
+        self.long_batches += u64::from(total >= WRITE_THROUGH_FILE_FROM);
         let is_long = total >= self.write_from && total <= WRITE_THROUGH_FILE_MOST;
         let is_stored = !(is_long || total <= WRITE_SYNCED_MOST && follows_sync(&header));
         if is_stored {
@@ -388,10 +389,10 @@ impl LogWriter {
                 self.log.shard()
             )));
         }
-        if let Some(open) = &self.open {
-            // Of a segment that was recovered or received as a whole, nothing is known.
-            let mean_len = (open.end() - self.batches_from).checked_div(self.batches).unwrap_or(0);
-            self.log.spares().set_long(mean_len >= WRITE_THROUGH_FILE_FROM);
+        if self.open.is_some() {
+            // All but a few. Of a segment that was recovered or received as a whole, nothing is known.
+            let is_long = self.batches > 0 && self.long_batches >= self.batches - self.batches / 8;
+            self.log.spares().set_long(is_long);
         }
         let prepared = self.log.spares().take()?;
         // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
@@ -430,7 +431,7 @@ impl LogWriter {
     /// The open segment is a new one, whose pages are made ready for stores or not.
     fn segment_begins(&mut self, through_file: bool) {
         self.write_from = write_from(&self.log, through_file);
-        (self.batches, self.batches_from) = (0, SEGMENT_HEADER_LEN);
+        (self.batches, self.long_batches) = (0, 0);
         self.compact_until = 0;
         self.populate_at = self.log.populate_at_start(through_file);
         self.landmark_at = LANDMARK_EVERY;
@@ -575,8 +576,15 @@ impl LogWriter {
         let identity = *self.log.identity();
         let page: &[u8; HEADER_PAGE] =
             self.header_page.first_chunk().ok_or_else(|| Error::invalid("a header page is 4096 bytes"))?;
-        let header = SegmentHeader::decode(page)
-            .map_err(|reason| Error::invalid(format!("the header of a segment arrived damaged: {reason}")))?;
+        let header = SegmentHeader::decode(page).map_err(|reason| {
+            let is_newer = SegmentHeader::newer_version(page).is_some();
+            let what = if is_newer {
+                "a segment arrived that this program is too old for"
+            } else {
+                "the header of a segment arrived damaged"
+            };
+            Error::invalid(format!("{what}: {reason}"))
+        })?;
         if self.open.as_ref().is_some_and(|open| header == *open.segment().header()) {
             self.arrived = 0;
             self.header_due = false;

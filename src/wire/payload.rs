@@ -216,6 +216,9 @@ fn summarise(bytes: &[u8]) -> Result<SegmentSummary, WireError> {
             Ok(found) => found,
             Err(error) => return wrong(offset, error.to_string()),
         };
+        if let Some(reason) = header.find_misplaced_compact(offset, &found) {
+            return wrong(offset, reason);
+        }
         event_count += u64::from(found.record_count);
         at = Expected { first_lsn: found.last_lsn().next(), chain: found.crc, ..at };
         // Verified, so the batch is within the bytes.

@@ -111,12 +111,25 @@ fn long_batches_that_are_waited_for_get_large_pieces_and_no_pages_made_ready() {
         "short ones are stored, and a sync would write whole pieces"
     );
     spares.set_long(true);
-    let manner = spares.manner();
     let on_linux = cfg!(target_os = "linux");
-    assert_eq!((manner.touches, manner.piece_len), (!on_linux, if on_linux { LONGEST_PIECE } else { PAGE_LEN }));
+    const { assert!(IDENTITY.segment_size <= SYNCED_OFTEN) };
+    let manner = spares.manner();
+    assert_eq!((manner.touches, manner.piece_len), (!on_linux, PAGE_LEN));
+    let large = LogIdentity { segment_size: 4 * SYNCED_OFTEN, ..IDENTITY };
+    let often = Spares::new(directory.path(), &large, &WalOptions::default(), Vec::new());
+    often.state.lock().taken = 2;
+    often.set_long(true);
+    often.syncs_are_waited_for();
+    assert!(often.manner().touches, "for so much at a time stores are better");
+    often.state.lock().syncs = 4;
+    assert_eq!(often.manner().touches, !on_linux);
     let prepared = spares.prepare(&spare_path(directory.path(), 100)).unwrap();
     assert_eq!(prepared.through_file, on_linux);
     assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
+    // A file that held something before is stored to.
+    spares.syncs_are_waited_for();
+    let (path, _segment) = given_up(directory.path(), 7);
+    assert!(!spares.prepare(&path).unwrap().through_file);
 }
 
 #[test]
