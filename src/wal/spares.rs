@@ -32,9 +32,9 @@ use crate::wal::removed::Removed;
 use crate::wal::segment::MAX_ZERO_PIECE;
 use crate::wal::{LogIdentity, WalOptions};
 
-/// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps such a piece as one folio,
-/// which takes one fault where its pages would take sixteen, and is written back as one. So where a sync ends in the middle
-/// of a piece that is stored to, the next one writes that whole piece again.
+/// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps such a
+/// piece as one folio, which takes one fault where its pages would take sixteen, and is written back as one. So where a sync
+/// ends in the middle of a piece that is stored to, the next one writes that whole piece again.
 const LONGEST_PIECE: u64 = MAX_ZERO_PIECE;
 
 /// What all syncs of a segment together may write again for that reason: one part in so many of it.

@@ -7,9 +7,8 @@
 //! How bytes get in is told by who waits. A leader's batch is stored to the mapping; on Linux it goes in by one write to the
 //! file where it is short and everything before it is synced, which whoever waits for each append finds so, or where the
 //! batch is long and no pages are made ready, because nobody is to do that, the writer is ahead of whoever does, or somebody
-//! waits for syncs. A
-//! follower's bytes are received into the mapping, or, in bulk, into memory and then written to the file. Readers read the
-//! mapping, whichever way it was.
+//! waits for syncs. A follower's bytes are received into the mapping, or, in bulk, into memory and then written to the file.
+//! Readers read the mapping, whichever way it was.
 
 use std::fs::File;
 use std::sync::Arc;
