@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use towline::target::{FixedStore, FixedStoreOptions};
@@ -60,6 +61,11 @@ impl Running {
     fn prints(&mut self) -> String {
         let mut line = String::new();
         BufReader::with_capacity(1, self.0.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        if line.is_empty() {
+            let mut error = String::new();
+            self.0.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+            panic!("it ends and prints nothing: {error}");
+        }
         line.trim_end().to_owned()
     }
 
@@ -140,6 +146,17 @@ fn eventually(mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// An address that nobody listens at, and that no connection gets for its own end either, as systems give higher ports to
+/// those: one that tries to reach it could otherwise be given it, and reach itself.
+fn free_port() -> String {
+    // None twice, however many tests run here.
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    let first = 20_000 + std::process::id() % 5_000;
+    let mut addresses =
+        (0..5_000).map(|_| format!("127.0.0.1:{}", first + TAKEN.fetch_add(1, Ordering::Relaxed) % 5_000));
+    addresses.find(|address| std::net::TcpListener::bind(address).is_ok()).unwrap()
+}
+
 fn assert_committed(line: &str, level: &str) {
     let words: Vec<_> = line.split(' ').collect();
     assert_eq!((words[0], words[1], words[3], words[4]), (words[2], "of", "records", "committed"), "{line}");
@@ -174,7 +191,7 @@ fn stores_of_leader_and_followers_hold_what_was_written_and_do_so_after_a_restar
     }
 
     // The stores know what they were made for, and a follower starts before its leader can be reached.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let port = free_port();
     let followers = [follow(&nodes[1], &port), follow(&nodes[2], &port)];
     let mut leader = Running::start(
         towline(&["leader", "--dir", text(&nodes[0]), "--listen", &port, "--stdin", "--commit", "applied:2"])
@@ -303,7 +320,7 @@ fn interrupts_end_every_kind_of_waiting() {
     let directory = tempfile::tempdir().unwrap();
     let nodes = ["f", "l", "f2"].map(|name| directory.path().join(name));
     // A follower that has never met its leader.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let port = free_port();
     let mut follower = Running::start(&mut towline(&["follower", "--dir", text(&nodes[0]), "--leader", &port]));
     follower.says("towline: cannot connect");
     assert_eq!(follower.interrupt(), 0);
