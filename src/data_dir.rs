@@ -278,9 +278,9 @@ impl DataDir {
     /// [`Error::Io`].
     pub(crate) fn raise_version(&self) -> Result<()> {
         let file = self.path.join(MANIFEST);
+        let manifest = self.manifest.lock();
         let bytes = std::fs::read(&file).map_err(Error::io("read", &file))?;
-        let due = self.manifest.lock().encode();
-        if bytes == due { Ok(()) } else { atomic_file::replace(&file, &due) }
+        if bytes == manifest.encode() { Ok(()) } else { atomic_file::replace(&file, &manifest.encode()) }
     }
 
     /// Reads `MANIFEST` without taking the lock: for tools that only look, also while a node runs.

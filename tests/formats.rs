@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use towline::data_dir::Manifest;
+use towline::repair::Repair;
 use towline::wal::scan::{Relation, scan_segment, verify_log};
 use towline::wal::segment::SegmentHeader;
 use towline::wal::{BatchIter, Expected, KnownSynced, LogIdentity, Wal, WalOptions, batch};
@@ -201,6 +202,31 @@ fn a_manifest_of_version_1() {
 fn a_manifest_of_version_2() {
     let bytes = golden("MANIFEST-v2");
     assert_eq!(Manifest::decode(&bytes, Path::new("MANIFEST-v2")).unwrap(), manifest());
+}
+
+#[test]
+fn a_directory_of_manifest_version_2_is_marked_by_whoever_writes_to_it_and_by_nobody_else() {
+    let directory = || {
+        let directory = tempfile::tempdir().unwrap();
+        for shard in (0..4).map(ShardId) {
+            std::fs::create_dir(directory.path().join(towline::types::shard_directory_name(shard))).unwrap();
+        }
+        std::fs::write(directory.path().join("MANIFEST"), golden("MANIFEST-v2")).unwrap();
+        std::fs::write(directory.path().join("LOCK"), b"").unwrap();
+        directory
+    };
+    let version = |directory: &tempfile::TempDir| std::fs::read(directory.path().join("MANIFEST")).unwrap()[8];
+    let net = common::net::Net::in_process();
+    // Nothing is damaged, so nobody is asked.
+    let repaired = directory();
+    let repair = |dry_run| Repair { dry_run, ..Repair::new(repaired.path()) };
+    repair(true).run(net.transport.as_ref(), &net.address).unwrap();
+    assert_eq!(version(&repaired), 2);
+    repair(false).run(net.transport.as_ref(), &net.address).unwrap();
+    assert_eq!(version(&repaired), 3);
+    let led = directory();
+    drop(towline::Node::builder(led.path()).transport(net.transport.clone()).lead(&net.address).unwrap());
+    assert_eq!(version(&led), 3);
 }
 
 #[test]

@@ -147,7 +147,7 @@ fn of_the_first_version_the_epoch_is_nobodys() {
 }
 
 #[test]
-fn what_an_older_version_made_is_marked_before_anything_is_written() {
+fn what_an_older_version_made_is_marked_when_asked_and_not_by_looking() {
     let parent = tempfile::tempdir().unwrap();
     drop(DataDir::create(parent.path(), MANIFEST_OF_TWO).unwrap());
     let path = parent.path().join(MANIFEST);

@@ -69,8 +69,7 @@ proptest! {
     #[test]
     fn any_lost_piece_is_torn_or_refused(segment in 0..3usize, at in 0..14_400u64, len in prop::sample::select(vec![1u64, 512, 4096])) {
         let log = log();
-        let paths: Vec<_> = log.places.iter().map(|place| place.path.clone()).collect();
-        let mut paths = paths;
+        let mut paths: Vec<_> = log.places.iter().map(|place| place.path.clone()).collect();
         paths.dedup();
         let from = (SEGMENT_HEADER_LEN + at) / len * len;
         check_damage(&log, &paths[segment], from..from + len, |path| write(path, &vec![0xee; usize::try_from(len).unwrap()], from));

@@ -138,8 +138,9 @@ impl Log {
         self.positions_before(lsn).map(|(_, plain)| plain)
     }
 
+    /// Both of these.
     fn positions_before(&self, lsn: Lsn) -> Result<(LogPosition, LogPosition)> {
-        let alone = |place| Ok((place, place));
+        let both = |place| Ok((place, place));
         let head = self.head();
         if lsn > head.next() || lsn < self.tail() {
             return Err(self.not_retained(lsn));
@@ -150,11 +151,11 @@ impl Log {
             }
             // Nothing has been written yet. Where the log does not begin with LSN 1, its first header will say the chain.
             let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
-            return alone(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
+            return both(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
         };
         let start = start_of(&segment);
         if lsn == start.segment {
-            return alone(start);
+            return both(start);
         }
         let published = segment.published();
         let mut place = LogPosition { offset: SEGMENT_HEADER_LEN, ..start };
@@ -169,7 +170,7 @@ impl Log {
             place = after(place, &batch.header);
             if batch.header.is_sealing() {
                 // `lsn` is the one after the head, and its segment does not exist yet.
-                return alone(LogPosition { segment: lsn, offset: 0, ..place });
+                return both(LogPosition { segment: lsn, offset: 0, ..place });
             }
         }
         if place.lsn.next() == lsn { Ok((place, plain)) } else { Err(self.not_retained(lsn)) }

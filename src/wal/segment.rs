@@ -126,18 +126,11 @@ impl SegmentHeader {
         }
         Ok(header)
     }
-}
 
-impl SegmentHeader {
     /// Why a batch cannot stand at this offset of the segment, although it [verifies](super::batch::verify); if that is so.
     #[inline]
     pub(crate) fn find_misplaced(&self, offset: u64, batch: &BatchHeader) -> Option<&'static str> {
-        if offset == SEGMENT_HEADER_LEN && batch.is_sealing() {
-            // Its successor would have the same name.
-            Some("it seals a segment that has no records")
-        } else {
-            self.find_misplaced_compact(offset, batch)
-        }
+        seals_nothing(offset, batch).or_else(|| self.find_misplaced_compact(offset, batch))
     }
 
     /// The same of compact batches alone, where a segment may be sealed without records.
@@ -161,6 +154,13 @@ impl SegmentHeader {
         let is_whole = page[0..8] == MAGIC && crc32fast::hash(&page[..60]) == crc;
         (is_whole && version > SEGMENT_VERSION).then_some(version)
     }
+}
+
+/// What is wrong with a batch that seals a segment before any record, if that is one: its successor would have the same name.
+/// Whatever the segment's header says.
+#[inline]
+pub(crate) fn seals_nothing(offset: u64, batch: &BatchHeader) -> Option<&'static str> {
+    (offset == SEGMENT_HEADER_LEN && batch.is_sealing()).then_some("it seals a segment that has no records")
 }
 
 /// Whether segments can have this size: whole pages, within [`MIN_SEGMENT_SIZE`] and [`MAX_SEGMENT_SIZE`].

@@ -586,7 +586,7 @@ impl Spares {
     /// write again for them stays within its bound. Only once the writer has filled a segment is that known.
     ///
     /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready all
-    /// the same, or somebody waits for syncs: it writes through the file then, which is less work in all. What a
+    /// the same, or frequent syncs are waited for: it writes through the file then, which is less work in all. What a
     /// [`Filling`] leaves alone has long pieces, whatever this says of others.
     fn manner(&self) -> Manner {
         let (taken, before, is_ahead) = {

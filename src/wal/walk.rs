@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, PAGE_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, Expected, FLAG_SEALING};
-use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION, SegmentHeader, read_at};
+use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION, SegmentHeader, read_at, seals_nothing};
 use crate::wal::walk_ahead::WalkedAhead;
 
 #[allow(clippy::cast_possible_truncation, reason = "a small constant")]
@@ -230,8 +230,8 @@ impl Walked {
 }
 
 /// Walks the batches of a segment from `at`, where a batch that continues `expected` is due, and verifies each, until
-/// one is not valid, one seals, or `limit` is reached. The segment has `size` bytes. Where its header can be read, batches
-/// must be such as can stand in it.
+/// one is not valid, one seals, or `limit` is reached. The segment has `size` bytes. Batches must be such as can stand
+/// in it, as far as its header can be read.
 pub(super) fn walk(
     file: &mut SegmentFile,
     segment: Option<&SegmentHeader>,
@@ -252,7 +252,11 @@ pub(super) fn walk(
     while at < limit {
         let header = match verify_at(file, at, size, walked.next)? {
             Ok(header) => {
-                if let Some(reason) = segment.and_then(|segment| segment.find_misplaced(at, &header)) {
+                let misplaced = match segment {
+                    Some(segment) => segment.find_misplaced(at, &header),
+                    None => seals_nothing(at, &header),
+                };
+                if let Some(reason) = misplaced {
                     walked.stopped = Some(BatchError::Invalid(reason.into()));
                     break;
                 }

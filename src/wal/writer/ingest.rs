@@ -211,7 +211,7 @@ impl LogWriter {
         let mut whole = 0usize;
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
-            // Of these only the last can be too far from the beginning of its segment, and only the first be that.
+            // Only the first of a run can be the first of its segment, and if any is too far from there, the last is.
             if let Some((len, last)) = batch::verify_compact_run(&mut arrived[whole..], room - whole as u64, expected)
                 && segment.header().find_misplaced(end + whole as u64, &last).is_none()
             {
