@@ -211,8 +211,11 @@ impl LogWriter {
         let mut whole = 0usize;
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
-            // Only the first of a run can be the first of its segment, and if any is too far from there, the last is.
-            if let Some((len, last)) = batch::verify_compact_run(&mut arrived[whole..], room - whole as u64, expected)
+            // In memory only: what is in the file is never to be wrong, not even for a moment and not even unpublished. Only
+            // the first of a run can be the first of its segment, and if any is too far from there, the last is.
+            if self.is_staged
+                && let Some((len, last)) =
+                    batch::verify_compact_run(&mut arrived[whole..], room - whole as u64, expected)
                 && segment.header().find_misplaced(end + whole as u64, &last).is_none()
             {
                 whole += len;
