@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use towline::wal::WalOptions;
+use towline::wal::{LogWriter, Wal, WalOptions};
 
 use super::limits::DurableWriter;
 use super::load::{self, Limit, Pace};
@@ -48,6 +48,9 @@ const OPEN: Names = Names {
     #[cfg(target_os = "linux")]
     direct: "O_DIRECT and fdatasync, open loop",
 };
+
+/// Bytes from one sync to the next while the first segments are filled.
+const SYNC_EVERY: usize = 64 << 10;
 
 /// Syncs by which a processor is judged.
 const PROBES: usize = 40;
@@ -103,14 +106,33 @@ fn contest(bench: &Bench, size: u64, names: Names, pace: Pace) -> Result<()> {
             let scratch = bench.scratch("sync-ours")?;
             let segment_size = (bytes + (1 << 20)).next_multiple_of(4096);
             let (wal, mut writer) = super::append::open(scratch.path(), segment_size, WalOptions::default())?;
-            wal.log().wait_synced(writer.append(&record)?, None)?;
-            wal.log().wait_for_spares(None)?;
+            fill_first_segments(&wal, &mut writer, &record)?;
             measure(scratch.path(), limit, pace, || {
                 let lsn = writer.append(&record)?;
                 Ok(wal.log().wait_synced(lsn, None)?)
             })
         })
         .run(bench)
+}
+
+/// Appends, with a sync now and then that is waited for, until the newest segment is one that was prepared when the log knew
+/// what its writer does. The first one and the spares beside it were not, and of a log that lives they are the least part.
+fn fill_first_segments(wal: &Wal, writer: &mut LogWriter, record: &[u8]) -> Result<()> {
+    let log = wal.log();
+    let first = 1 + log.options().spare_segments;
+    let mut unsynced = SYNC_EVERY;
+    while log.segments().len() <= first {
+        let lsn = writer.append(record)?;
+        unsynced += record.len();
+        if unsynced >= SYNC_EVERY {
+            log.wait_synced(lsn, None)?;
+            // Preparing keeps up with a writer that waits for each record; it has to with this one.
+            log.wait_for_spares(None)?;
+            unsynced = 0;
+        }
+    }
+    log.wait_synced(log.head(), None)?;
+    Ok(log.wait_for_spares(None)?)
 }
 
 /// Latencies, and what reached the device.
