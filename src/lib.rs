@@ -52,6 +52,7 @@
 
 mod ack_lane;
 mod admission;
+mod allocate;
 mod applier;
 mod atomic_file;
 mod backoff;

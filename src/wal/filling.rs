@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::allocate::allocate;
 use crate::error::{Error, Result};
 use crate::limits::PAGE_LEN;
 use crate::wal::mapping::Mapping;
@@ -58,6 +59,7 @@ impl Filling {
         let is_new = file.metadata().map_err(Error::io("look at", path))?.len() != len;
         if is_new {
             file.set_len(0).and_then(|()| file.set_len(len)).map_err(Error::io("resize", path))?;
+            allocate(&file, 0..len);
         } else {
             // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
             sync_directory(directory).map_err(Error::io("sync directory", directory))?;

@@ -23,9 +23,13 @@ use super::format::Slot;
 use super::index::KeyIndex;
 use super::reader::fill;
 use super::shard::Shard;
+use crate::allocate::allocate;
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
+
+/// Bytes behind a run of a base that the file is given blocks for, at most: so much of the disk is taken before it is needed.
+const ALLOCATED_AHEAD: u64 = 64 << 20;
 
 /// Bytes looked at together where blanks are searched for.
 const LOOK_LEN: usize = 256 * 1024;
@@ -34,6 +38,8 @@ const LOOK_LEN: usize = 256 * 1024;
 pub(super) struct Arriving {
     /// Every slot below is on blocks that were written.
     filled: u64,
+    /// Where the blocks end that the file was given for them.
+    allocated: u64,
     /// Of the slots from there on, those that a record has written. All others are blank.
     ahead: SlotSet,
     /// What the file has where blocks are to go.
@@ -139,13 +145,21 @@ impl Shard {
             let cut = self.file.set_len(end).or_else(|_| self.write_zeros(end..len));
             cut.map_err(Error::io("cut", &self.path))?;
         }
-        let arriving = Arriving { filled, ahead: SlotSet::default(), there: Vec::new(), found: Found::new() };
+        let ahead = SlotSet::default();
+        let arriving = Arriving { filled, allocated: end, ahead, there: Vec::new(), found: Found::new() };
         let arriving = writer.arriving.insert(arriving);
         self.fill_holes(arriving, mapped, kept)
     }
 
-    /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay.
-    pub(super) fn take_blocks(&self, arriving: &mut Arriving, first: u64, blocks: &[u8]) -> Result<()> {
+    /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay. There
+    /// are `limit` slots in all.
+    pub(super) fn take_blocks(&self, arriving: &mut Arriving, limit: u64, first: u64, blocks: &[u8]) -> Result<()> {
+        let end = self.layout.slot_offset(first) + blocks.len() as u64;
+        if arriving.allocated < end {
+            let to = (end + ALLOCATED_AHEAD).min(self.layout.slot_offset(limit)).max(end);
+            allocate(&self.file, arriving.allocated..to);
+            arriving.allocated = to;
+        }
         self.fill_blanks(arriving, first)?;
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
@@ -280,6 +294,7 @@ impl Shard {
         let mapped = self.map.slot_count();
         let in_map = usize::try_from(mapped.saturating_sub(first)).unwrap_or(usize::MAX).min(blocks.len() / slot_len);
         let (here, behind) = blocks.split_at(in_map * slot_len);
+        let limit = writer.slot_limit;
         let Some(arriving) = &mut writer.arriving else {
             return Err(Error::invalid(format!("no base of shard {} is coming", self.id)));
         };
@@ -292,7 +307,7 @@ impl Shard {
                 arriving.found.note(self, slot, &holds)?;
             }
         }
-        if behind.is_empty() { Ok(()) } else { self.take_blocks(arriving, first + in_map as u64, behind) }
+        if behind.is_empty() { Ok(()) } else { self.take_blocks(arriving, limit, first + in_map as u64, behind) }
     }
 }
 

@@ -27,6 +27,7 @@ use super::format::{Header, Layout, SLOTS_OFFSET, Slot};
 use super::index::KeyIndex;
 use super::slots_map::{SlotWriter, SlotsMap};
 use super::{Entry, Visit};
+use crate::allocate::allocate;
 use crate::error::{Error, Result};
 use crate::limits::PAGE_LEN;
 use crate::types::{Lsn, ShardId};
@@ -300,6 +301,7 @@ impl Shard {
             return Err(Error::invalid(format!("shard {} has {count} slots and cannot have more", self.id)));
         }
         let range = self.layout.slot_offset(count)..self.layout.slot_offset(grown);
+        allocate(&self.file, range.clone());
         self.write_zeros(range).map_err(Error::io("extend", &self.path))?;
         self.file.sync_all().map_err(|source| self.poison("sync", source))?;
         self.update_header(|header| header.slot_count = grown)?;
