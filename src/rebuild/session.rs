@@ -244,6 +244,21 @@ impl RebuildSession {
         self.contract = Some(contract);
         (self.kept, self.next_block) = (kept.blocks, kept.blocks);
         (self.done, self.skipped, self.failure) = (0, 0, SessionFailure::None);
+        self.pass(kept.blocks)
+    }
+
+    /// Notes that blocks come from `next` on only. Blocks come in ascending order; those passed over are blank, or the log has
+    /// written them.
+    fn pass(&mut self, next: u64) -> Result<()> {
+        let next = self.next_block.max(next);
+        let is_numbered = self.base().is_numbered();
+        let result = match &mut self.sink {
+            Some(sink) if is_numbered => sink.pass(BlockId(next)),
+            _ => Ok(()),
+        };
+        self.fail_on_error(result)?;
+        // What an interruption leaves is counted by this, so the target has to know first.
+        self.next_block = next;
         Ok(())
     }
 
@@ -334,8 +349,7 @@ impl RebuildSession {
         let result = if is_wanted { sink.put_block(block, bytes) } else { Ok(()) };
         self.fail_on_error(result)?;
         self.done += 1;
-        // Blocks come in ascending order; those passed over are blank.
-        self.next_block = self.next_block.max(block.0.saturating_add(1));
+        self.pass(block.0.saturating_add(1))?;
         if !is_wanted {
             self.skipped += 1;
             return Ok(false);
@@ -382,8 +396,7 @@ impl RebuildSession {
         }
         self.fail_on_error(result)?;
         self.done += count as u64;
-        // Blocks come in ascending order; those passed over are blank.
-        self.next_block = self.next_block.max(end);
+        self.pass(end)?;
         if put != 0 && self.phase == RebuildPhase::Accepted {
             self.enter(RebuildPhase::Running)?;
         }
@@ -403,7 +416,7 @@ impl RebuildSession {
             let error = format!("{} blocks of a base arrived, and {blocks} were sent", self.done);
             return self.fail_on_error(Err(Error::invalid(error)));
         }
-        self.next_block = self.next_block.max(self.base().block_count);
+        self.pass(self.base().block_count)?;
         self.enter(RebuildPhase::BaseComplete)
     }
 
@@ -697,6 +710,36 @@ mod tests {
             assert_eq!(pair.follower.get(key).unwrap().as_deref(), Some(value));
         }
         assert!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).is_err(), "completed");
+    }
+
+    #[test]
+    fn what_the_log_has_written_to_a_block_that_was_passed_over_is_kept() {
+        let mut pair = Pair::new();
+        pair.put(b"three", b"3");
+        let mut base = pair.start(1);
+        let mut blocks = vec![0; 8 * usize::try_from(base.info().block_len).unwrap()];
+        let run = base.next_run(&mut blocks).unwrap().unwrap();
+        pair.put(b"three", b"newer");
+        pair.put(b"four", b"4");
+        pair.log_entry(4, 5).unwrap();
+        // The last block of the run is none that the target is given.
+        assert_eq!(pair.session.apply_base_blocks(run.first, &blocks[..run.len]).unwrap(), 2);
+        pair.follower.sync(SHARD).unwrap();
+        let kept = pair.session.kept().unwrap();
+        assert_eq!(kept, KeptBase { blocks: 3, applied: Lsn(5) });
+        pair.session.cancel(SessionFailure::TransportLost);
+
+        let mut base = pair.leader.open_base(SHARD).unwrap();
+        let contract = RebuildContract { session: SessionId(2), epoch: Epoch(1), target: Lsn(5), base: base.info() };
+        pair.session.resume(contract, kept).unwrap();
+        base.skip_to(BlockId(kept.blocks));
+        let sent = pair.copy(base.as_mut());
+        assert_eq!(sent, 1, "what was only kept back comes with the base");
+        pair.session.mark_base_complete(sent).unwrap();
+        assert_eq!(pair.session.try_complete().unwrap(), Some(Lsn(5)));
+        for (key, value) in [(&b"one"[..], &b"1"[..]), (b"two", b"2"), (b"three", b"newer"), (b"four", b"4")] {
+            assert_eq!(pair.follower.get(key).unwrap().as_deref(), Some(value));
+        }
     }
 
     #[test]

@@ -314,6 +314,21 @@ pub trait BaseSink: Send {
         blocks.try_for_each(|(block, index)| self.put_block(BlockId(first.0.saturating_add(index)), block))
     }
 
+    /// No more blocks with numbers below `next` come: those that did not are blank in the image, or a record has written them
+    /// since. What records have written to blocks from there on a target may keep back, in memory say, as nothing of it
+    /// counts if the rebuild is interrupted; below `next` it is part of what [`ReplicationTarget::sync`] makes durable.
+    ///
+    /// For numbered blocks only. Called before the first block, and then with the same number or a larger one after each run.
+    /// A target that is never told must keep nothing back: whoever wraps a sink passes this on.
+    ///
+    /// # Errors
+    ///
+    /// As [`put_block`](Self::put_block).
+    fn pass(&mut self, next: BlockId) -> Result<()> {
+        let _ = next;
+        Ok(())
+    }
+
     /// The LSN that must be applied before the image is a state that ever was: the newest record whose effect came
     /// with a block, and at least the base LSN. Grows with every block; final once all blocks are in.
     fn consistent_from(&self) -> Lsn;

@@ -28,7 +28,7 @@ use crate::wal::batch::{BATCH_VERSION, BatchHeader, Expected};
 use crate::wal::carry_out::{is_staged_name, staged_name};
 use crate::wal::identity::LogIdentity;
 use crate::wal::known_synced::KnownSynced;
-use crate::wal::segment::{SegmentHeader, sync_directory, write_all_at, zero_in_pages};
+use crate::wal::segment::{SegmentHeader, sync_directory, write_in_pages, zero_in_pages};
 use crate::wal::walk::{self, Plausible, SegmentFile};
 
 /// Another copy of the log.
@@ -520,19 +520,6 @@ impl Drop for Mender<'_> {
 
 fn mismatch(path: &Path, reason: String) -> Error {
     Error::Mismatch { path: path.to_owned(), reason: reason.into() }
-}
-
-/// Writes one page at a time, for the sake of what [`zero_in_pages`] says about large folios.
-fn write_in_pages(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-    let (mut rest, mut at) = (bytes, offset);
-    while !rest.is_empty() {
-        let room = usize::try_from(PAGE_LEN - at % PAGE_LEN).unwrap_or(rest.len());
-        let (page, later) = rest.split_at(room.min(rest.len()));
-        write_all_at(file, page, at)?;
-        at += page.len() as u64;
-        rest = later;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

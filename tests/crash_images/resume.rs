@@ -5,6 +5,7 @@
 //! from then on; records are applied only where a local log has them for good, so after a crash all that were applied are
 //! there to be applied again.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use towline::target::{BaseSink, BaseSource, BlockId, FixedStore, FixedStoreOptions, KeptBase, ReplicationTarget};
@@ -38,6 +39,44 @@ struct Crash {
     local_head: Lsn,
 }
 
+/// Whoever takes a base, as a node does or with less care.
+struct Intake {
+    sink: Box<dyn BaseSink>,
+    /// Blocks that records have written, if it keeps count of them: then it gives none of those, and says how far the base has
+    /// come.
+    covered: Option<BTreeSet<u64>>,
+}
+
+impl Intake {
+    fn new(sink: Box<dyn BaseSink>, random: &mut Random) -> Intake {
+        Intake { sink, covered: random.percent(50).then(BTreeSet::new) }
+    }
+
+    fn note(&mut self, follower: &FixedStore, record: Record<'_>) {
+        let Some(covered) = &mut self.covered else { return };
+        let mut blocks = Vec::new();
+        assert!(follower.blocks_of(SHARD, record, &mut blocks).unwrap());
+        covered.extend(blocks.iter().map(|block| block.0));
+    }
+
+    /// Takes a run of blocks.
+    fn put(&mut self, first: BlockId, block_len: usize, blocks: &[u8]) {
+        let Some(covered) = &self.covered else { return self.sink.put_blocks(first, block_len, blocks).unwrap() };
+        for (block, bytes) in (first.0..).zip(blocks.chunks(block_len)) {
+            if !covered.contains(&block) {
+                self.sink.put_blocks(BlockId(block), block_len, bytes).unwrap();
+            }
+        }
+        self.pass(first.0 + (blocks.len() / block_len) as u64);
+    }
+
+    fn pass(&mut self, next: u64) {
+        if self.covered.is_some() {
+            self.sink.pass(BlockId(next)).unwrap();
+        }
+    }
+}
+
 pub fn run(seed: u64, count: &Count) {
     let mut random = Random(seed);
     let value_len = random.pick(&[100, 3_000, 50_000]);
@@ -50,7 +89,8 @@ pub fn run(seed: u64, count: &Count) {
     let follower = FixedStore::open(observed.path().join(STORE), &options).unwrap();
     let base = leading.store.open_base(SHARD).unwrap();
     let sink = follower.begin_base(SHARD, base.info()).unwrap();
-    let mut crashes = leading.rebuild(&follower, &observed, base, sink, None, &mut random);
+    let intake = Intake::new(sink, &mut random);
+    let mut crashes = leading.rebuild(&follower, &observed, base, intake, None, &mut random);
     drop(follower);
     for depth in [1, 0] {
         let mut found = Vec::new();
@@ -95,11 +135,13 @@ impl Leading {
     }
 
     /// Applies the log to a follower up to `to`.
-    fn apply(&self, follower: &FixedStore, to: Lsn) {
+    fn apply(&self, follower: &FixedStore, intake: &mut Intake, to: Lsn) {
         let mut next = follower.applied(SHARD).unwrap().next();
         while next <= to {
             let bytes = &self.records[usize::try_from(next.get()).unwrap() - 1];
-            follower.apply(SHARD, Record { lsn: next, bytes }).unwrap();
+            let record = Record { lsn: next, bytes };
+            follower.apply(SHARD, record).unwrap();
+            intake.note(follower, record);
             next = next.next();
         }
     }
@@ -111,7 +153,7 @@ impl Leading {
         follower: &FixedStore,
         observed: &Observed,
         mut base: Box<dyn BaseSource>,
-        mut sink: Box<dyn BaseSink>,
+        mut intake: Intake,
         kept: Option<KeptBase>,
         random: &mut Random,
     ) -> Vec<Crash> {
@@ -120,6 +162,7 @@ impl Leading {
         base.skip_to(BlockId(kept.map_or(0, |kept| kept.blocks)));
         let (mut crashes, mut kept) = (Vec::new(), kept);
         let mut next_block = kept.map_or(0, |kept| kept.blocks);
+        intake.pass(next_block);
         let mut is_over = false;
         let mut in_flight = None;
         while !is_over {
@@ -134,9 +177,9 @@ impl Leading {
                     // Records may be applied between the read of a run and its arrival: then they are newer.
                     if random.percent(30) {
                         (0..5).for_each(|_| self.write(random));
-                        self.apply(follower, self.head());
+                        self.apply(follower, &mut intake, self.head());
                     }
-                    sink.put_blocks(first, block_len, &blocks).unwrap();
+                    intake.put(first, block_len, &blocks);
                     next_block = first.0 + u64::from(count);
                 }
                 0..40 => {
@@ -150,7 +193,7 @@ impl Leading {
                     }
                 }
                 40..60 => self.write(random),
-                60..75 => self.apply(follower, applied.next().min(self.head())),
+                60..75 => self.apply(follower, &mut intake, applied.next().min(self.head())),
                 75..85 => observed.disk.look(),
                 85..95 => {
                     saved = Some(KeptBase { blocks: next_block, applied });
@@ -167,8 +210,9 @@ impl Leading {
         }
         observed.disk.trap(u64::MAX);
         crashes.push(Crash { moment: observed.disk.moment(), kept, local_head: follower.applied(SHARD).unwrap() });
-        self.apply(follower, self.head());
-        sink.complete(self.head()).unwrap();
+        self.apply(follower, &mut intake, self.head());
+        intake.pass(info.block_count);
+        intake.sink.complete(self.head()).unwrap();
         assert!(contents(follower) == *self.models.last().unwrap(), "rebuilt");
         crashes
     }
@@ -185,17 +229,18 @@ impl Leading {
         if random.percent(30) {
             left.disk.trap(random.below(3));
         }
-        let sink = match crash.kept {
-            None => follower.begin_base(SHARD, info).unwrap(),
+        let intake = match crash.kept {
+            None => Intake::new(follower.begin_base(SHARD, info).unwrap(), random),
             Some(kept) => {
-                let mut sink = follower.resume_base(SHARD, info, kept).unwrap();
+                let mut intake = Intake::new(follower.resume_base(SHARD, info, kept).unwrap(), random);
+                intake.pass(kept.blocks);
                 // The local log first: what is torn after it is damaged.
-                self.apply(&follower, crash.local_head);
-                sink.check_kept().unwrap();
-                sink
+                self.apply(&follower, &mut intake, crash.local_head);
+                intake.sink.check_kept().unwrap();
+                intake
             }
         };
-        let crashes = self.rebuild(&follower, &left, base, sink, crash.kept, random);
+        let crashes = self.rebuild(&follower, &left, base, intake, crash.kept, random);
         follower.close().unwrap();
         let again = FixedStore::open(left.path().join(STORE), &self.options).unwrap();
         assert!(contents(&again) == *self.models.last().unwrap(), "rebuilt, closed and opened");

@@ -78,6 +78,9 @@ impl BaseSink for GatedSink {
         self.1.pass(Point::Block)?;
         self.0.put_block(block, bytes)
     }
+    fn pass(&mut self, next: BlockId) -> Result<()> {
+        self.0.pass(next)
+    }
     fn consistent_from(&self) -> Lsn {
         self.0.consistent_from()
     }

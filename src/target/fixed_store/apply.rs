@@ -286,7 +286,11 @@ impl Shard {
         let slot = operation.slot;
         let was_torn = writer.torn.contains(&slot);
         let is_blank = was_torn || writer.arriving.as_ref().is_some_and(|arriving| arriving.is_blank(slot));
-        let before = if is_blank { Slot::Free } else { self.front_of(slot, &mut writer.front)? };
+        let before = match &writer.arriving {
+            _ if is_blank => Slot::Free,
+            Some(arriving) => self.front_there(&arriving.held, slot, &mut writer.front)?,
+            None => self.front_of(slot, &mut writer.front)?,
+        };
         if before.lsn() >= lsn {
             return Ok(());
         }
@@ -302,7 +306,7 @@ impl Shard {
             self.delete_slot(writer, operation, was_occupied)?;
         }
         if let Some(arriving) = &mut writer.arriving
-            && let Err(error) = arriving.found.note(self, slot, &operation.result(lsn))
+            && let Err(error) = arriving.found.note(self, &arriving.held, slot, &operation.result(lsn))
         {
             writer.end_rebuild();
             return Err(error);
@@ -368,8 +372,11 @@ impl Shard {
 
     /// Replaces a slot by `writer.image`.
     fn write_image(&self, writer: &mut Writer, slot: u64) -> Result<()> {
+        let limit = writer.slot_limit;
         match &mut writer.arriving {
-            Some(arriving) if slot >= self.map.slot_count() => self.write_unmapped(arriving, slot, &writer.image),
+            Some(arriving) if slot >= self.map.slot_count() => {
+                self.write_unmapped(arriving, limit, slot, &writer.image)
+            }
             _ => self.write_mapped(&mut writer.slots, slot, &writer.image),
         }
     }

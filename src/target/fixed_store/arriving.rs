@@ -5,9 +5,10 @@
 //! records of the log lane go to where they belong in the file as well. Nobody reads the shard meanwhile. At the end
 //! what is blank gets its real zeros, everything is synced once, and then mapped.
 //!
-//! What a slot has before its block comes stands in the file too: what a record left there, or nothing, which reads as
-//! zeros, as a free slot does. In memory there is one bit for each slot that a record has written ahead of the base, so
-//! that nobody reads, and fills the page cache with, what is known to be nothing.
+//! What a record writes ahead of the base is [held](super::held) in memory until the base gets there, so that the file is
+//! written from one end to the other. What does not fit there stands in the file: a hole reads as zeros, as a free slot does.
+//! In memory there is one bit for each slot that was written so, so that nobody reads, and fills the page cache with, what is
+//! known to be nothing.
 //!
 //! Where each key is, and which slots hold none, is found out on the way, aside from what readers look at: at the end no
 //! slot needs to be read again. A key can be in two slots meanwhile, the one that it has left and the one that it has moved
@@ -16,10 +17,12 @@
 //! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
 //! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use super::apply::Writer;
 use super::format::Slot;
+use super::held::Held;
 use super::index::KeyIndex;
 use super::reader::fill;
 use super::shard::Shard;
@@ -28,8 +31,9 @@ use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
 
-/// Bytes behind a run of a base that the file is given blocks for, at most: so much of the disk is taken before it is needed.
-const ALLOCATED_AHEAD: u64 = 64 << 20;
+/// Bytes of the file that get their blocks together, once something is written there: at most so much of the disk is taken for
+/// what then does not come.
+const ALLOCATED_TOGETHER: u64 = 64 << 20;
 
 /// Bytes looked at together where blanks are searched for.
 const LOOK_LEN: usize = 256 * 1024;
@@ -38,10 +42,14 @@ const LOOK_LEN: usize = 256 * 1024;
 pub(super) struct Arriving {
     /// Every slot below is on blocks that were written.
     filled: u64,
-    /// Where the blocks end that the file was given for them.
-    allocated: u64,
-    /// Of the slots from there on, those that a record has written. All others are blank.
+    /// Which parts of the file, of [`ALLOCATED_TOGETHER`] bytes, blocks were asked for.
+    allocated: BTreeSet<u64>,
+    /// Of the slots from there on, those that a record has written to the file.
     ahead: SlotSet,
+    /// And those that one has written, but not to the file yet. All others are blank.
+    pub(super) held: Held,
+    /// Somebody says which blocks come no more, so that what is held of those goes to the file.
+    may_hold: bool,
     /// What the file has where blocks are to go.
     there: Vec<u8>,
     pub(super) found: Found,
@@ -71,7 +79,7 @@ impl Found {
     }
 
     /// A slot holds something newer. What it held before is forgotten, or has the same key or none.
-    pub(super) fn note(&mut self, shard: &Shard, slot: u64, holds: &Slot<'_>) -> Result<()> {
+    pub(super) fn note(&mut self, shard: &Shard, held: &Held, slot: u64, holds: &Slot<'_>) -> Result<()> {
         match *holds {
             Slot::Free => {}
             Slot::Deleted { key, .. } => {
@@ -85,7 +93,7 @@ impl Found {
                 self.deleted.remove(slot);
                 self.occupied.insert(slot);
                 let Found { keys, other, .. } = self;
-                keys.insert_unless(key, slot, |there| Ok(shard.front_of(there, other)?.lsn() > lsn))?;
+                keys.insert_unless(key, slot, |there| Ok(shard.front_there(held, there, other)?.lsn() > lsn))?;
             }
         }
         Ok(())
@@ -95,7 +103,13 @@ impl Found {
 impl Arriving {
     /// Whether nothing has been written to a slot behind those mapped.
     pub(super) fn is_blank(&self, slot: u64) -> bool {
-        slot >= self.filled && !self.ahead.contains(slot)
+        slot >= self.filled && !self.ahead.contains(slot) && self.held.get(slot).is_none()
+    }
+
+    /// The first slot from `filled` on, and before `end`, that is not blank.
+    fn next_written(&self, end: u64) -> u64 {
+        let held = self.held.first_of(self.filled..end).unwrap_or(end);
+        (self.filled..held).find(|&slot| self.ahead.contains(slot)).unwrap_or(held)
     }
 }
 
@@ -146,7 +160,16 @@ impl Shard {
             cut.map_err(Error::io("cut", &self.path))?;
         }
         let ahead = SlotSet::default();
-        let arriving = Arriving { filled, allocated: end, ahead, there: Vec::new(), found: Found::new() };
+        let held = Held::new(self.layout.slot_len());
+        let arriving = Arriving {
+            filled,
+            allocated: BTreeSet::new(),
+            ahead,
+            held,
+            may_hold: false,
+            there: Vec::new(),
+            found: Found::new(),
+        };
         let arriving = writer.arriving.insert(arriving);
         self.fill_holes(arriving, mapped, kept)
     }
@@ -154,17 +177,14 @@ impl Shard {
     /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay. There
     /// are `limit` slots in all.
     pub(super) fn take_blocks(&self, arriving: &mut Arriving, limit: u64, first: u64, blocks: &[u8]) -> Result<()> {
-        let end = self.layout.slot_offset(first) + blocks.len() as u64;
-        if arriving.allocated < end {
-            let to = (end + ALLOCATED_AHEAD).min(self.layout.slot_offset(limit)).max(end);
-            allocate(&self.file, arriving.allocated..to);
-            arriving.allocated = to;
-        }
-        self.fill_blanks(arriving, first)?;
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
+        self.allocate_around(arriving, first..first + count as u64, limit);
+        self.fill_blanks(arriving, first)?;
+        // Whoever keeps count of what records have written gives none of those.
+        self.write_held(arriving, first..first + count as u64)?;
         // A write that fails leaves blank slots blank: whatever it left there is overwritten. Others it may have torn.
-        let write = |found: &mut Found, from: usize, to: usize, replaces: bool| {
+        let write = |found: &mut Found, held: &Held, from: usize, to: usize, replaces: bool| {
             let (run, first) = (&blocks[from * slot_len..to * slot_len], first + from as u64);
             self.write_slots(first, run).map_err(|source| match replaces {
                 true => self.poison("write", source),
@@ -172,13 +192,14 @@ impl Shard {
             })?;
             (first..).zip(run.chunks_exact(slot_len)).try_for_each(|(slot, block)| {
                 let holds = Slot::decode_prefix(&self.layout, block).map_err(|reason| self.damaged(slot, reason))?;
-                found.note(self, slot, &holds)
+                found.note(self, held, slot, &holds)
             })
         };
         let (mut from, mut replaces) = (0, false);
         for (here, block) in blocks.chunks_exact(slot_len).enumerate() {
             let slot = first + here as u64;
-            if arriving.is_blank(slot) {
+            // None of them is held.
+            if slot >= arriving.filled && !arriving.ahead.contains(slot) {
                 continue;
             }
             arriving.there.resize(self.layout.prefix_len(), 0);
@@ -187,23 +208,58 @@ impl Shard {
                 |bytes| Slot::decode_prefix(&self.layout, bytes).map_err(|reason| self.damaged(slot, reason));
             let there = front_of(&arriving.there)?;
             if there.lsn() != Lsn::ZERO && there.lsn() >= front_of(block)?.lsn() {
-                write(&mut arriving.found, from, here, replaces)?;
+                write(&mut arriving.found, &arriving.held, from, here, replaces)?;
                 (from, replaces) = (here + 1, false);
             } else {
                 arriving.found.forget(slot, &there);
                 replaces = true;
             }
         }
-        write(&mut arriving.found, from.min(count), count, replaces)?;
+        write(&mut arriving.found, &arriving.held, from.min(count), count, replaces)?;
         arriving.filled = arriving.filled.max(first + count as u64);
         arriving.ahead.forget_below(arriving.filled);
         Ok(())
     }
 
-    /// Writes the whole of a slot that is not mapped. A write that fails leaves a blank slot blank: whatever it left there
-    /// is overwritten, by this record, by its block or by zeros. Of another slot it may have torn what was there.
-    pub(super) fn write_unmapped(&self, arriving: &mut Arriving, slot: u64, bytes: &[u8]) -> Result<()> {
+    /// Writes those of these slots to the file that are held.
+    fn write_held(&self, arriving: &mut Arriving, slots: Range<u64>) -> Result<()> {
+        while let Some(slot) = arriving.held.first_of(slots.clone()) {
+            let bytes = arriving.held.get(slot).unwrap_or_default();
+            self.write_slots(slot, bytes).map_err(Error::io("write", &self.path))?;
+            arriving.held.forget(slot);
+            arriving.ahead.insert(slot);
+        }
+        Ok(())
+    }
+
+    /// Asks for blocks for these slots and those around them, of `limit` in all.
+    fn allocate_around(&self, arriving: &mut Arriving, slots: Range<u64>, limit: u64) {
+        let [from, to, limit] = [slots.start, slots.end, limit].map(|slot| self.layout.slot_offset(slot));
+        for part in from / ALLOCATED_TOGETHER..to.div_ceil(ALLOCATED_TOGETHER) {
+            if arriving.allocated.insert(part) {
+                let at = part * ALLOCATED_TOGETHER;
+                allocate(&self.file, at..(at + ALLOCATED_TOGETHER).min(limit));
+            }
+        }
+    }
+
+    /// No more blocks of the base come below slot `end`.
+    pub(super) fn pass(&self, arriving: &mut Arriving, end: u64) -> Result<()> {
+        arriving.may_hold = true;
+        self.fill_blanks(arriving, end)
+    }
+
+    /// Writes the whole of a slot that is not mapped, or holds it until the base gets there. A write that fails leaves a blank
+    /// slot blank: whatever it left there is overwritten, by this record, by its block or by zeros. Of another slot it may have
+    /// torn what was there.
+    /// There are `limit` slots in all.
+    pub(super) fn write_unmapped(&self, arriving: &mut Arriving, limit: u64, slot: u64, bytes: &[u8]) -> Result<()> {
+        let may_be_held = arriving.may_hold && slot >= arriving.filled && !arriving.ahead.contains(slot);
+        if may_be_held && arriving.held.put(slot, bytes) {
+            return Ok(());
+        }
         let is_blank = arriving.is_blank(slot);
+        self.allocate_around(arriving, slot..slot + 1, limit);
         self.write_slots(slot, bytes).map_err(|source| match is_blank {
             true => Error::io("write", &self.path)(source),
             false => self.poison("write", source),
@@ -212,6 +268,14 @@ impl Shard {
             arriving.ahead.insert(slot);
         }
         Ok(())
+    }
+
+    /// Version, status and key of a slot, which may be held.
+    pub(super) fn front_there<'a>(&self, held: &Held, slot: u64, front: &'a mut Vec<u8>) -> Result<Slot<'a>> {
+        let Some(bytes) = held.get(slot) else { return self.front_of(slot, front) };
+        front.clear();
+        front.extend_from_slice(&bytes[..self.layout.prefix_len()]);
+        Slot::decode_prefix(&self.layout, front).map_err(|reason| self.damaged(slot, reason))
     }
 
     /// Reads from the beginning of a slot that is not mapped on; what was never written is zeros.
@@ -240,14 +304,17 @@ impl Shard {
         ended.ok_or_else(|| Error::invalid(format!("no base of shard {} is coming", self.id)))
     }
 
-    /// Real zeros for every blank slot below `end`.
+    /// Writes what is held below slot `end`, and real zeros for every blank slot there.
     fn fill_blanks(&self, arriving: &mut Arriving, end: u64) -> Result<()> {
         while arriving.filled < end {
-            let is_ahead = |slot: &u64| arriving.ahead.contains(*slot);
-            let to = (arriving.filled..end).find(is_ahead).unwrap_or(end);
+            let to = arriving.next_written(end);
             let blank = self.layout.slot_offset(arriving.filled)..self.layout.slot_offset(to);
             self.write_zeros(blank).map_err(Error::io("extend", &self.path))?;
-            arriving.filled = (to..end).find(|slot| !is_ahead(slot)).unwrap_or(end);
+            arriving.filled = to;
+            if to < end {
+                self.write_held(arriving, to..to + 1)?;
+                arriving.filled += 1;
+            }
         }
         Ok(())
     }
@@ -304,7 +371,7 @@ impl Shard {
             if there.lsn() < holds.lsn() {
                 self.write_mapped(&mut writer.slots, slot, block)?;
                 arriving.found.forget(slot, &there);
-                arriving.found.note(self, slot, &holds)?;
+                arriving.found.note(self, &arriving.held, slot, &holds)?;
             }
         }
         if behind.is_empty() { Ok(()) } else { self.take_blocks(arriving, limit, first + in_map as u64, behind) }
@@ -390,6 +457,49 @@ mod tests {
             sink.put_blocks(*first, block_len, blocks).unwrap();
         }
         sink.complete(head).unwrap();
+        assert_eq!(contents(&follower), contents(&leader));
+        leader.close().unwrap();
+        follower.close().unwrap();
+        assert!(fs::read(shard_path(&here, 0)).unwrap()[4096..] == fs::read(shard_path(&there, 0)).unwrap()[4096..]);
+    }
+
+    #[test]
+    fn what_is_written_ahead_of_a_base_is_held_until_the_base_gets_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let (here, there) = (directory.path().join("leader"), directory.path().join("follower"));
+        let (leader, log) = (FixedStore::open(&here, &OPTIONS).unwrap(), Log::default());
+        (0..100).for_each(|key| put(&leader, &log, key, "base"));
+        let info = leader.open_base(SHARD).unwrap().info();
+        let block_len = info.block_len as usize;
+        let runs = runs(&leader, 10);
+        [35, 55, 55, 100].into_iter().for_each(|key| put(&leader, &log, key, "live"));
+        assert!(leader.delete(&60_u64.to_be_bytes(), |shard, record| log.append(shard, record)).unwrap().is_some());
+
+        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        let held = || follower.shards[0].writer.lock().arriving.as_ref().unwrap().held.len();
+        log.replay(&follower, SHARD, info.base_lsn, info.base_lsn.next()).unwrap();
+        assert_eq!(held(), 0, "nobody has said yet that it tells what comes no more");
+        sink.pass(BlockId(0)).unwrap();
+        log.replay(&follower, SHARD, info.base_lsn, log.head(SHARD)).unwrap();
+        assert_eq!(held(), 3);
+        for (first, blocks) in &runs[..5] {
+            sink.put_blocks(*first, block_len, blocks).unwrap();
+        }
+        assert_eq!(held(), 3);
+        // Around the one that was written.
+        let (before, after) = runs[5].1.split_at(5 * block_len);
+        sink.put_blocks(BlockId(50), block_len, before).unwrap();
+        sink.put_blocks(BlockId(56), block_len, &after[block_len..]).unwrap();
+        assert_eq!(held(), 2);
+        // Who gives that one too has it compared.
+        for (first, blocks) in &runs[6..] {
+            sink.put_blocks(*first, block_len, blocks).unwrap();
+        }
+        assert_eq!(held(), 1);
+        sink.pass(BlockId(info.block_count)).unwrap();
+        assert_eq!(held(), 0);
+        sink.complete(log.head(SHARD)).unwrap();
         assert_eq!(contents(&follower), contents(&leader));
         leader.close().unwrap();
         follower.close().unwrap();

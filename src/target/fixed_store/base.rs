@@ -191,7 +191,7 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
                     occupied += u64::from(matches!(found, Slot::Occupied { .. }));
                     newest = newest.max(found.lsn());
                     if let Some(arriving) = &mut writer.arriving {
-                        arriving.found.note(shard, slot, &found)?;
+                        arriving.found.note(shard, &arriving.held, slot, &found)?;
                     }
                 }
                 Err(_) => {
@@ -246,6 +246,15 @@ impl BaseSink for SlotSink {
         self.shard.put_base_slots(&mut writer, first.0, bytes).inspect_err(|_| writer.end_rebuild())?;
         self.shard.consistent_from.fetch_max(newest.0, Ordering::AcqRel);
         Ok(())
+    }
+
+    fn pass(&mut self, next: BlockId) -> Result<()> {
+        let mut writer = self.shard.writer.lock();
+        if writer.rebuild_session != self.session {
+            return Err(self.superseded());
+        }
+        let Some(arriving) = &mut writer.arriving else { return Ok(()) };
+        self.shard.pass(arriving, next.0.min(self.block_count)).inspect_err(|_| writer.end_rebuild())
     }
 
     fn consistent_from(&self) -> Lsn {

@@ -38,6 +38,7 @@ mod apply;
 mod arriving;
 mod base;
 mod format;
+mod held;
 mod index;
 mod reader;
 mod shard;
