@@ -89,8 +89,8 @@ pub trait ReplicationTarget: Send + Sync {
         batch.records().try_for_each(|record| self.apply(shard, record))
     }
 
-    /// Makes everything durable that was applied before the call, during a rebuild also the blocks that were put. Runs
-    /// beside appliers without stopping them for long.
+    /// Makes everything durable that was applied before the call, during a rebuild also the blocks that were put, but for what
+    /// need not be yet ([`BaseSink::pass`]). Runs beside appliers without stopping them for long.
     ///
     /// # Errors
     ///

@@ -3,8 +3,8 @@
 //! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename. The
 //! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
 //! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
-//! which allocates and fills pages in one step, and a full disk is then an error of that write. Nor does it then keep
-//! what is given up, to be filled again.
+//! which fills pages in one step, and a full disk is then an error of that write. Nor does it then keep what is given up, to
+//! be filled again. New files are [given their blocks](crate::allocate) in either case.
 //!
 //! A writer that would wait for the spare that is being made [fills a part of it](super::filling) instead. If almost all its
 //! batches are long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are
@@ -52,8 +52,8 @@ pub(super) struct Prepared {
     pub(super) path: PathBuf,
     pub(super) file: File,
     pub(super) mapping: Mapping,
-    /// Whether it has its blocks. If not, it has its length only, and nothing may be stored to the mapping: it was made
-    /// for a writer that goes through the file.
+    /// Whether it has its zeros. If not, it has its length, and blocks if the system gave it any, and nothing may be stored to
+    /// the mapping: it was made for a writer that goes through the file.
     pub(super) filled: bool,
     /// Its zeros and blocks are on stable storage.
     settled: bool,
@@ -514,8 +514,8 @@ impl Spares {
             return Ok(prepared);
         }
         // Where nobody waits for syncs, or the writer is about to run out of spares, a new file is as good without: its
-        // blocks are reserved, so nothing can fail for want of room, and its first syncs allocate them. Its zeros then
-        // need not go to the device before the records do.
+        // blocks are reserved, so nothing can fail for want of room, and its first syncs note which of them were written. Its
+        // zeros then need not go to the device before the records do.
         let (taken, none_left) = {
             let state = self.state.lock();
             // Whoever waits for spares wants to find nothing left to be done.

@@ -372,11 +372,8 @@ impl Shard {
 
     /// Replaces a slot by `writer.image`.
     fn write_image(&self, writer: &mut Writer, slot: u64) -> Result<()> {
-        let limit = writer.slot_limit;
         match &mut writer.arriving {
-            Some(arriving) if slot >= self.map.slot_count() => {
-                self.write_unmapped(arriving, limit, slot, &writer.image)
-            }
+            Some(arriving) if slot >= self.map.slot_count() => self.write_unmapped(arriving, slot, &writer.image),
             _ => self.write_mapped(&mut writer.slots, slot, &writer.image),
         }
     }

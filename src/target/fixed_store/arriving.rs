@@ -1,14 +1,14 @@
 //! Slots behind those that are mapped, while a base comes: they are reached through the file.
 //!
 //! A file grows by real zeros, which are synced before they are mapped. A base that came into such slots would be written
-//! to the device twice, so while one comes nothing more is mapped: its blocks make the file longer as they come, and
-//! records of the log lane go to where they belong in the file as well. Nobody reads the shard meanwhile. At the end
-//! what is blank gets its real zeros, everything is synced once, and then mapped.
+//! to the device twice, so while one comes nothing more is mapped: its blocks make the file longer as they come. Nobody
+//! reads the shard meanwhile. What is blank gets its real zeros when blocks come behind it, or at the end; then everything is
+//! synced once, and mapped.
 //!
-//! What a record writes ahead of the base is [held](super::held) in memory until the base gets there, so that the file is
-//! written from one end to the other. What does not fit there stands in the file: a hole reads as zeros, as a free slot does.
-//! In memory there is one bit for each slot that was written so, so that nobody reads, and fills the page cache with, what is
-//! known to be nothing.
+//! What a record of the log lane writes ahead of the base is [held](super::held) in memory until the base gets there, so that
+//! the file is written from one end to the other. What finds no room there, and what is behind the base, goes to where it
+//! belongs in the file; a hole reads as zeros, as a free slot does. In memory there is one bit for each slot that a record has
+//! written to the file ahead of the base, so that nobody reads, and fills the page cache with, what is known to be nothing.
 //!
 //! Where each key is, and which slots hold none, is found out on the way, aside from what readers look at: at the end no
 //! slot needs to be read again. A key can be in two slots meanwhile, the one that it has left and the one that it has moved
@@ -17,8 +17,9 @@
 //! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
 //! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::apply::Writer;
 use super::format::Slot;
@@ -31,8 +32,8 @@ use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
 
-/// Bytes of the file that get their blocks together, once something is written there: at most so much of the disk is taken for
-/// what then does not come.
+/// Bytes of the file that get their blocks together, once a block of the base comes there: no more of the disk than that is
+/// taken for what then does not come.
 const ALLOCATED_TOGETHER: u64 = 64 << 20;
 
 /// Bytes looked at together where blanks are searched for.
@@ -42,14 +43,15 @@ const LOOK_LEN: usize = 256 * 1024;
 pub(super) struct Arriving {
     /// Every slot below is on blocks that were written.
     filled: u64,
-    /// Which parts of the file, of [`ALLOCATED_TOGETHER`] bytes, blocks were asked for.
-    allocated: BTreeSet<u64>,
+    /// Where the blocks end that the file was given.
+    allocated: u64,
     /// Of the slots from there on, those that a record has written to the file.
     ahead: SlotSet,
     /// And those that one has written, but not to the file yet. All others are blank.
     pub(super) held: Held,
-    /// Somebody says which blocks come no more, so that what is held of those goes to the file.
-    may_hold: bool,
+    /// No block comes below this slot any more, and nothing is held there. None as long as nobody has said so: then nothing is
+    /// held at all.
+    passed: Option<u64>,
     /// What the file has where blocks are to go.
     there: Vec<u8>,
     pub(super) found: Found,
@@ -154,22 +156,16 @@ impl Shard {
         let filled = mapped.max(kept);
         let end = self.layout.slot_offset(filled);
         let len = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
-        if len > end {
+        // Also of the same length: blocks that were given beforehand can be behind the end.
+        if len >= end {
             // Where a file cannot be cut while it is mapped, zeros do as well.
             let cut = self.file.set_len(end).or_else(|_| self.write_zeros(end..len));
             cut.map_err(Error::io("cut", &self.path))?;
         }
         let ahead = SlotSet::default();
-        let held = Held::new(self.layout.slot_len());
-        let arriving = Arriving {
-            filled,
-            allocated: BTreeSet::new(),
-            ahead,
-            held,
-            may_hold: false,
-            there: Vec::new(),
-            found: Found::new(),
-        };
+        let held = Held::new(Arc::clone(&self.room), self.layout.slot_len());
+        let arriving =
+            Arriving { filled, allocated: end, ahead, held, passed: None, there: Vec::new(), found: Found::new() };
         let arriving = writer.arriving.insert(arriving);
         self.fill_holes(arriving, mapped, kept)
     }
@@ -179,7 +175,7 @@ impl Shard {
     pub(super) fn take_blocks(&self, arriving: &mut Arriving, limit: u64, first: u64, blocks: &[u8]) -> Result<()> {
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
-        self.allocate_around(arriving, first..first + count as u64, limit);
+        self.allocate_through(arriving, first + count as u64, limit);
         self.fill_blanks(arriving, first)?;
         // Whoever keeps count of what records have written gives none of those.
         self.write_held(arriving, first..first + count as u64)?;
@@ -232,34 +228,34 @@ impl Shard {
         Ok(())
     }
 
-    /// Asks for blocks for these slots and those around them, of `limit` in all.
-    fn allocate_around(&self, arriving: &mut Arriving, slots: Range<u64>, limit: u64) {
-        let [from, to, limit] = [slots.start, slots.end, limit].map(|slot| self.layout.slot_offset(slot));
-        for part in from / ALLOCATED_TOGETHER..to.div_ceil(ALLOCATED_TOGETHER) {
-            if arriving.allocated.insert(part) {
-                let at = part * ALLOCATED_TOGETHER;
-                allocate(&self.file, at..(at + ALLOCATED_TOGETHER).min(limit));
-            }
+    /// Asks for blocks for slots below `end`, and for more behind them, of `limit` in all.
+    fn allocate_through(&self, arriving: &mut Arriving, end: u64, limit: u64) {
+        let (end, limit) = (self.layout.slot_offset(end), self.layout.slot_offset(limit));
+        if arriving.allocated < end {
+            // Not for what is blank, should the base be far behind it.
+            let from = arriving.allocated.max(end.saturating_sub(ALLOCATED_TOGETHER));
+            let to = end.saturating_add(ALLOCATED_TOGETHER).min(limit).max(end);
+            allocate(&self.file, from..to);
+            arriving.allocated = to;
         }
     }
 
     /// No more blocks of the base come below slot `end`.
     pub(super) fn pass(&self, arriving: &mut Arriving, end: u64) -> Result<()> {
-        arriving.may_hold = true;
-        self.fill_blanks(arriving, end)
+        self.write_held(arriving, arriving.filled..end)?;
+        arriving.passed = arriving.passed.max(Some(end));
+        Ok(())
     }
 
     /// Writes the whole of a slot that is not mapped, or holds it until the base gets there. A write that fails leaves a blank
     /// slot blank: whatever it left there is overwritten, by this record, by its block or by zeros. Of another slot it may have
     /// torn what was there.
-    /// There are `limit` slots in all.
-    pub(super) fn write_unmapped(&self, arriving: &mut Arriving, limit: u64, slot: u64, bytes: &[u8]) -> Result<()> {
-        let may_be_held = arriving.may_hold && slot >= arriving.filled && !arriving.ahead.contains(slot);
-        if may_be_held && arriving.held.put(slot, bytes) {
+    pub(super) fn write_unmapped(&self, arriving: &mut Arriving, slot: u64, bytes: &[u8]) -> Result<()> {
+        let comes = arriving.passed.is_some_and(|passed| slot >= passed.max(arriving.filled));
+        if comes && !arriving.ahead.contains(slot) && arriving.held.put(slot, bytes) {
             return Ok(());
         }
         let is_blank = arriving.is_blank(slot);
-        self.allocate_around(arriving, slot..slot + 1, limit);
         self.write_slots(slot, bytes).map_err(|source| match is_blank {
             true => Error::io("write", &self.path)(source),
             false => self.poison("write", source),
@@ -465,9 +461,23 @@ mod tests {
 
     #[test]
     fn what_is_written_ahead_of_a_base_is_held_until_the_base_gets_there() {
+        take_around_what_was_written(100, usize::MAX, [3, 3, 2, 1, 0]);
+    }
+
+    #[test]
+    fn what_finds_no_room_is_written_to_the_file_ahead_of_the_base() {
+        take_around_what_was_written(100, 0, [0; 5]);
+        // The first of three: each takes a part of its own.
+        take_around_what_was_written(300_000, 400_000, [1, 1, 0, 0, 0]);
+    }
+
+    /// Records reach slots that a base then gets to, with room for so much of what they write. Says how much is held at each
+    /// of five moments.
+    fn take_around_what_was_written(value_len: u32, room: usize, due: [usize; 5]) {
+        let options = FixedStoreOptions { value_len, ..OPTIONS };
         let directory = tempfile::tempdir().unwrap();
         let (here, there) = (directory.path().join("leader"), directory.path().join("follower"));
-        let (leader, log) = (FixedStore::open(&here, &OPTIONS).unwrap(), Log::default());
+        let (leader, log) = (FixedStore::open(&here, &options).unwrap(), Log::default());
         (0..100).for_each(|key| put(&leader, &log, key, "base"));
         let info = leader.open_base(SHARD).unwrap().info();
         let block_len = info.block_len as usize;
@@ -475,30 +485,38 @@ mod tests {
         [35, 55, 55, 100].into_iter().for_each(|key| put(&leader, &log, key, "live"));
         assert!(leader.delete(&60_u64.to_be_bytes(), |shard, record| log.append(shard, record)).unwrap().is_some());
 
-        let follower = FixedStore::open(&there, &OPTIONS).unwrap();
+        let follower = FixedStore::open(&there, &options).unwrap();
+        follower.shards[0].room.shrink(room);
         let mut sink = follower.begin_base(SHARD, info).unwrap();
         let held = || follower.shards[0].writer.lock().arriving.as_ref().unwrap().held.len();
         log.replay(&follower, SHARD, info.base_lsn, info.base_lsn.next()).unwrap();
         assert_eq!(held(), 0, "nobody has said yet that it tells what comes no more");
         sink.pass(BlockId(0)).unwrap();
         log.replay(&follower, SHARD, info.base_lsn, log.head(SHARD)).unwrap();
-        assert_eq!(held(), 3);
+        let [ahead, beside, around, compared, passed] = due;
+        assert_eq!(held(), ahead);
         for (first, blocks) in &runs[..5] {
             sink.put_blocks(*first, block_len, blocks).unwrap();
         }
-        assert_eq!(held(), 3);
+        assert_eq!(held(), beside);
         // Around the one that was written.
         let (before, after) = runs[5].1.split_at(5 * block_len);
         sink.put_blocks(BlockId(50), block_len, before).unwrap();
         sink.put_blocks(BlockId(56), block_len, &after[block_len..]).unwrap();
-        assert_eq!(held(), 2);
+        assert_eq!(held(), around);
         // Who gives that one too has it compared.
         for (first, blocks) in &runs[6..] {
             sink.put_blocks(*first, block_len, blocks).unwrap();
         }
-        assert_eq!(held(), 1);
+        assert_eq!(held(), compared);
+        let file_len = || fs::metadata(shard_path(&there, 0)).unwrap().len();
         sink.pass(BlockId(info.block_count)).unwrap();
-        assert_eq!(held(), 0);
+        assert_eq!(held(), passed);
+        let layout = &follower.shards[0].layout;
+        assert_eq!(file_len(), layout.slot_offset(101), "what is blank behind it is not written before the end");
+        put(&leader, &log, 102, "live");
+        log.replay(&follower, SHARD, info.base_lsn, log.head(SHARD)).unwrap();
+        assert_eq!(held(), 0, "nothing comes there any more");
         sink.complete(log.head(SHARD)).unwrap();
         assert_eq!(contents(&follower), contents(&leader));
         leader.close().unwrap();

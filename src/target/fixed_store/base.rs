@@ -250,6 +250,7 @@ impl BaseSink for SlotSink {
 
     fn pass(&mut self, next: BlockId) -> Result<()> {
         let mut writer = self.shard.writer.lock();
+        self.shard.check_sound()?;
         if writer.rebuild_session != self.session {
             return Err(self.superseded());
         }

@@ -59,6 +59,7 @@ pub use format::{MAX_KEY_LEN, MAX_SLOTS, MAX_VALUE_LEN};
 pub use reader::FixedStoreReader;
 
 use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
+use self::held::Room;
 use self::shard::{Shard, read_header};
 use crate::data_dir::create_directory;
 use crate::error::{Error, Result};
@@ -164,11 +165,12 @@ impl FixedStore {
         }
         // Also where another process made it and was killed before this.
         sync_directory(directory).map_err(Error::io("sync", directory))?;
+        let room = Room::new();
         let mut shards = Vec::new();
         for number in 0..options.shard_count {
             let (path, file, header) = open_shard(directory, number, true)?;
             check_options(&path, &header, ShardId(number), options)?;
-            shards.push(Arc::new(Shard::open(path, file, header, Arc::clone(&lock))?));
+            shards.push(Arc::new(Shard::open(path, file, header, Arc::clone(&room), Arc::clone(&lock))?));
         }
         let topology =
             TargetTopology { key_len: options.key_len, value_len: options.value_len, prefix_bits: options.prefix_bits };
