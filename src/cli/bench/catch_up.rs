@@ -9,6 +9,12 @@ use super::recover::rate;
 use super::report::{Contest, Unit};
 use super::{Bench, Result, streams};
 
+const TO_MAPPING: &str = "stream into a written mapping with checksum";
+const TO_FILE: &str = "stream into a new file with checksum";
+/// As a follower's segments are.
+#[cfg(target_os = "linux")]
+const TO_ALLOCATED: &str = "stream into a new file given its blocks, with checksum";
+
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[1024]) {
         let count = bench.volume(1 << 30, 64 << 20) / size;
@@ -32,33 +38,45 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let from = from.collect::<towline::Result<Vec<_>>>()?;
         let len = from.iter().map(|part| part.len()).sum();
         let mut to = MappedFile::zeroed_in_pages(&path("to"), len)?;
-        Contest::new("catch-up", size, Unit::MegabytesPerSecond)
-            .bare("stream into a written mapping with checksum", || {
+        let to_file = |prepare: &dyn Fn(&File) -> Result<()>| {
+            let mut file = File::create(path("new"))?;
+            let began = Instant::now();
+            prepare(&file)?;
+            streams::stream_to_file(&from, &mut file)?;
+            let sample = rate(bytes, began);
+            std::fs::remove_file(path("new"))?;
+            Ok(sample)
+        };
+        let contest = Contest::new("catch-up", size, Unit::MegabytesPerSecond)
+            .bare(TO_MAPPING, || {
                 to.make_fresh()?;
                 let began = Instant::now();
                 streams::stream_checked(&from, to.bytes_mut())?;
                 Ok(rate(bytes, began))
             })
-            .bare("stream into a new file with checksum", || {
-                let mut file = File::create(path("new"))?;
+            .bare(TO_FILE, || to_file(&|_| Ok(())));
+        #[cfg(target_os = "linux")]
+        let contest = contest.bare_if_able(TO_ALLOCATED, || {
+            to_file(&|file| {
+                let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+                Ok(rustix::fs::fallocate(file, flags, 0, u64::try_from(len)?)?)
+            })
+        });
+        let against = [
+            TO_MAPPING,
+            TO_FILE,
+            #[cfg(target_os = "linux")]
+            TO_ALLOCATED,
+        ];
+        contest
+            .ours("new follower", &against, || {
                 let began = Instant::now();
-                streams::stream_to_file(&from, &mut file)?;
+                nodes.add_follower()?;
+                nodes.wait_applied(last)?;
                 let sample = rate(bytes, began);
-                std::fs::remove_file(path("new"))?;
+                nodes.remove_follower()?;
                 Ok(sample)
             })
-            .ours(
-                "new follower",
-                &["stream into a written mapping with checksum", "stream into a new file with checksum"],
-                || {
-                    let began = Instant::now();
-                    nodes.add_follower()?;
-                    nodes.wait_applied(last)?;
-                    let sample = rate(bytes, began);
-                    nodes.remove_follower()?;
-                    Ok(sample)
-                },
-            )
             .run(bench)?;
     }
     Ok(())
