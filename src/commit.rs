@@ -490,27 +490,32 @@ impl Acknowledged {
         self.compute(&one_at_a_time);
     }
 
-    /// Takes in what a follower says of itself, and wakes those whose commit it completes.
+    /// Takes in what a follower says of itself, and wakes those whose commit it completes. Returns whether it may have woken
+    /// somebody.
     pub(crate) fn acknowledge(
         &self,
         follower: &FollowerMarks,
         stream: u64,
         [received, durable, applied]: [Lsn; 3],
         now_ms: u64,
-    ) {
+    ) -> bool {
         let one_at_a_time = self.computing.lock();
         // The reader of an earlier stream may have been held up on its way here.
         if stream != follower.stream.load(Ordering::Relaxed) {
-            return;
+            return false;
         }
         follower.set_marks(received, durable, applied, now_ms);
-        self.compute(&one_at_a_time);
+        self.compute(&one_at_a_time)
     }
 
-    fn compute(&self, _one_at_a_time: &MutexGuard<'_, ()>) {
+    /// Moves the marks to where the followers are. Returns whether one moved that somebody waits for.
+    fn compute(&self, _one_at_a_time: &MutexGuard<'_, ()>) -> bool {
+        let mut may_wake = false;
         for (level, count, mark) in self.reached.read().iter() {
-            mark.advance(self.count_th(*level, *count));
+            let is_waited_for = mark.has_waiters();
+            may_wake |= mark.advance(self.count_th(*level, *count)) && is_waited_for;
         }
+        may_wake
     }
 
     /// The mark for (level, count), made when it is first asked for.
@@ -567,6 +572,7 @@ fn outcome_of(error: Error) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watermark::WaitStrategy;
 
     fn reached(acknowledged: &Acknowledged) -> Lsn {
         acknowledged.reached(AckLevel::Durable, 1).load()
@@ -586,6 +592,24 @@ mod tests {
         assert_eq!(acknowledged.reached(AckLevel::Received, 1).load(), Lsn(9));
         acknowledged.stream_begins(&a, 3, false, [2; 3].map(Lsn), 0);
         assert_eq!((reached(&acknowledged), two.load()), (Lsn(7), Lsn(5)));
+    }
+
+    #[test]
+    fn it_is_told_when_somebody_may_have_been_woken() {
+        let acknowledged = Acknowledged::default();
+        let follower = acknowledged.follower(NodeId(1)).unwrap();
+        acknowledged.stream_begins(&follower, 1, false, [Lsn::ZERO; 3], 0);
+        let mark = acknowledged.reached(AckLevel::Durable, 1);
+        assert!(!acknowledged.acknowledge(&follower, 1, [5, 4, 3].map(Lsn), 0), "nobody waits");
+        std::thread::scope(|scope| {
+            scope.spawn(|| wait_any(&[mark.until(Lsn(6))], WaitStrategy::Park, None));
+            while !mark.has_waiters() {
+                std::thread::yield_now();
+            }
+            assert!(!acknowledged.acknowledge(&follower, 1, [9, 4, 3].map(Lsn), 0), "durable is where it was");
+            assert!(!acknowledged.acknowledge(&follower, 2, [9; 3].map(Lsn), 0), "another stream");
+            assert!(acknowledged.acknowledge(&follower, 1, [9, 6, 3].map(Lsn), 0));
+        });
     }
 
     #[test]
