@@ -2,7 +2,7 @@
 //!
 //! Where a file has none, a file system that allocates late (ext4, XFS, Btrfs) takes note of each block that is written. Blocks
 //! that it was given at once, and that read as zeros until they are written, it only has to find: writing 64 KiB at a time goes
-//! from 5.5 to 8.7 GB/s, and a file whose parts are written in any order is in one piece on the device.
+//! from 5.4 to 8.7 GB/s, and a file whose parts are written in any order is in one piece on the device.
 
 use std::fs::File;
 use std::ops::Range;

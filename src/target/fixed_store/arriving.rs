@@ -219,8 +219,9 @@ impl Shard {
 
     /// Writes those of these slots to the file that are held.
     fn write_held(&self, arriving: &mut Arriving, slots: Range<u64>) -> Result<()> {
-        while let Some(slot) = arriving.held.first_of(slots.clone()) {
-            let bytes = arriving.held.get(slot).unwrap_or_default();
+        while let Some(slot) = arriving.held.first_of(slots.clone())
+            && let Some(bytes) = arriving.held.get(slot)
+        {
             self.write_slots(slot, bytes).map_err(Error::io("write", &self.path))?;
             arriving.held.forget(slot);
             arriving.ahead.insert(slot);
