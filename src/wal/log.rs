@@ -16,14 +16,15 @@
 //!
 //! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
 //! for; the others wait for that one. A commit by one thread therefore crosses no other thread. Of those who came too late
-//! for a sync, the first does the next one (see [`sync_line`](super::sync_line)). They and those whom the sync has covered
+//! for a sync, the first does the next one (see [`sync_line`](super::sync_line)), once those who were released together have
+//! come back (see [`sync_group`](super::sync_group)). They and those whom the sync has covered
 //! are woken after the lock has been let go, unless a segment ends there: while many are woken, one by one, the device has
 //! work again. The shard's sync thread does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 
@@ -37,6 +38,7 @@ use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
 use crate::wal::segment::{HEADER_FIELDS, SegmentHeader, sync_directory, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
+use crate::wal::sync_group::{SyncGroup, SyncWaits};
 use crate::wal::sync_line::SyncLine;
 use crate::wal::syncer::{Syncer, start_when_due};
 use crate::wal::{LogIdentity, SyncPolicy, WalOptions};
@@ -59,8 +61,7 @@ pub struct Log {
     sync: Mutex<SyncPosition>,
     /// Those who found `sync` locked.
     sync_line: SyncLine,
-    /// How often somebody came to wait for a sync. Counted by those who wait, read by whoever syncs; a hint, so relaxed.
-    sync_waits: AtomicU64,
+    sync_waits: SyncWaits,
     /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
     /// held while anybody waits for the device.
     pub(super) given_up: Mutex<GivenUp>,
@@ -96,34 +97,6 @@ struct SyncPosition {
     group: SyncGroup,
 }
 
-/// For whom the last sync was done, and how many may be back for the next.
-#[derive(Debug, Default)]
-struct SyncGroup {
-    /// What `Log::sync_waits` was when the last sync began.
-    waits: u64,
-    /// Those that it was done for, and those that came while it ran.
-    expected: u64,
-    /// How long it took.
-    took: Duration,
-    /// Syncs that wait for nobody, because the last one that did so waited in vain.
-    hasty: u32,
-}
-
-/// After waiting in vain for a larger group, so many syncs do not wait. With 16, two groups that take turns, and each of
-/// which comes back a little late for the other, stayed apart for seconds.
-const HASTY_SYNCS: u32 = 4;
-/// A sync waits for the rest of its group for as long as one more comes within this part of the time that the last one took.
-/// Writers that a sync has released are back within a fraction of it, but just after whoever is first has begun the next
-/// sync: without a wait they would form two groups in turn, and each record would wait for one sync and a half.
-const GROUP_SILENCE: u32 = 4;
-/// Nor for longer than this, however slow the device: whoever waits keeps its processor unless others want it. Where it was
-/// measured a quarter of a sync was 30 us.
-const MOST_SILENCE: Duration = Duration::from_micros(100);
-/// In all it waits for no longer than the last sync took, which many who come back one by one may need, nor for longer than
-/// this. 32 threads came back within 80 us of a sync of 130 where it was measured: waiting for all of them made 130 thousand
-/// records a second of 100, waiting for half of that time 120, and for a quarter nothing.
-const MOST_PATIENCE: Duration = Duration::from_micros(500);
-
 impl Log {
     pub(super) fn new(
         directory: &Path,
@@ -145,7 +118,7 @@ impl Log {
             sync_wanted: Watermark::new(Lsn::ZERO),
             opened: Watermark::new(opened),
             ended: Watermark::new(Lsn::ZERO),
-            sync_waits: AtomicU64::new(0),
+            sync_waits: SyncWaits::default(),
             sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, group: SyncGroup::default() }),
             sync_line: SyncLine::default(),
             given_up: Mutex::default(),
@@ -519,7 +492,7 @@ impl Log {
         }
         if self.synced.load() < lsn {
             self.spares.syncs_are_waited_for();
-            self.sync_waits.fetch_add(1, Ordering::Relaxed);
+            self.sync_waits.arrive();
         }
         self.sync_through(lsn, deadline)
     }
@@ -551,6 +524,8 @@ impl Log {
             self.check_writable()?;
             if let Some(position) = self.sync.try_lock() {
                 self.sync_locked(position, lsn)?;
+            } else if self.gave_way(lsn, deadline) {
+                // Synced, or perhaps this thread's turn.
             } else if self.wait_in_line(lsn, deadline) == Waited::TimedOut {
                 return Err(Error::TimedOut {
                     what: format!("LSN {lsn} of shard {} to be synced", self.shard()).into(),
@@ -558,6 +533,11 @@ impl Log {
             }
         }
         Ok(())
+    }
+
+    /// Gives way to others while somebody syncs, where that is better than to sleep. Returns whether somebody has synced.
+    fn gave_way(&self, lsn: Lsn, deadline: Option<Instant>) -> bool {
+        self.sync_waits.give_way(deadline, || self.synced.load() >= lsn || !self.sync.is_locked())
     }
 
     /// Waits until `lsn` is synced, or the log ends, or it may be this thread's turn to sync.
@@ -591,37 +571,15 @@ impl Log {
     fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>, lsn: Lsn) -> Result<()> {
         // Once a sync has failed, another one may succeed although the pages are lost: it must not be tried.
         self.check_writable()?;
-        self.gather(&mut position.group);
+        position.group.gather(&self.sync_waits);
         let began = Instant::now();
         let result = self.sync_segments(&mut position, lsn);
-        let group = &mut position.group;
-        group.took = began.elapsed();
-        group.expected += self.sync_waits.load(Ordering::Relaxed).saturating_sub(group.waits);
+        position.group.has_synced(began.elapsed(), &self.sync_waits);
         if let Err(error) = &result {
             self.set_poison(error);
         }
         self.give_turn(position);
         result
-    }
-
-    /// Lets those who were released together come back together: before a sync, for a moment, if some are missing. One
-    /// writer alone is its whole group, and waits for nobody.
-    fn gather(&self, group: &mut SyncGroup) {
-        let arrived = || self.sync_waits.load(Ordering::Relaxed);
-        let due = group.waits + group.expected;
-        if arrived() < due && group.hasty > 0 {
-            group.hasty -= 1;
-        } else if arrived() < due {
-            let missing = due - arrived();
-            wait_while_more_come(arrived, due, group.took);
-            // Where fewer than half of those missing have come, it is not for having been released together.
-            if due.saturating_sub(arrived()) * 2 > missing {
-                group.hasty = HASTY_SYNCS;
-            }
-        }
-        let waits = arrived();
-        group.expected = waits - group.waits;
-        group.waits = waits;
     }
 
     /// Lets go of the sync lock, calls whoever syncs next, and then wakes those that the sync has covered. Whoever found the
@@ -700,80 +658,5 @@ impl std::fmt::Debug for Log {
             .field("written", &self.written.load())
             .field("synced", &self.synced.load())
             .finish_non_exhaustive()
-    }
-}
-
-/// Waits until so many have arrived as are due, or no more come.
-fn wait_while_more_come(arrived: impl Fn() -> u64, due: u64, last_took: Duration) {
-    let silence = MOST_SILENCE.min(last_took / GROUP_SILENCE);
-    let mut now = Instant::now();
-    let until = now + MOST_PATIENCE.min(last_took);
-    let (mut seen, mut silent_at) = (arrived(), now + silence);
-    while seen < due && now < until.min(silent_at) {
-        std::thread::yield_now();
-        now = Instant::now();
-        let here = arrived();
-        if here > seen {
-            (seen, silent_at) = (here, now + silence);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::wal::Wal;
-    use crate::wal::log_fixture::IDENTITY;
-
-    #[test]
-    fn a_writer_alone_is_its_whole_group_and_who_does_not_come_is_waited_for_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
-        let (wal, mut writer) = Wal::open(directory.path(), IDENTITY, options).unwrap();
-        writer.set_epoch(Epoch(1)).unwrap();
-        let log = Arc::clone(wal.log());
-        let mut commit = || {
-            let lsn = writer.append(b"record").unwrap();
-            log.wait_synced(lsn, None).unwrap();
-            let position = log.sync.lock();
-            (position.group.expected, position.group.hasty)
-        };
-        for _ in 0..3 {
-            assert_eq!(commit(), (1, 0));
-        }
-        // As after a sync for four.
-        log.sync.lock().group.expected = 4;
-        assert_eq!(commit(), (1, HASTY_SYNCS), "three did not come");
-        log.sync.lock().group.expected = 4;
-        assert_eq!(commit(), (1, HASTY_SYNCS - 1), "this one waited for nobody");
-        assert_eq!(commit(), (1, HASTY_SYNCS - 1), "nobody was missing");
-        // Two that came on their own are not those that were released.
-        let mut position = log.sync.lock();
-        (position.group.expected, position.group.hasty) = (5, 0);
-        drop(position);
-        log.sync_waits.fetch_add(2, Ordering::Relaxed);
-        assert_eq!(commit(), (3, HASTY_SYNCS), "two more did not come");
-    }
-
-    #[test]
-    fn a_group_is_waited_for_as_long_as_one_after_the_other_comes() {
-        let came = std::cell::Cell::new(0);
-        let all_come = || {
-            came.set(0);
-            wait_while_more_come(|| came.replace(came.get() + 1), 32, Duration::from_secs(3600));
-            came.get() == 33
-        };
-        // Not always: whoever waits gives way, and others may take long.
-        assert!((0..1000).any(|_| all_come()), "it is looked until all are there");
-        let looks = std::cell::Cell::new(0);
-        wait_while_more_come(
-            || {
-                looks.set(looks.get() + 1);
-                0
-            },
-            32,
-            Duration::ZERO,
-        );
-        assert_eq!(looks.get(), 1, "a sync that took no time is not worth waiting");
     }
 }
