@@ -155,7 +155,7 @@ impl Shipper {
     ///
     /// # Errors
     ///
-    /// What ended the stream. [`Error::NotRetained`](crate::Error::NotRetained) if retention has overtaken it.
+    /// What ended the stream. [`Error::NotRetained`] if retention has overtaken it.
     pub(crate) fn run(&self, rebuild: Option<IssuedRebuild>) -> Result<()> {
         let log = &self.log;
         let mut base = match rebuild {

@@ -123,7 +123,7 @@ fn receive_growing(receiver: &mut dyn FrameReceiver, bytes: &mut Vec<u8>) -> Res
     Ok(())
 }
 
-/// The whole exchange of [`Transport::send_segment`](super::Transport::send_segment).
+/// The whole exchange of [`Transport::send_segment`].
 pub(super) fn ship(mut connection: Connection, payload: &WalSegmentPayload, timeout: Duration) -> Result<()> {
     let summary = payload.verify().map_err(|error| Error::invalid(format!("cannot send {}: {error}", payload.id())))?;
     let header = summary.header;

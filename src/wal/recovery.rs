@@ -35,7 +35,7 @@
 //!
 //! Bytes behind a sealing batch belong to no record; they are looked at by [`scan`](super::scan), not here.
 //!
-//! How the cut is made is told in [`cut`](super::cut).
+//! How the cut is made is told in [`cut`](mod@super::cut).
 
 use std::path::{Path, PathBuf};
 

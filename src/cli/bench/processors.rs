@@ -83,6 +83,37 @@ pub(super) fn on_processor<T>(_number: usize, deed: impl FnOnce() -> T) -> T {
     deed()
 }
 
+/// Runs `deed` while a thread of the least urgency keeps the processor of this one busy, so that it never falls asleep. For a
+/// thread that runs on one processor.
+#[cfg(target_os = "linux")]
+pub(super) fn awake<T>(deed: impl FnOnce() -> T) -> T {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    /// Ends the thread, also when `deed` panics.
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _done = Done(&done);
+        scope.spawn(|| {
+            // Without that it would take turns with what is measured, and spoil it.
+            if rustix::process::setpriority_process(None, LEAST_URGENT).is_ok() {
+                while !done.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        deed()
+    })
+}
+
+/// The highest of the nice values, for this thread alone on Linux.
+#[cfg(target_os = "linux")]
+const LEAST_URGENT: i32 = 19;
+
 /// The processors that this process may use, as it found them when it was first asked.
 #[cfg(target_os = "linux")]
 fn all_processors(now: &rustix::thread::CpuSet) -> Vec<usize> {
@@ -105,6 +136,15 @@ mod tests {
         assert_eq!(Place::Apart.here(|| Place::Apart.there(there)), 1);
         assert_eq!(Place::Anywhere.there(there), before.count());
         assert!(sched_getaffinity(None).unwrap() == before);
+    }
+
+    #[test]
+    fn a_processor_is_kept_awake_by_a_thread_that_gives_way_and_ends() {
+        let niceness = || rustix::process::getpriority_process(None).unwrap();
+        let before = niceness();
+        assert_eq!(on_processor(0, || awake(niceness)), before, "that of the one who measures stays");
+        let panicked = std::panic::catch_unwind(|| awake(|| panic!("it fails")));
+        assert!(panicked.is_err(), "and did not wait for ever");
     }
 
     #[test]

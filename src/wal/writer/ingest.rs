@@ -101,7 +101,7 @@ impl LogWriter {
     }
 
     /// [`ingest_filled`](Self::ingest_filled), but those who wait for the log to grow are not woken: the caller does
-    /// that, with [`Log::wake_readers`].
+    /// that, with [`Log::wake_readers`](crate::wal::Log::wake_readers).
     pub(crate) fn ingest_quietly(&mut self, len: u64) -> Result<Lsn> {
         if len > self.window {
             return Err(Error::invalid(format!("{len} bytes of a window of {}", self.window)));
