@@ -67,9 +67,9 @@ enum Command {
 /// Reads the command line and does what it says.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    // What is measured includes nodes that are killed and streams that are cut: what others say of that is nothing to look into.
-    let level = if matches!(cli.command, Command::Bench(_)) { "error" } else { "warn" };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
+    // What is measured includes nodes that are killed: what their leader says of that is nothing to look into.
+    let filter = if matches!(cli.command, Command::Bench(_)) { "warn,towline::server=error" } else { "warn" };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(filter)).init();
     let outcome = match cli.command {
         Command::Demo(command) => command.run(),
         Command::Leader(command) => command.run(),

@@ -119,7 +119,7 @@ impl Log {
             opened: Watermark::new(opened),
             ended: Watermark::new(Lsn::ZERO),
             sync_waits: SyncWaits::default(),
-            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, group: SyncGroup::default() }),
+            sync: Mutex::new(SyncPosition { segment: next_sync, offset: 0, group: SyncGroup::new() }),
             sync_line: SyncLine::default(),
             given_up: Mutex::default(),
             releasing: Mutex::default(),
@@ -525,7 +525,7 @@ impl Log {
             if let Some(position) = self.sync.try_lock() {
                 self.sync_locked(position, lsn)?;
             } else if self.gave_way(lsn, deadline) {
-                // Synced, or perhaps this thread's turn.
+                // Synced, or perhaps this thread's turn, or the end of the log.
             } else if self.wait_in_line(lsn, deadline) == Waited::TimedOut {
                 return Err(Error::TimedOut {
                     what: format!("LSN {lsn} of shard {} to be synced", self.shard()).into(),
@@ -535,9 +535,11 @@ impl Log {
         Ok(())
     }
 
-    /// Gives way to others while somebody syncs, where that is better than to sleep. Returns whether somebody has synced.
+    /// Gives way to others while somebody syncs, where that is better than to sleep. Returns whether there is something to do,
+    /// or nothing to wait for any more.
     fn gave_way(&self, lsn: Lsn, deadline: Option<Instant>) -> bool {
-        self.sync_waits.give_way(deadline, || self.synced.load() >= lsn || !self.sync.is_locked())
+        let is_over = || self.synced.load() >= lsn || !self.sync.is_locked() || self.check_writable().is_err();
+        self.sync_waits.give_way(deadline, is_over)
     }
 
     /// Waits until `lsn` is synced, or the log ends, or it may be this thread's turn to sync.
@@ -658,5 +660,54 @@ impl std::fmt::Debug for Log {
             .field("written", &self.written.load())
             .field("synced", &self.synced.load())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::log_fixture::IDENTITY;
+    use crate::wal::{SyncPolicy, Wal};
+
+    /// A log whose waiters give way for an hour, and an LSN of it that is not synced.
+    fn with_waiters_that_give_way(directory: &Path) -> (Wal, Lsn) {
+        let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+        let (wal, mut writer) = Wal::open(directory, IDENTITY, options).unwrap();
+        writer.set_epoch(Epoch(1)).unwrap();
+        let lsn = writer.append(b"record").unwrap();
+        wal.log().sync_waits.give_way_for(std::time::Duration::from_secs(3600));
+        (wal, lsn)
+    }
+
+    #[test]
+    fn who_gives_way_minds_the_deadline_and_takes_its_turn() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, lsn) = with_waiters_that_give_way(directory.path());
+        let log = Arc::clone(wal.log());
+        let syncing = log.sync.lock();
+        let soon = Instant::now() + std::time::Duration::from_millis(5);
+        assert!(matches!(log.wait_synced(lsn, Some(soon)), Err(Error::TimedOut { .. })));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| log.wait_synced(lsn, None));
+            drop(syncing);
+            waiter.join().unwrap().unwrap();
+        });
+        assert_eq!(log.synced().load(), lsn);
+        wal.close().unwrap();
+    }
+
+    #[test]
+    fn who_gives_way_notices_the_end_of_the_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, lsn) = with_waiters_that_give_way(directory.path());
+        let log = Arc::clone(wal.log());
+        let syncing = log.sync.lock();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| log.wait_synced(lsn, None));
+            log.set_poison(&Error::invalid("it failed"));
+            assert!(matches!(waiter.join().unwrap(), Err(Error::Poisoned { .. })));
+        });
+        drop(syncing);
+        drop(wal);
     }
 }

@@ -86,7 +86,7 @@ pub(super) fn on_processor<T>(_number: usize, deed: impl FnOnce() -> T) -> T {
 /// Runs `deed` while a thread of the least urgency keeps the processor of this one busy, so that it never falls asleep. For a
 /// thread that runs on one processor.
 #[cfg(target_os = "linux")]
-pub(super) fn awake<T>(deed: impl FnOnce() -> T) -> T {
+pub(super) fn awake<T>(deed: impl FnOnce() -> T) -> Result<T> {
     use std::sync::atomic::{AtomicBool, Ordering};
     /// Ends the thread, also when `deed` panics.
     struct Done<'a>(&'a AtomicBool);
@@ -96,19 +96,25 @@ pub(super) fn awake<T>(deed: impl FnOnce() -> T) -> T {
         }
     }
     let done = AtomicBool::new(false);
+    let (began, has_begun) = crossbeam_channel::bounded(1);
     std::thread::scope(|scope| {
         let _done = Done(&done);
-        scope.spawn(|| {
+        let keep_busy = || {
             // Without that it would take turns with what is measured, and spoil it.
-            if rustix::process::setpriority_process(None, LEAST_URGENT).is_ok() {
-                while !done.load(Ordering::Relaxed) {
-                    std::hint::spin_loop();
-                }
+            let set = rustix::process::setpriority_process(None, LEAST_URGENT);
+            let _ = began.send(set);
+            while set.is_ok() && !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
             }
-        });
-        deed()
+        };
+        std::thread::Builder::new().name(AWAKE.to_owned()).spawn_scoped(scope, keep_busy)?;
+        has_begun.recv()??;
+        Ok(deed())
     })
 }
+
+#[cfg(target_os = "linux")]
+const AWAKE: &str = "awake";
 
 /// The highest of the nice values, for this thread alone on Linux.
 #[cfg(target_os = "linux")]
@@ -140,11 +146,19 @@ mod tests {
 
     #[test]
     fn a_processor_is_kept_awake_by_a_thread_that_gives_way_and_ends() {
-        let niceness = || rustix::process::getpriority_process(None).unwrap();
-        let before = niceness();
-        assert_eq!(on_processor(0, || awake(niceness)), before, "that of the one who measures stays");
-        let panicked = std::panic::catch_unwind(|| awake(|| panic!("it fails")));
-        assert!(panicked.is_err(), "and did not wait for ever");
+        // How urgent such threads are: field 19 of their line.
+        let niceness = || -> Vec<String> {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            let lines =
+                tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default());
+            let of_those = lines.filter_map(|line| Some(line.split_once("(awake) ")?.1.to_owned()));
+            of_those.map(|fields| fields.split(' ').nth(16).unwrap().to_owned()).collect()
+        };
+        let own = || rustix::process::getpriority_process(None).unwrap();
+        let before = own();
+        assert_eq!(on_processor(0, || awake(|| (niceness(), own()))).unwrap(), (vec!["19".to_owned()], before));
+        assert!(std::panic::catch_unwind(|| awake(|| panic!("it fails"))).is_err(), "and did not wait for ever");
+        assert_eq!(niceness(), Vec::<String>::new());
     }
 
     #[test]

@@ -106,7 +106,7 @@ fn compare(bench: &Bench) -> Result<()> {
             contest(bench, size, OPEN, Pace::Open(bench.rate))?;
         }
         #[cfg(target_os = "linux")]
-        processors::awake(|| contest(bench, size, AWAKE, Pace::Closed))?;
+        processors::awake(|| contest(bench, size, AWAKE, Pace::Closed))??;
     }
     Ok(())
 }
