@@ -120,9 +120,9 @@ pub struct WalOptions {
     /// file. Default: 4 MiB.
     pub populate_ahead: u64,
     /// How those wait whom somebody is waiting for in turn: who waits for a sync or a commit, and shippers. Threads in
-    /// the background always park. Where so many wait for each sync that putting them to sleep takes more processor time
-    /// than to keep all processors busy until it is done, they yield to each other and to others first, whatever is said
-    /// here. Default: [`WaitStrategy::Park`].
+    /// the background park. Where so many wait for a sync that parking and waking them would keep all processors busy for
+    /// as long as it takes, they yield to each other and to others first, whatever is said here: for somewhat more
+    /// processor time, all of them go on at once. Default: [`WaitStrategy::Park`].
     pub wait: WaitStrategy,
     /// What is known to be on stable storage: damage to that is corruption, never a torn tail. Default: nothing from
     /// elsewhere, and every batch was written here; who opens a follower's log must say otherwise.
