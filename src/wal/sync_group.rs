@@ -162,8 +162,8 @@ impl SyncGroup {
 fn most_to_give_way(waiting: u64, last_took: Duration, processors: u32) -> Duration {
     let sleeping = SLEEP_COSTS.saturating_mul(waiting.try_into().unwrap_or(u32::MAX));
     let awake = last_took.saturating_mul(processors);
-    // The next one may take longer.
-    if sleeping >= awake { last_took.saturating_mul(2) } else { Duration::ZERO }
+    // The next one may take longer. One alone syncs, and waits for nobody.
+    if waiting > 1 && sleeping >= awake { last_took.saturating_mul(2) } else { Duration::ZERO }
 }
 
 /// Processors of this machine; where it does not tell, more than any has, so that all sleep. Not those that this thread may use:
@@ -274,6 +274,7 @@ mod tests {
         assert_eq!(most_to_give_way(4, SYNC, 2), Duration::ZERO, "too few: they sleep for little");
         assert_eq!(most_to_give_way(32, SYNC, 16), Duration::ZERO, "too many processors that would be busy");
         assert_eq!(most_to_give_way(32, Duration::from_millis(10), 2), Duration::ZERO, "too slow a device");
+        assert_eq!(most_to_give_way(1, Duration::from_micros(1), 2), Duration::ZERO, "nobody to give way to");
         assert_eq!(most_to_give_way(u64::MAX, Duration::MAX, u32::MAX), Duration::ZERO, "no overflow");
     }
 
