@@ -10,8 +10,10 @@
 //! the socket, where a quiet leader may send nothing for long, and because making a large base durable takes time, during
 //! which signs of life must go on.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -50,9 +52,19 @@ pub(crate) struct Intake {
     tells_making_durable: bool,
 }
 
-/// Bytes of the base after which it is saved how far it has come, at most: what an interruption costs. Small bases are
-/// saved whenever they have doubled.
+/// Bytes of the base after which it is saved how far it has come, at most, unless saving is slow: what an interruption costs.
+/// Small bases are saved whenever they have doubled.
 const SAVE_EVERY: u64 = 64 << 20;
+
+/// Saving takes its time where records write blocks all over the target meanwhile, and a rebuild does not complete while it
+/// goes on. After one that took longer than this, the next one waits.
+const SLOW_SAVE: Duration = Duration::from_millis(100);
+
+/// For so many times what came during it, so that saving takes a third of the time at most.
+const REST: u64 = 2;
+
+/// But for no more bytes than this.
+const LONGEST_REST: u64 = 8 * SAVE_EVERY;
 
 /// What of the base has arrived. The receiver's own.
 pub(crate) struct Arrived {
@@ -403,17 +415,19 @@ impl Intake {
         lane.send_message(&self.word(SessionPhase::Completed, achieved))
     }
 
-    /// Saves how far the base has come, again and again, until it is complete. False if the stream ends first.
+    /// Saves how far the base has come, again and again, until it is complete. False if the stream ends first. What is left
+    /// then becomes durable when the rebuild completes: to save it now would have the target written twice where records
+    /// write to it all the time.
     fn save_until_complete(&self, own: &Completion) -> Result<bool> {
         let mut due = Lsn(1);
         loop {
             let conditions = [self.base_complete.until(Lsn(1)), self.over.until(), self.base_bytes.until(due)];
             match wait_any(&conditions, WaitStrategy::Park, None) {
-                Waited::Reached(0) => return self.save(own).map(|()| true),
+                Waited::Reached(0) => return Ok(true),
                 Waited::Reached(2) => {
-                    let come = self.base_bytes.load().0;
+                    let (begun, since) = (self.base_bytes.load().0, Instant::now());
                     self.save(own)?;
-                    due = Lsn(come.saturating_add(come.min(SAVE_EVERY)));
+                    due = Lsn(next_save(begun..self.base_bytes.load().0, since.elapsed()));
                 }
                 _ => return Ok(false),
             }
@@ -495,6 +509,14 @@ impl Completion {
             path: own.node.rebuild_path(own.shard),
         })
     }
+}
+
+/// The bytes of the base with which it is saved next how far it has come, after a save during which `come` bytes came.
+fn next_save(come: Range<u64>, took: Duration) -> u64 {
+    let due = come.start.saturating_add(come.start.min(SAVE_EVERY));
+    let during = come.end.saturating_sub(come.start);
+    let rest = if took > SLOW_SAVE { during.saturating_mul(REST).min(LONGEST_REST) } else { 0 };
+    due.max(come.end.saturating_add(rest))
 }
 
 fn failed(contract: &RebuildContract, reason: SessionFailure) -> Message {
@@ -579,4 +601,24 @@ pub(crate) fn while_beating<T>(
         done.shutdown();
         result
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_bases_are_saved_often_and_slow_saves_are_far_apart() {
+        const MIB: u64 = 1 << 20;
+        let quick = SLOW_SAVE / 2;
+        let slow = SLOW_SAVE * 2;
+        assert_eq!(next_save(1..1, quick), 2);
+        assert_eq!(next_save(3 * MIB..4 * MIB, quick), 6 * MIB, "whenever it has doubled");
+        assert_eq!(next_save(100 * MIB..110 * MIB, quick), 164 * MIB);
+        assert_eq!(next_save(100 * MIB..200 * MIB, quick), 200 * MIB, "at once, where as much has come meanwhile");
+        assert_eq!(next_save(100 * MIB..110 * MIB, slow), 164 * MIB);
+        assert_eq!(next_save(100 * MIB..200 * MIB, slow), 400 * MIB);
+        assert_eq!(next_save(0..1024 * MIB, slow), 1024 * MIB + LONGEST_REST);
+        assert_eq!(next_save(u64::MAX - 1..u64::MAX, slow), u64::MAX);
+    }
 }

@@ -36,8 +36,8 @@
 //!
 //! # Going on with an interrupted rebuild
 //!
-//! Now and then the follower makes everything durable that has come, and then notes (`interrupted.rs`): blocks below *n*
-//! are here, with the log up to LSN *a* in them, under epoch *e*. When a stream was lost or a side has crashed, the next
+//! While the base comes, the follower makes everything durable now and then, and then notes (`interrupted.rs`): blocks below
+//! *n* are here, with the log up to LSN *a* in them, under epoch *e*. When a stream was lost or a side has crashed, the next
 //! session goes on from there:
 //!
 //! ```text
