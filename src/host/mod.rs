@@ -322,14 +322,17 @@ impl Host {
     }
 
     /// A rebuild's follower stands at `achieved`, which the caller has found to be possible, and has it on stable storage.
-    /// Returns whether it counts from now on.
+    /// Acknowledgements may have overtaken that word: log that they call needless may be given up already. Returns whether
+    /// the follower counts from now on.
     pub(crate) fn rebuild_completed(&self, stream: StreamKey, session: u64, achieved: Lsn) -> bool {
         let mut state = self.state.lock();
         let rebuild = state.rebuild_of(stream, SessionId(session));
         if let Some(Session { id: session, epoch, .. }) = rebuild {
             let (replica, head) = (stream.node, state.log.head());
-            if let Some(member) = state.member(replica) {
-                member.known.note(self.shard, achieved, achieved, unix_ms());
+            let known = state.member(replica).map(|member| Arc::clone(&member.known));
+            let achieved = known.as_ref().map_or(achieved, |known| known.position(self.shard).max(achieved));
+            if let Some(known) = known {
+                known.note(self.shard, achieved, achieved, unix_ms());
             }
             let completed = Event::SessionCompleted { epoch, replica, session, achieved, durable: achieved, head };
             self.apply(&mut state, &completed);

@@ -8,10 +8,12 @@ use towline::protocol::{FailureReason, Millis, Reason, SessionLimits};
 use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
 use towline::transport::{TcpOptions, TcpTransport};
-use towline::wire::{Ack, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase};
+use towline::wire::{
+    Ack, FrameKind, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase,
+};
 use towline::{AckLevel, Epoch, Lsn, Outcome};
 
-use crate::common::raw::follow_request;
+use crate::common::raw::{chain_at, follow_request};
 use crate::gates::{Gate, Gated, Point};
 use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
 
@@ -83,6 +85,55 @@ fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
         assert_eq!(status().pins, []);
         let session = status().followers[0].session.unwrap();
         assert_eq!(session.phase, towline::protocol::Phase::Failed);
+    });
+}
+
+#[test]
+fn a_follower_whose_acknowledgements_overtake_its_last_word_counts() {
+    over_both(|wire| {
+        let scene = Scene::filled(wire);
+        let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
+        let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();
+        stream.sender.send_message(&Message::SyncRequest(follow_request(&scene.leader.manifest(), 77, SHARD))).unwrap();
+        let Message::ShardInfo(info) = stream.receiver.receive_message().unwrap() else { panic!("a ShardInfo is due") };
+        let Message::SessionControl(_) = stream.receiver.receive_message().unwrap() else { panic!("a start is due") };
+        let word = |phase| {
+            let (session, epoch, achieved) = (info.session, info.epoch, info.target);
+            Message::SessionAck(SessionAck { session, epoch, phase, achieved, reason: SessionFailure::None, blocks: 0 })
+        };
+        stream.sender.send_message(&word(SessionPhase::Accepted)).unwrap();
+        let mut receive_until = |wanted: FrameKind| {
+            loop {
+                let header = stream.receiver.receive_header().unwrap();
+                let mut body = vec![0; usize::try_from(header.len).unwrap()];
+                stream.receiver.receive_exact(&mut body).unwrap();
+                if header.kind == wanted {
+                    return;
+                }
+            }
+        };
+        receive_until(FrameKind::BaseComplete);
+        for key in 0..1500 {
+            scene.put(key, &[b'b'; 90]);
+        }
+        let log = scene.leader.log(SHARD).unwrap();
+        let applied = log.head();
+        let chain = chain_at(&log, applied);
+        let (epoch, session) = (info.epoch, info.session);
+        let ack = Ack { received: applied, durable: applied, applied, chain, epoch, session };
+        stream.sender.send_message(&Message::Ack(ack)).unwrap();
+        let commits = scene.leader.commits(SHARD).unwrap();
+        let taken_in = || commits.followers().first().is_some_and(|marks| marks.at(AckLevel::Applied) == applied);
+        while !taken_in() {
+            std::thread::yield_now();
+        }
+        scene.trim();
+        assert!(log.tail() > info.target.next());
+        stream.sender.send_message(&word(SessionPhase::Completed)).unwrap();
+        receive_until(FrameKind::SessionControl);
+        assert!(commits.followers()[0].counts());
+        let session = scene.leader.status().shards.remove(0).followers[0].session.unwrap();
+        assert_eq!((session.kind, session.target), (towline::protocol::SessionKind::KeepUp, applied));
     });
 }
 
