@@ -64,6 +64,11 @@ impl RetentionOptions {
         self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(3 * segment_size)).max(segment_size))
     }
 
+    /// Files wait to be filled again below the size at which the node's own target is asked to hurry.
+    fn keep_used_files(&self, log: &Log) {
+        log.keep_used_files(self.limit(log.identity().segment_size).map_or(u64::MAX, |limit| limit / 2));
+    }
+
     /// What goes now. Pure: whoever asks has read the facts, and does what the plan says.
     pub(crate) fn plan(&self, facts: &RetentionFacts<'_>) -> Plan {
         let &RetentionFacts { sealed, unneeded, synced, applied, retained_bytes, segment_size, .. } = facts;
@@ -218,6 +223,7 @@ impl ShardRetention {
         wake: Arc<Watermark>,
     ) -> ShardRetention {
         let tail = AtomicU64::new(log.tail().0);
+        options.keep_used_files(&log);
         ShardRetention {
             kept: RwLock::new(Kept { log, applied }),
             options,
@@ -239,6 +245,7 @@ impl ShardRetention {
         let opened = {
             let mut kept = self.kept.write();
             let opened = open()?;
+            self.options.keep_used_files(opened.0.log());
             *kept = Kept { log: Arc::clone(opened.0.log()), applied: Some(Arc::clone(applied)) };
             let pins = self.pins.lock();
             self.tail.store(kept.log.tail().0, Ordering::Release);

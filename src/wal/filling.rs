@@ -16,7 +16,7 @@ use crate::allocate::allocate;
 use crate::error::{Error, Result};
 use crate::limits::PAGE_LEN;
 use crate::wal::mapping::Mapping;
-use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory, zero_in_pieces};
+use crate::wal::segment::{MAX_ZERO_PIECE, zero_in_pieces};
 
 /// Bytes that are claimed at once.
 const STEP: u64 = 1 << 20;
@@ -52,17 +52,15 @@ pub(super) struct Filling {
 }
 
 impl Filling {
-    /// Makes or opens the file at `path` in `directory`, with a length of `len` bytes, to be filled.
-    pub(super) fn new(directory: &Path, path: &Path, len: u64) -> Result<Filling> {
+    /// Makes or opens the file at `path`, with a length of `len` bytes, to be filled. That it has this name is on stable
+    /// storage if it is not new: after a power cut, no file may have an old name and other bytes.
+    pub(super) fn new(path: &Path, len: u64) -> Result<Filling> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;
         let is_new = file.metadata().map_err(Error::io("look at", path))?.len() != len;
         if is_new {
             file.set_len(0).and_then(|()| file.set_len(len)).map_err(Error::io("resize", path))?;
             allocate(&file, 0..len);
-        } else {
-            // Before anything of it is overwritten: after a power cut, no file may have the old name and other bytes.
-            sync_directory(directory).map_err(Error::io("sync directory", directory))?;
         }
         let mapping = Mapping::new(&file, len).map_err(Error::io("map", path))?;
         Ok(Filling {
@@ -173,7 +171,7 @@ mod tests {
         let path = directory.path().join("file");
         for (manner, held) in MANNERS.into_iter().flat_map(|manner| [(manner, 0), (manner, LEN), (manner, LEN + 1)]) {
             std::fs::write(&path, vec![7; limits::index(held)]).unwrap();
-            let filling = Arc::new(Filling::new(directory.path(), &path, LEN).unwrap());
+            let filling = Arc::new(Filling::new(&path, LEN).unwrap());
             assert_eq!(filling.is_new(), held != LEN);
             let steps = std::thread::scope(|scope| {
                 let fill = || (0..).take_while(|_| filling.step(manner)).count();
@@ -193,7 +191,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         std::fs::write(&path, vec![7; limits::index(LEN)]).unwrap();
-        let mut filling = Filling::new(directory.path(), &path, LEN).unwrap();
+        let mut filling = Filling::new(&path, LEN).unwrap();
         filling.file = File::open(&path).unwrap();
         let filling = Arc::new(filling);
         assert!(!filling.step(MANNERS[1]), "it cannot be written");
@@ -204,7 +202,7 @@ mod tests {
     #[test]
     fn a_part_that_was_claimed_and_never_filled_is_found_out() {
         let directory = tempfile::tempdir().unwrap();
-        let filling = Arc::new(Filling::new(directory.path(), &directory.path().join("file"), LEN).unwrap());
+        let filling = Arc::new(Filling::new(&directory.path().join("file"), LEN).unwrap());
         assert!(filling.step(MANNERS[0]));
         // As after a panic.
         filling.claimed.fetch_add(1, Ordering::Relaxed);
@@ -215,7 +213,7 @@ mod tests {
     #[test]
     fn nobody_takes_a_file_into_use_that_another_still_fills() {
         let directory = tempfile::tempdir().unwrap();
-        let filling = Arc::new(Filling::new(directory.path(), &directory.path().join("file"), LEN).unwrap());
+        let filling = Arc::new(Filling::new(&directory.path().join("file"), LEN).unwrap());
         let another = Arc::clone(&filling);
         assert!(filling.finish().is_err());
         assert!(another.finish().is_ok());

@@ -90,6 +90,12 @@ impl Log {
         self.retained_bytes() + aside + self.spares().file_bytes()
     }
 
+    /// Lets files of segments that are given up wait to be filled again, as many as the writer is likely to want, as long as
+    /// there are no more than so many bytes of files in all. Where nobody has called this, no more wait than spares are kept.
+    pub(crate) fn keep_used_files(&self, most_bytes: u64) {
+        self.spares().set_room(most_bytes);
+    }
+
     fn release(&self, lsn: Lsn, unsynced: bool, reason: &str) -> Result<usize> {
         // One at a time: the next file goes when the removal of this one is durable.
         let _alone = self.releasing.lock();
@@ -172,7 +178,7 @@ impl Log {
     /// Recycles the file of a segment, or removes it if the segment is still read: readers keep the mapping.
     fn remove(&self, segment: Arc<Segment>, path: PathBuf) -> Result<()> {
         match Arc::try_unwrap(segment) {
-            Ok(last) => self.spares().recycle(path, last),
+            Ok(last) => self.spares().recycle(path, last, self.retained_bytes()),
             Err(_held) => remove_file(&path),
         }
     }

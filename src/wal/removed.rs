@@ -1,4 +1,4 @@
-//! Segments whose files have been removed and whose mappings are to go, on a thread that is there while there are any.
+//! Segments given up whose mappings are to go, on a thread that is there while there are any.
 //!
 //! A removed file keeps its room until its last mapping goes, and that takes its time: pages that are being written are
 //! waited for, and a file system that tells its device of every block it frees waits for that as well. When a follower that
@@ -6,22 +6,36 @@
 //! prepares segments, behind which whoever appends may wait, waits for one of them where many are left, so that a log does
 //! not take room faster than it gives room back; and where there is no room, for what is on its way back.
 //!
+//! A file that is to be filled again has a new name instead, which must be on stable storage before anything of it is
+//! overwritten: after a power cut, no file may have the old name and other bytes. Nobody waits for that either.
+//!
 //! Where there can be no thread for it, that thread does it itself, and what it leaves goes with the log's last owner.
 
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::error::{Error, Result};
 use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::ShardId;
 use crate::wal::mapping::Segment;
+use crate::wal::segment::sync_directory;
 
 /// Removed segments that may be left while segments are prepared as if there were none.
 const FEW: usize = 2;
 
-/// The removed segments of one log. Retention adds to them, and their thread lets go of their mappings.
+/// Takes files whose new names are durable.
+pub(super) trait TakeBack: Send + Sync {
+    /// These can be filled again, unless their names could not be made durable.
+    fn take_back(&self, files: Vec<PathBuf>, result: Result<()>);
+}
+
+/// The segments of one log that were given up. Retention adds to them, and their thread lets go of their mappings.
 pub(super) struct Removed {
     shard: ShardId,
+    directory: PathBuf,
+    owner: Weak<dyn TakeBack>,
     state: Mutex<State>,
     /// A mapping has gone, or the thread has ended.
     changed: Condvar,
@@ -30,6 +44,8 @@ pub(super) struct Removed {
 #[derive(Default)]
 struct State {
     segments: Vec<Segment>,
+    /// What is to be filled again, under its new name.
+    renamed: Vec<(Segment, PathBuf)>,
     /// The thread is there: it ends when it finds no segment.
     running: bool,
     /// Mappings that have gone.
@@ -37,9 +53,16 @@ struct State {
     stopped: bool,
 }
 
+enum Work {
+    LetGo(Segment),
+    GiveBack(Vec<(Segment, PathBuf)>),
+}
+
 impl Removed {
-    pub(super) fn new(shard: ShardId) -> Arc<Removed> {
-        Arc::new(Removed { shard, state: Mutex::default(), changed: Condvar::new() })
+    /// None yet, of the log in `directory`.
+    pub(super) fn new(shard: ShardId, directory: &Path, owner: Weak<dyn TakeBack>) -> Arc<Removed> {
+        let directory = directory.to_owned();
+        Arc::new(Removed { shard, directory, owner, state: Mutex::default(), changed: Condvar::new() })
     }
 
     /// Has the mapping of a segment go whose file has been removed. Waits for nothing.
@@ -49,6 +72,21 @@ impl Removed {
         if !state.running && !state.stopped {
             state.running = self.start();
         }
+    }
+
+    /// Gives the file of a segment back once its new name is on stable storage. Waits for nothing. False if there can be no
+    /// thread for it: the file is the caller's then.
+    pub(super) fn give_back(self: &Arc<Self>, segment: Segment, renamed: PathBuf) -> bool {
+        let mut state = self.state.lock();
+        if !state.running && !state.stopped {
+            state.running = self.start();
+        }
+        if state.running {
+            state.renamed.push((segment, renamed));
+        } else {
+            state.segments.push(segment);
+        }
+        state.running
     }
 
     fn start(self: &Arc<Self>) -> bool {
@@ -67,8 +105,11 @@ impl Removed {
     fn run(&self) {
         let _running = Running(self);
         let mut state = self.state.lock();
-        while let Some(segment) = state.next() {
-            state = self.let_go(state, segment);
+        while let Some(work) = state.next() {
+            state = match work {
+                Work::LetGo(segment) => self.let_go(state, segment),
+                Work::GiveBack(renamed) => self.give_all_back(state, renamed),
+            };
         }
         // Before the lock is let go: whoever adds one from here on starts another thread.
         state.running = false;
@@ -79,6 +120,24 @@ impl Removed {
         drop(segment);
         let mut state = self.state.lock();
         state.gone += 1;
+        self.changed.notify_all();
+        state
+    }
+
+    /// One sync for all that were renamed by now.
+    fn give_all_back<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        renamed: Vec<(Segment, PathBuf)>,
+    ) -> MutexGuard<'a, State> {
+        drop(state);
+        let files: Vec<PathBuf> = renamed.into_iter().map(|(_segment, path)| path).collect();
+        let (count, synced) = (files.len() as u64, sync_directory(&self.directory));
+        if let Some(owner) = self.owner.upgrade() {
+            owner.take_back(files, synced.map_err(Error::io("sync directory", &self.directory)));
+        }
+        let mut state = self.state.lock();
+        state.gone += count;
         self.changed.notify_all();
         state
     }
@@ -101,7 +160,8 @@ impl Removed {
             if state.running {
                 self.changed.wait(&mut state);
             } else {
-                let Some(segment) = state.next() else { break };
+                // What is to be given back has a thread.
+                let Some(segment) = state.next_removed() else { break };
                 state = self.let_go(state, segment);
             }
         }
@@ -124,8 +184,17 @@ impl Removed {
 }
 
 impl State {
-    fn next(&mut self) -> Option<Segment> {
+    fn next_removed(&mut self) -> Option<Segment> {
         if self.stopped { None } else { self.segments.pop() }
+    }
+
+    /// Files that somebody may wait for come before room that somebody may wait for.
+    fn next(&mut self) -> Option<Work> {
+        if self.renamed.is_empty() || self.stopped {
+            self.next_removed().map(Work::LetGo)
+        } else {
+            Some(Work::GiveBack(std::mem::take(&mut self.renamed)))
+        }
     }
 }
 
@@ -146,10 +215,26 @@ mod tests {
     use super::*;
     use crate::wal::log_fixture::given_up;
 
+    /// What has been given back.
+    #[derive(Default)]
+    struct Owner(Mutex<Vec<(PathBuf, bool)>>);
+
+    impl TakeBack for Owner {
+        fn take_back(&self, files: Vec<PathBuf>, result: Result<()>) {
+            self.0.lock().extend(files.into_iter().map(|path| (path, result.is_ok())));
+        }
+    }
+
+    fn removed(directory: &Path) -> (Arc<Removed>, Arc<Owner>) {
+        let owner = Arc::new(Owner::default());
+        let weak = Arc::downgrade(&owner);
+        (Removed::new(ShardId(0), directory, weak), owner)
+    }
+
     #[test]
     fn mappings_go_and_then_the_thread() {
         let directory = tempfile::tempdir().unwrap();
-        let removed = Removed::new(ShardId(0));
+        let (removed, _owner) = removed(directory.path());
         assert!(!removed.wait_for_room(0), "there is nothing to wait for");
         (1..=20).for_each(|number| removed.add(given_up(directory.path(), number).1));
         removed.wait_ended();
@@ -163,9 +248,37 @@ mod tests {
     }
 
     #[test]
+    fn files_come_back_once_their_names_are_durable() {
+        let directory = tempfile::tempdir().unwrap();
+        let (removed, owner) = removed(directory.path());
+        // As if the thread were there: nothing comes back before it runs.
+        removed.state.lock().running = true;
+        for number in 1..=3 {
+            let (path, segment) = given_up(directory.path(), number);
+            assert!(removed.give_back(segment, path));
+        }
+        removed.add(given_up(directory.path(), 4).1);
+        assert!(owner.0.lock().is_empty());
+        removed.run();
+        let back = std::mem::take(&mut *owner.0.lock());
+        assert!(back.len() == 3 && back.iter().all(|(path, durable)| *durable && path.exists()));
+        assert!(removed.wait_for_room(3), "who waits for room looks again at what came back as well");
+        // A directory that cannot be synced.
+        let gone = directory.path().join("gone");
+        let (removed, owner) = self::removed(&gone);
+        let (path, segment) = given_up(directory.path(), 5);
+        assert!(removed.give_back(segment, path.clone()));
+        removed.wait_ended();
+        assert_eq!(*owner.0.lock(), [(path, cfg!(not(unix)))]);
+        removed.stop();
+        let (path, segment) = given_up(directory.path(), 6);
+        assert!(!removed.give_back(segment, path), "nobody will fill it again");
+    }
+
+    #[test]
     fn who_waits_for_room_goes_on_when_one_mapping_has_gone() {
         let directory = tempfile::tempdir().unwrap();
-        let removed = Removed::new(ShardId(0));
+        let (removed, _owner) = removed(directory.path());
         // As if the thread were there: nothing goes before it runs.
         removed.state.lock().running = true;
         (1..=4).for_each(|number| removed.add(given_up(directory.path(), number).1));
@@ -184,7 +297,7 @@ mod tests {
     #[test]
     fn without_a_thread_who_waits_does_it() {
         let directory = tempfile::tempdir().unwrap();
-        let removed = Removed::new(ShardId(0));
+        let (removed, _owner) = removed(directory.path());
         let add = |number| removed.state.lock().segments.push(given_up(directory.path(), number).1);
         (1..=2).for_each(add);
         assert_eq!(removed.wait_while_many(), 0, "few may be left");

@@ -10,6 +10,13 @@
 //! batches are long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are
 //! there. Nor is anything made ready for one whose long batches are waited for.
 //!
+//! Files of segments that were given up are filled again: their pages and blocks are there, and a log at its bound takes no
+//! memory and no room from one segment to the next. As many wait for it as spares are kept, or, where the log's bound leaves
+//! room for that, as the writer took from one giving up to the next, and one at the bound; once there is nothing to prepare, only what is missing of
+//! the spares stays. Zeros over a used file need not reach the device before the records do, as long as nobody waits for syncs:
+//! what a power cut brings back then are records with LSNs lower than the segment's first, which are valid nowhere in it, so
+//! recovery cuts the log before them. Of files that were left over when the log was opened nobody knows that; their zeros go first.
+//!
 //! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
 //! nothing has been wanted for a while: an idle log has no such thread.
 
@@ -28,8 +35,8 @@ use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
 use crate::wal::filling::{Filled, Filling, Manner};
 use crate::wal::mapping::{Mapping, Segment};
-use crate::wal::removed::Removed;
-use crate::wal::segment::MAX_ZERO_PIECE;
+use crate::wal::removed::{Removed, TakeBack};
+use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory};
 use crate::wal::{LogIdentity, WalOptions};
 
 /// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps such a
@@ -43,6 +50,10 @@ const WRITTEN_AGAIN: u64 = 16;
 /// Bytes from one sync to the next of a writer that waits for its long batches, or for groups of them. One that waits now and
 /// then, and appends much in between, is better off with pages made ready.
 const SYNCED_OFTEN: u64 = 1 << 20;
+
+/// A log that may have so many segments in the room for used files lets one wait even where it is at its bound: then it goes
+/// from segment to segment without a new file.
+const ONE_SEGMENT_IN: u64 = 8;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
@@ -83,6 +94,8 @@ pub(super) struct Spares {
     in_bulk: AtomicBool,
     /// The writer's batches are long. A hint: set by the writer.
     in_long: AtomicBool,
+    /// Bytes of files, all of the log's together, up to which more used files wait than spares are kept. Set by retention.
+    room: AtomicU64,
     /// Something for the preparing thread to do.
     wanted: Condvar,
     /// A spare, an error, the end, or something to help with.
@@ -98,8 +111,16 @@ struct State {
     ready: VecDeque<Prepared>,
     /// More are being made until as many are ready as are kept.
     refilling: bool,
-    /// Files that held segments or spares before.
+    /// Files that held anything before the log was opened.
+    left_over: Vec<PathBuf>,
+    /// Files of segments that were given up since, durable by their new names.
     used: Vec<PathBuf>,
+    /// How many more are on their way there.
+    returning: usize,
+    /// Spares that had become segments when one was given up last.
+    taken_before: u64,
+    /// How many become segments from one giving up to the next. Falls slowly.
+    burst: u64,
     /// One more file is being made ready.
     preparing: bool,
     /// It, while it gets its zeros and whoever waits for it may help.
@@ -132,31 +153,58 @@ struct State {
 
 impl State {
     fn files(&self) -> usize {
-        self.ready.len() + self.used.len() + usize::from(self.preparing)
+        self.ready.len() + self.left_over.len() + self.used_files() + usize::from(self.preparing)
+    }
+
+    /// Files of segments given up that wait to be filled.
+    fn used_files(&self) -> usize {
+        self.used.len() + self.returning
+    }
+
+    /// Takes in that a segment was given up, and says how many used files are worth keeping.
+    fn worth_keeping(&mut self) -> usize {
+        let since = self.taken - self.taken_before;
+        if since > 0 {
+            self.taken_before = self.taken;
+            self.burst = since.max(self.burst - self.burst.div_ceil(8));
+        }
+        usize::try_from(self.burst).unwrap_or(usize::MAX)
     }
 }
 
+/// What a file that is to be prepared was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// There is none yet.
+    New,
+    /// It may hold anything.
+    LeftOver,
+    /// It holds records of this log, older than any that comes.
+    Used,
+}
+
 enum Work {
-    Prepare(PathBuf),
+    Prepare(PathBuf, Origin),
     Settle(Prepared),
+    Remove(Vec<PathBuf>),
     Populate(Arc<Segment>, std::ops::Range<u64>),
     Stop,
 }
 
 impl Spares {
-    /// Spares in `directory`; `used` are left-over files there that may be filled again.
+    /// Spares in `directory`; `left_over` are files there that may be filled again.
     pub(super) fn new(
         directory: &Path,
         identity: &LogIdentity,
         options: &WalOptions,
-        used: Vec<PathBuf>,
+        left_over: Vec<PathBuf>,
     ) -> Arc<Spares> {
         // New names must not be those of left-over files.
-        let next_name = used.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
-        let state = State { used, next_name, ..State::default() };
-        Arc::new_cyclic(|this| Spares {
+        let next_name = left_over.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
+        let state = State { left_over, next_name, ..State::default() };
+        Arc::new_cyclic(|this: &Weak<Spares>| Spares {
             this: Weak::clone(this),
-            removed: Removed::new(identity.shard),
+            removed: Removed::new(identity.shard, directory, Weak::clone(this) as Weak<dyn TakeBack>),
             directory: directory.to_owned(),
             shard: identity.shard,
             segment_size: identity.segment_size,
@@ -167,6 +215,7 @@ impl Spares {
             syncs: AtomicU64::new(0),
             in_bulk: AtomicBool::new(false),
             in_long: AtomicBool::new(false),
+            room: AtomicU64::new(0),
             wanted: Condvar::new(),
             made: Condvar::new(),
             helped: Condvar::new(),
@@ -351,26 +400,38 @@ impl Spares {
         self.state.lock().files() as u64 * self.segment_size
     }
 
-    /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. Does not wait for
-    /// the device: that is left to [`Removed`].
-    pub(super) fn recycle(&self, path: PathBuf, segment: Segment) -> Result<()> {
+    /// Says up to how many bytes of files, all of the log's together, more used files may wait than spares are kept.
+    pub(super) fn set_room(&self, bytes: u64) {
+        self.room.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. All other segments
+    /// take `retained` bytes. Does not wait for the device: that is left to [`Removed`].
+    pub(super) fn recycle(&self, path: PathBuf, segment: Segment, retained: u64) -> Result<()> {
         let mut state = self.state.lock();
-        // In bulk nothing is filled ahead; filling a used file and waiting until that is on the device would only hold
-        // up what is received.
-        if state.files() >= self.keep || self.in_bulk.load(Ordering::Relaxed) {
+        let worth_keeping = state.worth_keeping().max(self.keep);
+        let (files, room) = (state.files(), self.room.load(Ordering::Relaxed));
+        let has_room = retained.saturating_add((files as u64 + 1) * self.segment_size) <= room;
+        let is_one = state.used_files() == 0 && self.segment_size <= room / ONE_SEGMENT_IN;
+        let is_wanted = files < self.keep || is_one || has_room && state.used_files() < worth_keeping;
+        // In bulk nothing is filled ahead; filling a used file would only hold up what is received.
+        if !is_wanted || state.stopped || self.in_bulk.load(Ordering::Relaxed) {
             drop(state);
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             self.removed.add(segment);
             return Ok(());
         }
         state.next_name += 1;
-        let aside = spare_path(&self.directory, state.next_name);
+        let renamed = spare_path(&self.directory, state.next_name);
+        state.returning += 1;
         drop(state);
-        std::fs::rename(&path, &aside).map_err(Error::io("rename", &path))?;
-        let mut state = self.state.lock();
-        state.used.push(aside);
-        self.want(&mut state);
-        Ok(())
+        let result = std::fs::rename(&path, &renamed).map_err(Error::io("rename", &path));
+        if result.is_ok() && self.removed.give_back(segment, renamed.clone()) {
+            return Ok(());
+        }
+        self.state.lock().returning -= 1;
+        result?;
+        std::fs::remove_file(&renamed).map_err(Error::io("remove", &renamed))
     }
 
     /// Ends every wait, and the thread when it has done what it is at.
@@ -401,7 +462,11 @@ impl Spares {
             match self.next_work() {
                 Work::Stop => return,
                 Work::Populate(segment, range) => segment.populate(range),
-                Work::Prepare(path) => self.made(&path, self.prepare_when_there_is_room(&path)),
+                Work::Prepare(path, origin) => {
+                    let (path, result) = self.prepare_when_there_is_room(path, origin);
+                    self.made(&path, result);
+                }
+                Work::Remove(files) => self.remove(&files),
                 Work::Settle(mut spare) => {
                     let path = spare.path.clone();
                     self.made(&path, self.settle(&mut spare).map(|()| spare));
@@ -457,22 +522,50 @@ impl Spares {
                 return Work::Settle(spare);
             }
             if state.refilling && (!state.failed || (asked && state.failure.is_none())) {
-                // Used files must be on the device before they are taken: a writer that is about to run out gets a new one.
-                let in_a_hurry = state.taken > 0 && state.ready.is_empty() && !state.failed;
-                let used = if in_a_hurry { None } else { state.used.pop() };
-                let path = used.unwrap_or_else(|| {
-                    state.next_name += 1;
-                    spare_path(&self.directory, state.next_name)
-                });
+                let (path, origin) = self.next_file(&mut state);
                 state.preparing = true;
-                return Work::Prepare(path);
+                return Work::Prepare(path, origin);
             }
             if idle {
+                // Bursts are over, as far as anybody can know.
+                state.burst = 0;
+                let wanted = self.keep.saturating_sub(ready);
+                if state.used.len() > wanted {
+                    return Work::Remove(state.used.split_off(wanted));
+                }
                 // Looked at once more after the wait. Whoever wants something from here on starts another thread.
                 self.is_over(&mut state);
                 return Work::Stop;
             }
             idle = self.wanted.wait_for(&mut state, STAYS).timed_out();
+        }
+    }
+
+    /// The file to be prepared next.
+    fn next_file(&self, state: &mut State) -> (PathBuf, Origin) {
+        // What must be on the device before it is taken is nothing for a writer that is about to run out.
+        let in_a_hurry = state.taken > 0 && state.ready.is_empty() && !state.failed;
+        let goes_first = state.awaited > 0 || self.sync_waited.load(Ordering::Relaxed);
+        let used = if in_a_hurry && goes_first { None } else { state.used.pop() };
+        let left_over = if in_a_hurry { None } else { state.left_over.pop() };
+        match (used, left_over) {
+            (Some(used), left_over) => {
+                state.left_over.extend(left_over);
+                (used, Origin::Used)
+            }
+            (None, Some(left_over)) => (left_over, Origin::LeftOver),
+            (None, None) => {
+                state.next_name += 1;
+                (spare_path(&self.directory, state.next_name), Origin::New)
+            }
+        }
+    }
+
+    fn remove(&self, files: &[PathBuf]) {
+        for path in files {
+            if let Err(error) = std::fs::remove_file(path).map_err(Error::io("remove", path)) {
+                log::warn!("shard {}: {error}", self.shard);
+            }
         }
     }
 
@@ -482,25 +575,33 @@ impl Spares {
     }
 
     /// Prepares a file, and where many that were removed still take room, not before one of them has given it back. For want
-    /// of room it is tried again whenever some has come back that is on its way.
-    fn prepare_when_there_is_room(&self, path: &Path) -> Result<Prepared> {
+    /// of room it is tried again whenever some has come back that is on its way. Gives which file it was.
+    fn prepare_when_there_is_room(&self, mut path: PathBuf, mut origin: Origin) -> (PathBuf, Result<Prepared>) {
         loop {
             let gone = self.removed.wait_while_many();
-            let result = self.prepare(path);
+            let result = self.prepare(&path, origin);
             if !matches!(&result, Err(Error::Io { source, .. }) if is_no_room(source)) {
-                return result;
+                return (path, result);
             }
             // What has been filled of it would only hold on to room.
-            let _ = std::fs::remove_file(path);
+            let _ = std::fs::remove_file(&path);
             if !self.removed.wait_for_room(gone) {
-                return result;
+                return (path, result);
+            }
+            // What came back may be a file that has its blocks.
+            if let Some(used) = self.state.lock().used.pop() {
+                (path, origin) = (used, Origin::Used);
             }
         }
     }
 
     /// Fills a file with zeros, new or not, and maps it; makes that durable unless it is better done later.
-    fn prepare(&self, path: &Path) -> Result<Prepared> {
-        let filling = Arc::new(Filling::new(&self.directory, path, self.segment_size)?);
+    fn prepare(&self, path: &Path, origin: Origin) -> Result<Prepared> {
+        if origin == Origin::LeftOver {
+            // Others have been under their new names on stable storage before they came here.
+            sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+        }
+        let filling = Arc::new(Filling::new(path, self.segment_size)?);
         let is_new = filling.is_new();
         self.offer(&filling);
         let filled = self.fill_beside_others(&filling);
@@ -513,9 +614,10 @@ impl Spares {
         if !filled {
             return Ok(prepared);
         }
-        // Where nobody waits for syncs, or the writer is about to run out of spares, a new file is as good without: its
-        // blocks are reserved, so nothing can fail for want of room, and its first syncs note which of them were written. Its
-        // zeros then need not go to the device before the records do.
+        // Where nobody waits for syncs, or the writer is about to run out of spares, a file is as good without: its blocks
+        // are reserved, so nothing can fail for want of room, its first syncs note which of them were written, and nothing
+        // comes back that could be taken for what is written now. Its zeros then need not go to the device before the records
+        // do.
         let (taken, none_left) = {
             let state = self.state.lock();
             // Whoever waits for spares wants to find nothing left to be done.
@@ -523,7 +625,8 @@ impl Spares {
         };
         let nobody_waits = !self.sync_waited.swap(false, Ordering::Relaxed);
         let in_bulk = self.in_bulk.load(Ordering::Relaxed);
-        if is_new && (in_bulk || taken && (none_left || nobody_waits)) {
+        let is_known = is_new || origin == Origin::Used;
+        if is_known && (in_bulk || taken && (none_left || nobody_waits)) {
             self.populate_start(&prepared);
         } else {
             self.settle(&mut prepared)?;
@@ -651,6 +754,24 @@ impl Drop for Running<'_> {
             state.failure = Some(error);
             self.0.made.notify_all();
             self.0.is_over(&mut state);
+        }
+    }
+}
+
+impl TakeBack for Spares {
+    fn take_back(&self, files: Vec<PathBuf>, result: Result<()>) {
+        let mut state = self.state.lock();
+        state.returning -= files.len();
+        match result {
+            Ok(()) => {
+                state.used.extend(files);
+                self.want(&mut state);
+            }
+            Err(error) => {
+                drop(state);
+                log::warn!("shard {}: {error}", self.shard);
+                self.remove(&files);
+            }
         }
     }
 }

@@ -118,7 +118,7 @@ fn a_follower_whose_acknowledgements_overtake_its_last_word_counts() {
         }
         let log = scene.leader.log(SHARD).unwrap();
         let applied = log.head();
-        let chain = chain_at(&log, applied);
+        let chain = chain_at(log, applied);
         let (epoch, session) = (info.epoch, info.session);
         let ack = Ack { received: applied, durable: applied, applied, chain, epoch, session };
         stream.sender.send_message(&Message::Ack(ack)).unwrap();

@@ -10,22 +10,25 @@ use crate::wal::{LogRange, SyncPolicy, Wal};
 fn in_bulk_new_files_are_not_filled_and_used_ones_not_kept() {
     let directory = tempfile::tempdir().unwrap();
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
-    assert!(spares.prepare(&spare_path(directory.path(), 1)).unwrap().filled);
+    assert!(spares.prepare(&spare_path(directory.path(), 1), Origin::New).unwrap().filled);
+    // As if the thread were there, and did nothing.
+    spares.state.lock().running = true;
     spares.set_bulk(true);
-    let spare = spares.prepare(&spare_path(directory.path(), 2)).unwrap();
+    let spare = spares.prepare(&spare_path(directory.path(), 2), Origin::New).unwrap();
     assert!(!spare.filled, "it is overwritten as a whole");
     assert_eq!(spare.file.metadata().unwrap().len(), SIZE);
     let (path, segment) = given_up(directory.path(), 1);
-    spares.recycle(path.clone(), segment).unwrap();
+    spares.recycle(path.clone(), segment, 0).unwrap();
     assert!(!path.exists());
-    assert!(spares.state.lock().used.is_empty(), "to fill it again would hold up what is received");
+    assert_eq!(spares.state.lock().used_files(), 0, "to fill it again would hold up what is received");
     spares.set_bulk(false);
     let (path, segment) = given_up(directory.path(), 2);
-    spares.recycle(path.clone(), segment).unwrap();
+    spares.recycle(path.clone(), segment, 0).unwrap();
     assert!(!path.exists());
+    spares.removed.wait_ended();
     let used = spares.state.lock().used.clone();
     assert_eq!(used.len(), 1);
-    assert!(spares.prepare(&used[0]).unwrap().filled);
+    assert!(spares.prepare(&used[0], Origin::Used).unwrap().filled);
     assert!(std::fs::read(&used[0]).unwrap().iter().all(|&byte| byte == 0));
 }
 
@@ -38,14 +41,96 @@ fn files_are_zeros_whether_anybody_waits_for_syncs_or_not() {
         if waits {
             spares.syncs_are_waited_for();
         }
-        let new = spares.prepare(&spare_path(directory.path(), number)).unwrap();
+        let new = spares.prepare(&spare_path(directory.path(), number), Origin::New).unwrap();
         assert!(new.filled);
         assert!(std::fs::read(&new.path).unwrap() == vec![0; limits::index(SIZE)]);
-        let (path, _segment) = given_up(directory.path(), number);
-        let used = spares.prepare(&path).unwrap();
-        assert!(used.filled && used.settled, "what a used file held must not come back");
-        assert!(std::fs::read(&path).unwrap() == vec![0; limits::index(SIZE)]);
+        // The writer is not about to run out.
+        spares.made(&new.path.clone(), Ok(new));
+        for origin in [Origin::LeftOver, Origin::Used] {
+            if waits {
+                spares.syncs_are_waited_for();
+            }
+            let (path, _segment) = given_up(directory.path(), number);
+            let used = spares.prepare(&path, origin).unwrap();
+            let may_come_back = origin == Origin::Used && !waits;
+            assert!(used.filled && used.settled != may_come_back, "{origin:?}: nobody knows what it held");
+            assert!(std::fs::read(&path).unwrap() == vec![0; limits::index(SIZE)]);
+        }
     }
+}
+
+#[test]
+fn as_many_used_files_wait_as_one_burst_takes_where_there_is_room_and_go_when_it_is_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    let keep = WalOptions::default().spare_segments;
+    let give_up = |numbers: std::ops::RangeInclusive<u64>| {
+        for number in numbers {
+            let (path, segment) = given_up(directory.path(), number);
+            spares.recycle(path.clone(), segment, SIZE).unwrap();
+            assert!(!path.exists());
+        }
+        spares.removed.wait_ended();
+        spares.state.lock().used.len()
+    };
+    // As if the thread were there, and did nothing.
+    spares.state.lock().running = true;
+    assert_eq!(give_up(1..=9), keep, "there is no room for more than spares");
+    spares.set_room(u64::MAX);
+    assert_eq!(give_up(10..=19), keep, "nothing has been taken");
+    spares.state.lock().taken = 7;
+    assert_eq!(give_up(20..=29), 7);
+    spares.state.lock().taken = 8;
+    assert_eq!(spares.state.lock().worth_keeping(), 6, "it falls slowly");
+    // The other segments, seven that wait, and no room for another.
+    spares.state.lock().burst = 100;
+    spares.set_room(9 * SIZE - 1);
+    assert_eq!(give_up(30..=39), 7);
+    spares.set_room(9 * SIZE);
+    assert_eq!(give_up(40..=49), 8);
+    assert_eq!(spares.file_bytes(), 8 * SIZE);
+    spares.run();
+    let state = spares.state.lock();
+    assert_eq!((state.ready.len(), state.used.len(), state.burst), (keep, 0, 0), "nothing is left to be filled");
+    drop(state);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), keep);
+}
+
+#[test]
+fn a_log_at_its_bound_goes_from_segment_to_segment_without_a_new_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    // As if the thread were there, and had made spares.
+    spares.state.lock().running = true;
+    spares.state.lock().left_over = vec![PathBuf::new(); WalOptions::default().spare_segments];
+    for (number, room, waits) in [(1, ONE_SEGMENT_IN * SIZE - 1, 0), (2, ONE_SEGMENT_IN * SIZE, 1)] {
+        spares.set_room(room);
+        for number in [number, number + 10] {
+            let (path, segment) = given_up(directory.path(), number);
+            spares.recycle(path, segment, 100 * SIZE).unwrap();
+            spares.removed.wait_ended();
+            assert_eq!(spares.state.lock().used.len(), waits);
+        }
+    }
+}
+
+#[test]
+fn a_writer_about_to_run_out_gets_no_file_that_must_be_synced_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let [left_over, used] = ["left-over", "used"].map(|name| directory.path().join(name));
+    let origin = |taken, waits| {
+        let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), vec![left_over.clone()]);
+        if waits {
+            spares.syncs_are_waited_for();
+        }
+        let mut state = spares.state.lock();
+        state.taken = taken;
+        state.used.push(used.clone());
+        [spares.next_file(&mut state).1, spares.next_file(&mut state).1]
+    };
+    assert_eq!(origin(0, true), [Origin::Used, Origin::LeftOver], "it has not begun");
+    assert_eq!(origin(1, true), [Origin::New; 2]);
+    assert_eq!(origin(1, false), [Origin::Used, Origin::New]);
 }
 
 #[test]
@@ -90,11 +175,11 @@ fn pages_are_left_alone_where_a_writer_of_long_batches_is_ahead() {
     spares.set_long(true);
     assert!(waits_for(false).touches, "there are spares enough");
     assert_eq!(waits_for(true).touches, !cfg!(target_os = "linux"));
-    let prepared = spares.prepare(&spare_path(directory.path(), 100)).unwrap();
+    let prepared = spares.prepare(&spare_path(directory.path(), 100), Origin::New).unwrap();
     assert_eq!(prepared.through_file, cfg!(target_os = "linux"));
     assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
     spares.set_long(false);
-    assert!(!spares.prepare(&spare_path(directory.path(), 101)).unwrap().through_file);
+    assert!(!spares.prepare(&spare_path(directory.path(), 101), Origin::New).unwrap().through_file);
     spares.stop();
     spares.wait_ended();
 }
@@ -123,13 +208,13 @@ fn long_batches_that_are_waited_for_get_large_pieces_and_no_pages_made_ready() {
     assert!(often.manner().touches, "for so much at a time stores are better");
     often.state.lock().syncs = 4;
     assert_eq!(often.manner().touches, !on_linux);
-    let prepared = spares.prepare(&spare_path(directory.path(), 100)).unwrap();
+    let prepared = spares.prepare(&spare_path(directory.path(), 100), Origin::New).unwrap();
     assert_eq!(prepared.through_file, on_linux);
     assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
     // A file that held something before is stored to.
     spares.syncs_are_waited_for();
     let (path, _segment) = given_up(directory.path(), 7);
-    assert!(!spares.prepare(&path).unwrap().through_file);
+    assert!(!spares.prepare(&path, Origin::Used).unwrap().through_file);
 }
 
 #[test]
@@ -166,7 +251,7 @@ fn whoever_waits_for_a_spare_fills_it_too() {
     let directory = tempfile::tempdir().unwrap();
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
     let path = spare_path(directory.path(), 100);
-    let filling = Arc::new(Filling::new(directory.path(), &path, SIZE).unwrap());
+    let filling = Arc::new(Filling::new(&path, SIZE).unwrap());
     {
         // As if the thread were at it, and did nothing.
         let mut state = spares.state.lock();
