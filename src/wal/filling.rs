@@ -37,7 +37,7 @@ pub(super) struct Filling {
     mapping: Mapping,
     len: u64,
     is_new: bool,
-    /// Whether a page was not made ready for stores.
+    /// Whether a part was filled in a manner that leaves pages alone.
     is_untouched: AtomicBool,
     /// Held by whoever writes zeros. The file system lets one thread write to a file, and whoever waits for that spins:
     /// this has the threads take turns, one writing while the other makes pages ready.
@@ -106,10 +106,10 @@ impl Filling {
     }
 
     fn fill(&self, range: Range<u64>, Manner { piece_len, touches }: Manner) -> Result<()> {
-        let touches = self.is_new && touches;
         if !touches {
             self.is_untouched.store(true, Ordering::Relaxed);
         }
+        let touches = self.is_new && touches;
         // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores after
         // it. Where that is not possible, for want of room say, writing zeros tells why.
         // Where nothing is stored, a write makes no more of a piece dirty than it writes, however long that is: a sync of 16 KiB
@@ -148,7 +148,8 @@ impl Filling {
 pub(super) struct Filled {
     pub(super) file: File,
     pub(super) mapping: Mapping,
-    /// Whether all its pages were to be made ready for stores, and were where that is possible.
+    /// Whether all of it was filled in a manner for stores. The pages of a new file are ready for them then, where that is
+    /// possible.
     pub(super) is_touched: bool,
 }
 
@@ -180,8 +181,7 @@ mod tests {
             });
             assert_eq!(steps as u64, LEN.div_ceil(STEP), "each part is filled by one of them");
             assert!(!filling.is_left());
-            let is_touched = filling.is_new() && manner.touches;
-            assert_eq!(filling.finish().unwrap().is_touched, is_touched);
+            assert_eq!(filling.finish().unwrap().is_touched, manner.touches);
             assert!(std::fs::read(&path).unwrap() == vec![0; limits::index(LEN)], "{manner:?} over {held} bytes");
         }
     }

@@ -609,7 +609,7 @@ impl Spares {
         let Filled { file, mapping, is_touched } = filling.finish()?;
         let (path, filled) = (path.to_owned(), filled?);
         // If it was not filled, there is nothing in it to be settled, and what has been filled so far is overwritten.
-        let through_file = filled && is_new && !is_touched;
+        let through_file = filled && !is_touched;
         let mut prepared = Prepared { path, file, mapping, filled, settled: !filled, through_file };
         if !filled {
             return Ok(prepared);

@@ -211,9 +211,12 @@ fn long_batches_that_are_waited_for_get_large_pieces_and_no_pages_made_ready() {
     let prepared = spares.prepare(&spare_path(directory.path(), 100), Origin::New).unwrap();
     assert_eq!(prepared.through_file, on_linux);
     assert!(prepared.filled && std::fs::read(&prepared.path).unwrap() == vec![0; limits::index(SIZE)]);
-    // A file that held something before is stored to.
+    // And so do files that held something before.
     spares.syncs_are_waited_for();
     let (path, _segment) = given_up(directory.path(), 7);
+    assert_eq!(spares.prepare(&path, Origin::Used).unwrap().through_file, on_linux);
+    spares.set_long(false);
+    let (path, _segment) = given_up(directory.path(), 8);
     assert!(!spares.prepare(&path, Origin::Used).unwrap().through_file);
 }
 
