@@ -16,8 +16,9 @@
 //! # What the bound includes
 //!
 //! All files of the shard's directory: sealed segments, the open one, the spares (as many as are kept ready, and at most
-//! one more) and what is [set aside](crate::wal) of segments given up unsynced (at most two files). Segments begin to go
-//! a reserve below the bound, an eighth of it or three segments if that is more, so that the directory stays under it
+//! one more), files given up that wait to be spares again (one at the bound, more only where all files together take less than
+//! half of where segments begin to go) and what is [set aside](crate::wal) of segments given up unsynced (at most two files).
+//! Segments begin to go a reserve below the bound, an eighth of it or three segments if that is more, so that the directory stays under it
 //! while they do. A bound that is smaller than all this together leaves the open segment, its spares and little else.
 //!
 //! What nobody needs goes once it is synced. What goes because the log is too large goes at once, synced or not: a
@@ -64,9 +65,9 @@ impl RetentionOptions {
         self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(3 * segment_size)).max(segment_size))
     }
 
-    /// Files wait to be filled again below the size at which the node's own target is asked to hurry.
-    fn keep_used_files(&self, log: &Log) {
-        log.keep_used_files(self.limit(log.identity().segment_size).map_or(u64::MAX, |limit| limit / 2));
+    /// Up to this many bytes of files, some may wait to be filled again: from here on the node's own target is asked to hurry.
+    fn room(&self, segment_size: u64) -> u64 {
+        self.limit(segment_size).map_or(u64::MAX, |limit| limit / 2)
     }
 
     /// What goes now. Pure: whoever asks has read the facts, and does what the plan says.
@@ -223,7 +224,7 @@ impl ShardRetention {
         wake: Arc<Watermark>,
     ) -> ShardRetention {
         let tail = AtomicU64::new(log.tail().0);
-        options.keep_used_files(&log);
+        log.keep_used_files(options.room(log.identity().segment_size));
         ShardRetention {
             kept: RwLock::new(Kept { log, applied }),
             options,
@@ -245,7 +246,8 @@ impl ShardRetention {
         let opened = {
             let mut kept = self.kept.write();
             let opened = open()?;
-            self.options.keep_used_files(opened.0.log());
+            let log = opened.0.log();
+            log.keep_used_files(self.options.room(log.identity().segment_size));
             *kept = Kept { log: Arc::clone(opened.0.log()), applied: Some(Arc::clone(applied)) };
             let pins = self.pins.lock();
             self.tail.store(kept.log.tail().0, Ordering::Release);
@@ -354,6 +356,7 @@ impl ShardRetention {
         let sealed: Vec<Lsn> = log.segments().iter().filter_map(|segment| segment.sealed_last_lsn()).collect();
         self.awaited.store(sealed.first().map_or(u64::MAX, |last| last.0), Ordering::SeqCst);
         let mut released = Released::default();
+        log.shed_used_files(self.options.room(log.identity().segment_size));
         let plan = {
             let pins = self.pins.lock();
             let plan = self.plan(&kept, &sealed, &pins);

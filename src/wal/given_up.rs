@@ -84,7 +84,7 @@ impl Log {
         self.release(lsn, true, reason)
     }
 
-    /// Bytes of the files of all segments, spares, and what is set aside.
+    /// Bytes of the files of all segments, spares, what waits to be filled again, and what is set aside.
     pub(crate) fn file_bytes(&self) -> u64 {
         let aside = self.given_up.lock().aside.len() as u64 * self.identity().segment_size;
         self.retained_bytes() + aside + self.spares().file_bytes()
@@ -94,6 +94,14 @@ impl Log {
     /// there are no more than so many bytes of files in all. Where nobody has called this, no more wait than spares are kept.
     pub(crate) fn keep_used_files(&self, most_bytes: u64) {
         self.spares().set_room(most_bytes);
+    }
+
+    /// Removes files that wait to be filled again, but for one, where there are more bytes of files than
+    /// [`keep_used_files`](Self::keep_used_files) was told: no log goes for their sake.
+    pub(crate) fn shed_used_files(&self, most_bytes: u64) {
+        if self.file_bytes() > most_bytes {
+            self.spares().shed_used();
+        }
     }
 
     fn release(&self, lsn: Lsn, unsynced: bool, reason: &str) -> Result<usize> {

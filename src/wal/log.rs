@@ -628,7 +628,9 @@ impl Log {
             if published > position.offset {
                 // Only the pages written: those made ready ahead of the writer stay out of it.
                 let start = position.offset - position.offset % PAGE_LEN;
-                segment.sync_range(start..published)?;
+                // Behind a seal as well: zeros over what a used file held there.
+                let end = if sealed.is_some() { self.identity.segment_size } else { published };
+                segment.sync_range(start..end)?;
                 // A segment's last sync ends where the segment does: nothing of it is written again.
                 if sealed.is_none() {
                     self.spares.has_synced();

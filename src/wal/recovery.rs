@@ -4,8 +4,10 @@
 //!
 //! Everything up to the last sync is on stable storage. Of what was written after it, a crash keeps any subset: a
 //! mapped page may reach the disk at any time or never, in any order, and in pieces of 512 bytes. So the records after
-//! the last sync can be missing, half there, or there as a whole behind others that are not. None of that is damage:
-//! nobody was told that those records were safe. Damage is when something is missing that *was* synced.
+//! the last sync can be missing, half there, or there as a whole behind others that are not. Where a segment's file was one
+//! of this log before, what it held then may stand there instead, its header page included: records with lower LSNs than
+//! any that could be due. They are cut like any others, and counted in what is told of a cut, even where nothing that was
+//! written is missing. None of that is damage: nobody was told that those records were safe. Damage is when something is missing that *was* synced.
 //!
 //! # The rule
 //!

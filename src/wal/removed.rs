@@ -37,7 +37,7 @@ pub(super) struct Removed {
     directory: PathBuf,
     owner: Weak<dyn TakeBack>,
     state: Mutex<State>,
-    /// A mapping has gone, or the thread has ended.
+    /// A mapping has gone, files have been given back, or the thread has ended.
     changed: Condvar,
 }
 
@@ -48,7 +48,7 @@ struct State {
     renamed: Vec<(Segment, PathBuf)>,
     /// The thread is there: it ends when it finds no segment.
     running: bool,
-    /// Mappings that have gone.
+    /// Mappings that have gone, those of files given back included.
     gone: u64,
     stopped: bool,
 }
@@ -142,14 +142,14 @@ impl Removed {
         state
     }
 
-    /// How many mappings have gone so far; blocks until it is one more where many are left.
+    /// How many mappings have gone or files been given back so far; blocks until it is one more where many are left.
     pub(super) fn wait_while_many(&self) -> u64 {
         let state = self.state.lock();
         let (before, many) = (state.gone, state.segments.len() > FEW);
         if many { self.wait_for_one(state, before).gone } else { before }
     }
 
-    /// Blocks until more than `before` mappings have gone. False if there is none to wait for, or at the end.
+    /// Blocks until more than `before` have. False if there is none to wait for, or at the end.
     pub(super) fn wait_for_room(&self, before: u64) -> bool {
         let state = self.wait_for_one(self.state.lock(), before);
         state.gone > before && !state.stopped

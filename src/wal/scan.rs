@@ -128,8 +128,17 @@ pub fn scan_published(path: &Path, published: u64, visit: &mut dyn Visit) -> Res
 }
 
 fn scan_file(file: &mut SegmentFile, limit: u64, visit: &mut dyn Visit) -> Result<SegmentReport> {
+    scan_behind(file.header()?, file, limit, visit)
+}
+
+/// What stands behind a header page, which says this.
+fn scan_behind(
+    header: Result<SegmentHeader, String>,
+    file: &mut SegmentFile,
+    limit: u64,
+    visit: &mut dyn Visit,
+) -> Result<SegmentReport> {
     let (path, file_len) = (file.path.clone(), file.len);
-    let header = file.header()?;
     let first_lsn = header.as_ref().map_or(Lsn::ZERO, |header| header.id.first_lsn);
     let mut report = SegmentReport {
         path: path.clone(),
@@ -405,10 +414,15 @@ impl Verification<'_> {
                 reason,
                 kind: ProblemKind::Mismatch,
             });
-        } else if let Ok(header) = &header {
+        }
+        // What stands behind another segment's header, in a file that was filled again say, is none of this log any more.
+        let header = header.and_then(|header| {
+            if header.id == id { Ok(header) } else { Err(format!("its header calls it {}", header.id)) }
+        });
+        if let Ok(header) = &header {
             self.check_continuity(id, header, &file.path);
         }
-        let mut segment = scan_file(&mut file, u64::MAX, self.visit)?;
+        let mut segment = scan_behind(header.clone(), &mut file, u64::MAX, self.visit)?;
         let due = match &header {
             Ok(header) => {
                 self.known.note(header.epoch, segment.synced);
@@ -451,9 +465,8 @@ impl Verification<'_> {
         let begins_log = self.next.is_none() && id.first_lsn > Lsn::FIRST;
         let genesis = self.identity.map_or(Chain::default(), |identity| identity.genesis());
         let next = self.next.unwrap_or(Expected { first_lsn: Lsn::FIRST, chain: genesis, epoch: Epoch::ZERO });
-        if header.id != id {
-            self.damage(path, 0, id.first_lsn, ProblemKind::Corrupt, format!("its header calls it {}", header.id));
-        } else if begins_log {
+        if begins_log {
+            // Nothing is known of what came before.
         } else if id.first_lsn > next.first_lsn {
             let reason = format!("LSN {} to {} are not there", next.first_lsn, id.first_lsn.previous());
             self.damage(path, 0, next.first_lsn, ProblemKind::Missing, reason);
@@ -585,9 +598,11 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::limits;
     use crate::types::ClusterId;
     use crate::wal::known_synced::WrittenHere;
     use crate::wal::log_fixture::{IDENTITY, LogFixture, SIZE, flip, image, write};
+    use crate::wal::recovery::recover;
 
     #[derive(Default)]
     struct Collect {
@@ -634,6 +649,30 @@ mod tests {
         assert_eq!(report, verify_log(log.path(), None, KnownSynced::default(), &mut ()).unwrap());
         let empty = tempfile::tempdir().unwrap();
         assert_eq!(verify_log(empty.path(), None, KnownSynced::default(), &mut ()).unwrap(), LogReport::default());
+    }
+
+    #[test]
+    fn what_a_used_file_brings_back_after_a_power_cut_is_a_torn_tail_and_recovery_cuts_it() {
+        let first = LogFixture::synced_all_along().places[0].path.clone();
+        for zeroed in [0..0, 4096 + 200..8192, 4096..4096 + 64, 8192..SIZE] {
+            let mut log = LogFixture::synced_all_along();
+            log.roll(Epoch(4));
+            let mut old = fs::read(log.path().join(first.file_name().unwrap())).unwrap();
+            old[limits::index(zeroed.start)..limits::index(zeroed.end)].fill(0);
+            fs::write(log.segment_path(), &old).unwrap();
+            let (report, seen) = verify(&log);
+            assert!(report.is_sound() && !report.problems.is_empty(), "{zeroed:?}: {:?}", report.problems);
+            assert_eq!(seen.lsns, (1..=36).collect::<Vec<_>>(), "{zeroed:?}");
+            // The same behind a header of its own.
+            let mut log = LogFixture::synced_all_along();
+            log.roll(Epoch(4));
+            write(&log.segment_path(), &old[4096..], 4096);
+            let (report, seen) = verify(&log);
+            assert!(report.is_sound(), "{zeroed:?}: {:?}", report.problems);
+            assert_eq!(seen.lsns, (1..=36).collect::<Vec<_>>(), "{zeroed:?}");
+            let recovered = recover(log.path(), &IDENTITY, KnownSynced::default()).unwrap();
+            assert_eq!((recovered.head, recovered.torn.is_some()), (Lsn(36), true), "{zeroed:?}");
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! # Format, versions 2 and 3
 //!
 //! A segment file has a fixed size, a multiple of 4096 bytes, all of it allocated. Its first page is the header; the
-//! batches follow without gaps; behind the last batch there are zeros. All numbers are little-endian.
+//! batches follow without gaps; behind the last batch there are zeros, but for what a crash leaves there until
+//! [recovery](super::recovery) cuts it. All numbers are little-endian.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|

@@ -11,11 +11,12 @@
 //! there. Nor is anything made ready for one whose long batches are waited for.
 //!
 //! Files of segments that were given up are filled again: their pages and blocks are there, and a log at its bound takes no
-//! memory and no room from one segment to the next. As many wait for it as spares are kept, or, where the log's bound leaves
-//! room for that, as the writer took from one giving up to the next, and one at the bound; once there is nothing to prepare, only what is missing of
-//! the spares stays. Zeros over a used file need not reach the device before the records do, as long as nobody waits for syncs:
-//! what a power cut brings back then are records with LSNs lower than the segment's first, which are valid nowhere in it, so
-//! recovery cuts the log before them. Of files that were left over when the log was opened nobody knows that; their zeros go first.
+//! memory and no room from one segment to the next. One waits for it at the bound, and where that leaves room as many as the
+//! writer took from one giving up to the next; once nothing has been wanted for a while, no more than what is missing of the
+//! spares. Zeros over a used file need not reach the device before the records do where nobody waits for syncs or no spare is
+//! left: what a power cut brings back then is older than the segment. Its chain is no other batch's (but by a chance of one in
+//! 2^32), and its LSNs are below those that recovery looks for behind the end, so the log is cut there. Nobody knows that of
+//! files that were left over when the log was opened: their zeros go to the device first.
 //!
 //! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
 //! nothing has been wanted for a while: an idle log has no such thread.
@@ -54,6 +55,9 @@ const SYNCED_OFTEN: u64 = 1 << 20;
 /// A log that may have so many segments in the room for used files lets one wait even where it is at its bound: then it goes
 /// from segment to segment without a new file.
 const ONE_SEGMENT_IN: u64 = 8;
+
+/// Bytes of used files that wait, at most: a follower that was far behind lets go of any number of segments at once.
+const MOST_USED: u64 = 512 << 20;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
@@ -162,11 +166,11 @@ impl State {
     }
 
     /// Takes in that a segment was given up, and says how many used files are worth keeping.
-    fn worth_keeping(&mut self) -> usize {
+    fn worth_keeping(&mut self, most: u64) -> usize {
         let since = self.taken - self.taken_before;
         if since > 0 {
             self.taken_before = self.taken;
-            self.burst = since.max(self.burst - self.burst.div_ceil(8));
+            self.burst = since.min(most).max(self.burst - self.burst.div_ceil(8));
         }
         usize::try_from(self.burst).unwrap_or(usize::MAX)
     }
@@ -192,15 +196,17 @@ enum Work {
 }
 
 impl Spares {
-    /// Spares in `directory`; `left_over` are files there that may be filled again.
+    /// Spares in `directory`; `left_over` are files there that may be filled again: as many as spares are kept, the others go.
     pub(super) fn new(
         directory: &Path,
         identity: &LogIdentity,
         options: &WalOptions,
-        left_over: Vec<PathBuf>,
+        mut left_over: Vec<PathBuf>,
     ) -> Arc<Spares> {
         // New names must not be those of left-over files.
         let next_name = left_over.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
+        let keep = options.spare_segments.max(1);
+        remove_files(identity.shard, &left_over.split_off(keep.min(left_over.len())));
         let state = State { left_over, next_name, ..State::default() };
         Arc::new_cyclic(|this: &Weak<Spares>| Spares {
             this: Weak::clone(this),
@@ -208,7 +214,7 @@ impl Spares {
             directory: directory.to_owned(),
             shard: identity.shard,
             segment_size: identity.segment_size,
-            keep: options.spare_segments.max(1),
+            keep,
             populate_ahead: options.populate_ahead,
             state: Mutex::new(state),
             sync_waited: AtomicBool::new(false),
@@ -409,11 +415,17 @@ impl Spares {
     /// take `retained` bytes. Does not wait for the device: that is left to [`Removed`].
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment, retained: u64) -> Result<()> {
         let mut state = self.state.lock();
-        let worth_keeping = state.worth_keeping().max(self.keep);
+        let worth_keeping = state.worth_keeping(MOST_USED / self.segment_size).max(self.keep);
         let (files, room) = (state.files(), self.room.load(Ordering::Relaxed));
         let has_room = retained.saturating_add((files as u64 + 1) * self.segment_size) <= room;
         let is_one = state.used_files() == 0 && self.segment_size <= room / ONE_SEGMENT_IN;
         let is_wanted = files < self.keep || is_one || has_room && state.used_files() < worth_keeping;
+        if state.used.len() > worth_keeping {
+            let surplus = state.used.split_off(worth_keeping);
+            drop(state);
+            remove_files(self.shard, &surplus);
+            state = self.state.lock();
+        }
         // In bulk nothing is filled ahead; filling a used file would only hold up what is received.
         if !is_wanted || state.stopped || self.in_bulk.load(Ordering::Relaxed) {
             drop(state);
@@ -434,15 +446,28 @@ impl Spares {
         std::fs::remove_file(&renamed).map_err(Error::io("remove", &renamed))
     }
 
-    /// Ends every wait, and the thread when it has done what it is at.
+    /// Removes used files that wait beyond one: the log has grown into the room that they had.
+    pub(super) fn shed_used(&self) {
+        let surplus = {
+            let mut state = self.state.lock();
+            let kept = state.used.len().min(1);
+            state.used.split_off(kept)
+        };
+        remove_files(self.shard, &surplus);
+    }
+
+    /// Ends every wait, and the thread when it has done what it is at. Of used files no more than spares stays.
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.stopped = true;
         state.populate = None;
+        let stay = self.keep.saturating_sub(state.ready.len()).min(state.used.len());
+        let surplus = state.used.split_off(stay);
         self.wanted.notify_all();
         self.made.notify_all();
         drop(state);
         self.removed.stop();
+        remove_files(self.shard, &surplus);
     }
 
     /// Blocks until the threads have ended, after [`stop`](Self::stop) or by themselves.
@@ -466,7 +491,7 @@ impl Spares {
                     let (path, result) = self.prepare_when_there_is_room(path, origin);
                     self.made(&path, result);
                 }
-                Work::Remove(files) => self.remove(&files),
+                Work::Remove(files) => remove_files(self.shard, &files),
                 Work::Settle(mut spare) => {
                     let path = spare.path.clone();
                     self.made(&path, self.settle(&mut spare).map(|()| spare));
@@ -546,27 +571,16 @@ impl Spares {
         // What must be on the device before it is taken is nothing for a writer that is about to run out.
         let in_a_hurry = state.taken > 0 && state.ready.is_empty() && !state.failed;
         let goes_first = state.awaited > 0 || self.sync_waited.load(Ordering::Relaxed);
-        let used = if in_a_hurry && goes_first { None } else { state.used.pop() };
         let left_over = if in_a_hurry { None } else { state.left_over.pop() };
-        match (used, left_over) {
-            (Some(used), left_over) => {
-                state.left_over.extend(left_over);
-                (used, Origin::Used)
-            }
-            (None, Some(left_over)) => (left_over, Origin::LeftOver),
-            (None, None) => {
-                state.next_name += 1;
-                (spare_path(&self.directory, state.next_name), Origin::New)
-            }
+        if let Some(left_over) = left_over {
+            return (left_over, Origin::LeftOver);
         }
-    }
-
-    fn remove(&self, files: &[PathBuf]) {
-        for path in files {
-            if let Err(error) = std::fs::remove_file(path).map_err(Error::io("remove", path)) {
-                log::warn!("shard {}: {error}", self.shard);
-            }
+        let used = if in_a_hurry && goes_first { None } else { state.used.pop() };
+        if let Some(used) = used {
+            return (used, Origin::Used);
         }
+        state.next_name += 1;
+        (spare_path(&self.directory, state.next_name), Origin::New)
     }
 
     fn is_over(&self, state: &mut State) {
@@ -585,12 +599,11 @@ impl Spares {
             }
             // What has been filled of it would only hold on to room.
             let _ = std::fs::remove_file(&path);
-            if !self.removed.wait_for_room(gone) {
-                return (path, result);
-            }
-            // What came back may be a file that has its blocks.
+            // A used file has its room.
             if let Some(used) = self.state.lock().used.pop() {
                 (path, origin) = (used, Origin::Used);
+            } else if !self.removed.wait_for_room(gone) {
+                return (path, result);
             }
         }
     }
@@ -690,7 +703,7 @@ impl Spares {
     ///
     /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready all
     /// the same, or frequent syncs are waited for: it writes through the file then, which is less work in all. What a
-    /// [`Filling`] leaves alone has long pieces, whatever this says of others.
+    /// [`Filling`] leaves alone of a new file has long pieces, whatever this says of others.
     fn manner(&self) -> Manner {
         let (taken, before, is_ahead) = {
             let state = self.state.lock();
@@ -770,8 +783,16 @@ impl TakeBack for Spares {
             Err(error) => {
                 drop(state);
                 log::warn!("shard {}: {error}", self.shard);
-                self.remove(&files);
+                remove_files(self.shard, &files);
             }
+        }
+    }
+}
+
+fn remove_files(shard: ShardId, files: &[PathBuf]) {
+    for path in files {
+        if let Err(error) = std::fs::remove_file(path).map_err(Error::io("remove", path)) {
+            log::warn!("shard {shard}: {error}");
         }
     }
 }

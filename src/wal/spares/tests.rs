@@ -81,7 +81,7 @@ fn as_many_used_files_wait_as_one_burst_takes_where_there_is_room_and_go_when_it
     spares.state.lock().taken = 7;
     assert_eq!(give_up(20..=29), 7);
     spares.state.lock().taken = 8;
-    assert_eq!(spares.state.lock().worth_keeping(), 6, "it falls slowly");
+    assert_eq!(spares.state.lock().worth_keeping(100), 6, "it falls slowly");
     // The other segments, seven that wait, and no room for another.
     spares.state.lock().burst = 100;
     spares.set_room(9 * SIZE - 1);
@@ -89,11 +89,30 @@ fn as_many_used_files_wait_as_one_burst_takes_where_there_is_room_and_go_when_it
     spares.set_room(9 * SIZE);
     assert_eq!(give_up(40..=49), 8);
     assert_eq!(spares.file_bytes(), 8 * SIZE);
+    // The log has grown into it.
+    let most = MOST_USED / SIZE;
+    spares.state.lock().taken = 9 + 2 * most;
+    assert_eq!(spares.state.lock().worth_keeping(most), limits::index(most));
+    spares.shed_used();
+    assert_eq!(spares.state.lock().used.len(), 1);
     spares.run();
     let state = spares.state.lock();
     assert_eq!((state.ready.len(), state.used.len(), state.burst), (keep, 0, 0), "nothing is left to be filled");
     drop(state);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), keep);
+}
+
+#[test]
+fn no_more_than_spares_stays_of_what_is_found_or_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let files = || std::fs::read_dir(directory.path()).unwrap().count();
+    let left_over: Vec<PathBuf> = (1..=9).map(|number| given_up(directory.path(), number).0).collect();
+    let keep = WalOptions::default().spare_segments;
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), left_over);
+    assert_eq!((spares.state.lock().left_over.len(), files()), (keep, keep));
+    spares.state.lock().used.extend((11..=19).map(|number| given_up(directory.path(), number).0));
+    spares.stop();
+    assert_eq!(files(), 2 * keep);
 }
 
 #[test]
@@ -128,7 +147,7 @@ fn a_writer_about_to_run_out_gets_no_file_that_must_be_synced_first() {
         state.used.push(used.clone());
         [spares.next_file(&mut state).1, spares.next_file(&mut state).1]
     };
-    assert_eq!(origin(0, true), [Origin::Used, Origin::LeftOver], "it has not begun");
+    assert_eq!(origin(0, true), [Origin::LeftOver, Origin::Used], "it has not begun");
     assert_eq!(origin(1, true), [Origin::New; 2]);
     assert_eq!(origin(1, false), [Origin::Used, Origin::New]);
 }
