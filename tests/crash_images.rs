@@ -27,7 +27,7 @@
 //! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; how far a
 //! base has come noted before that was synced; a small file renamed before it was synced, or its name not synced; a
 //! manifest made before its shards' directories were durable. Not noticed: the chain of a batch not compared, as long as
-//! cut and recycled bytes are zeroed. Found in the code by these tests when they were new: the removals, the first segment's name, and a store
+//! cut bytes are zeroed and what a recycled file brings back has lower LSNs. Found in the code by these tests when they were new: the removals, the first segment's name, and a store
 //! whose directory had no durable name.
 //!
 //! A failing run prints a seed, which gives the same choices again (threads in the background may still come at other

@@ -17,13 +17,13 @@
 //! # Threads
 //!
 //! An open log has at most three: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]),
-//! one lets go of the mappings of segments that were removed. Each is there while there is something to do, the first two
-//! stay a while after it, each is started again by whoever then has something, and ends at the latest when the [`Wal`] is
-//! closed or dropped. A thread begins with the processors, the scheduling and the priority of the thread that starts it,
-//! which for the first two is most often one that appends: who binds that thread to a processor, or gives it a priority in
-//! real time, does so to these, and may want a thread of its own for it, or not to leave syncs to the log
-//! ([`SyncPolicy::Never`], [`Log::wait_synced`]). While a log is being opened, its segments are checked by as many threads as
-//! there are processors, at most eight.
+//! one lets go of segments that were given up, and makes durable which of their files are to be filled again. Each is there
+//! while there is something to do, the first two stay a while after it, each is started again by whoever then has something,
+//! and ends at the latest when the [`Wal`] is closed or dropped. A thread begins with the processors, the scheduling and the
+//! priority of the thread that starts it, which for the first two is most often one that appends: who binds that thread to a
+//! processor, or gives it a priority in real time, does so to these, and may want a thread of its own for it, or not to
+//! leave syncs to the log ([`SyncPolicy::Never`], [`Log::wait_synced`]). While a log is being opened, its segments are
+//! checked by as many threads as there are processors, at most eight.
 
 use std::fs::File;
 use std::path::Path;
