@@ -96,7 +96,7 @@ impl Log {
         self.spares().set_room(most_bytes);
     }
 
-    /// Removes files that wait to be filled again, but for one, where there are more bytes of files than
+    /// Gives up files that wait to be filled again, but for one or what spares lack, where there are more bytes of files than
     /// [`keep_used_files`](Self::keep_used_files) was told: no log goes for their sake.
     pub(crate) fn shed_used_files(&self, most_bytes: u64) {
         if self.file_bytes() > most_bytes {

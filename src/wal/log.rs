@@ -624,12 +624,10 @@ impl Log {
                 (position.segment, position.offset) = (first_lsn, 0);
             }
             let sealed = segment.sealed_last_lsn();
-            let published = segment.published();
-            if published > position.offset {
+            let end = segment.sync_end(sealed.is_some());
+            if end > position.offset {
                 // Only the pages written: those made ready ahead of the writer stay out of it.
                 let start = position.offset - position.offset % PAGE_LEN;
-                // Behind a seal as well: zeros over what a used file held there.
-                let end = if sealed.is_some() { self.identity.segment_size } else { published };
                 segment.sync_range(start..end)?;
                 // A segment's last sync ends where the segment does: nothing of it is written again.
                 if sealed.is_none() {
@@ -639,7 +637,7 @@ impl Log {
                     sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
                     self.named.fetch_max(first_lsn.0, Ordering::AcqRel);
                 }
-                position.offset = published;
+                position.offset = end;
             }
             let Some(last_lsn) = sealed else {
                 self.synced.advance_quietly(written);

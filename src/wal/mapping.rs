@@ -48,6 +48,8 @@ const UNMAP_FROM: u64 = 4 * PAGE_LEN;
 pub(crate) struct Mapping {
     raw: MmapRaw,
     len: u64,
+    /// The device may still hold other bytes where the mapping has zeros.
+    holds_old_bytes: bool,
 }
 
 impl Mapping {
@@ -63,7 +65,12 @@ impl Mapping {
         // folio at the next sync.
         #[cfg(unix)]
         let _ = raw.advise(memmap2::Advice::Random);
-        Ok(Mapping { raw, len })
+        Ok(Mapping { raw, len, holds_old_bytes: false })
+    }
+
+    /// The device may still hold what the file held before it got its zeros.
+    pub(crate) fn set_holds_old_bytes(&mut self) {
+        self.holds_old_bytes = true;
     }
 
     /// Writes the pages of a range back and waits until the device has them, as `fdatasync` does for a file.
@@ -265,7 +272,13 @@ impl Segment {
         Ok(unsafe { self.mapping.slice(range) })
     }
 
-    /// Puts published bytes of a range on stable storage.
+    /// Where to sync to so that the published bytes are as they should be after a power cut: where the device may hold
+    /// something else behind the last of them, and nothing more comes, to the end.
+    pub(crate) fn sync_end(&self, is_sealed: bool) -> u64 {
+        if is_sealed && self.mapping.holds_old_bytes { self.mapping.len } else { self.published() }
+    }
+
+    /// Puts a range on stable storage.
     pub(crate) fn sync_range(&self, range: Range<u64>) -> Result<()> {
         self.mapping.sync_range(range).map_err(Error::io("sync", &self.path))
     }
@@ -495,6 +508,20 @@ mod tests {
         assert_eq!(range.bytes(), b"el");
         writer.seal(Lsn(9));
         assert_eq!(range.segment().sealed_last_lsn(), Some(Lsn(9)));
+    }
+
+    #[test]
+    fn only_a_sealed_segment_that_may_hold_old_bytes_is_synced_to_its_end() {
+        let (segment, _writer, dir) = segment(4096);
+        assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096; 2]);
+        let file = File::options().read(true).write(true).open(segment.path()).unwrap();
+        let mut mapping = Mapping::new(&file, 65536).unwrap();
+        mapping.set_holds_old_bytes();
+        let path = dir.path().join("segment");
+        let (segment, writer) = Segment::new(*segment.header(), path, file, mapping, 4096, None);
+        assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096, 65536]);
+        segment.sync_range(0..65536).unwrap();
+        drop(writer);
     }
 
     #[test]

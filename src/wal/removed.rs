@@ -46,7 +46,9 @@ struct State {
     segments: Vec<Segment>,
     /// What is to be filled again, under its new name.
     renamed: Vec<(Segment, PathBuf)>,
-    /// The thread is there: it ends when it finds no segment.
+    /// Files that are to be removed after all.
+    surplus: Vec<PathBuf>,
+    /// The thread is there: it ends when it finds nothing to do.
     running: bool,
     /// Mappings that have gone, those of files given back included.
     gone: u64,
@@ -55,6 +57,7 @@ struct State {
 
 enum Work {
     LetGo(Segment),
+    Remove(Vec<PathBuf>),
     GiveBack(Vec<(Segment, PathBuf)>),
 }
 
@@ -89,6 +92,23 @@ impl Removed {
         state.running
     }
 
+    /// Has files removed that nobody has mapped. Waits for nothing, unless there can be no thread for it.
+    pub(super) fn remove(self: &Arc<Self>, files: Vec<PathBuf>) {
+        if files.is_empty() {
+            return;
+        }
+        let mut state = self.state.lock();
+        if !state.running && !state.stopped {
+            state.running = self.start();
+        }
+        if state.running {
+            state.surplus.extend(files);
+        } else {
+            drop(state);
+            remove_files(self.shard, &files);
+        }
+    }
+
     fn start(self: &Arc<Self>) -> bool {
         let thread = std::thread::Builder::new().name(format!("tl-unmap-s{}", self.shard)).stack_size(ON_DEMAND_STACK);
         let this = Arc::clone(self);
@@ -108,6 +128,7 @@ impl Removed {
         while let Some(work) = state.next() {
             state = match work {
                 Work::LetGo(segment) => self.let_go(state, segment),
+                Work::Remove(files) => self.remove_all(state, &files),
                 Work::GiveBack(renamed) => self.give_all_back(state, renamed),
             };
         }
@@ -120,6 +141,15 @@ impl Removed {
         drop(segment);
         let mut state = self.state.lock();
         state.gone += 1;
+        self.changed.notify_all();
+        state
+    }
+
+    fn remove_all<'a>(&'a self, state: MutexGuard<'a, State>, files: &[PathBuf]) -> MutexGuard<'a, State> {
+        drop(state);
+        remove_files(self.shard, files);
+        let mut state = self.state.lock();
+        state.gone += files.len() as u64;
         self.changed.notify_all();
         state
     }
@@ -190,10 +220,23 @@ impl State {
 
     /// Files that somebody may wait for come before room that somebody may wait for.
     fn next(&mut self) -> Option<Work> {
-        if self.renamed.is_empty() || self.stopped {
-            self.next_removed().map(Work::LetGo)
-        } else {
+        if self.stopped {
+            None
+        } else if !self.renamed.is_empty() {
             Some(Work::GiveBack(std::mem::take(&mut self.renamed)))
+        } else if !self.surplus.is_empty() {
+            Some(Work::Remove(std::mem::take(&mut self.surplus)))
+        } else {
+            self.next_removed().map(Work::LetGo)
+        }
+    }
+}
+
+/// Removes files. One that stays behind is left over when the log is opened next.
+pub(super) fn remove_files(shard: ShardId, files: &[PathBuf]) {
+    for path in files {
+        if let Err(error) = std::fs::remove_file(path).map_err(Error::io("remove", path)) {
+            log::warn!("shard {shard}: {error}");
         }
     }
 }

@@ -36,7 +36,7 @@ use crate::on_demand::ON_DEMAND_STACK;
 use crate::types::{Lsn, ShardId};
 use crate::wal::filling::{Filled, Filling, Manner};
 use crate::wal::mapping::{Mapping, Segment};
-use crate::wal::removed::{Removed, TakeBack};
+use crate::wal::removed::{Removed, TakeBack, remove_files};
 use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory};
 use crate::wal::{LogIdentity, WalOptions};
 
@@ -56,7 +56,8 @@ const SYNCED_OFTEN: u64 = 1 << 20;
 /// from segment to segment without a new file.
 const ONE_SEGMENT_IN: u64 = 8;
 
-/// Bytes of used files that wait, at most: a follower that was far behind lets go of any number of segments at once.
+/// Bytes of used files that wait because bursts take so many, at most: a follower that was far behind lets go of any number
+/// of segments at once.
 const MOST_USED: u64 = 512 << 20;
 
 /// How long the preparing thread stays without anything to do.
@@ -414,29 +415,29 @@ impl Spares {
     /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. All other segments
     /// take `retained` bytes. Does not wait for the device: that is left to [`Removed`].
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment, retained: u64) -> Result<()> {
-        let mut state = self.state.lock();
-        let worth_keeping = state.worth_keeping(MOST_USED / self.segment_size).max(self.keep);
-        let (files, room) = (state.files(), self.room.load(Ordering::Relaxed));
-        let has_room = retained.saturating_add((files as u64 + 1) * self.segment_size) <= room;
-        let is_one = state.used_files() == 0 && self.segment_size <= room / ONE_SEGMENT_IN;
-        let is_wanted = files < self.keep || is_one || has_room && state.used_files() < worth_keeping;
-        if state.used.len() > worth_keeping {
+        let (renamed, surplus) = {
+            let mut state = self.state.lock();
+            let worth_keeping = state.worth_keeping(MOST_USED / self.segment_size).max(self.keep);
+            let (files, room) = (state.files(), self.room.load(Ordering::Relaxed));
+            let has_room = retained.saturating_add((files as u64 + 1) * self.segment_size) <= room;
+            let is_one = state.used_files() == 0 && self.segment_size <= room / ONE_SEGMENT_IN;
+            let is_wanted = files < self.keep || is_one || has_room && state.used_files() < worth_keeping;
+            // In bulk nothing is filled ahead; filling a used file would only hold up what is received.
+            let is_kept = is_wanted && !state.stopped && !self.in_bulk.load(Ordering::Relaxed);
+            if is_kept {
+                state.next_name += 1;
+                state.returning += 1;
+            }
+            let worth_keeping = worth_keeping.min(state.used.len());
             let surplus = state.used.split_off(worth_keeping);
-            drop(state);
-            remove_files(self.shard, &surplus);
-            state = self.state.lock();
-        }
-        // In bulk nothing is filled ahead; filling a used file would only hold up what is received.
-        if !is_wanted || state.stopped || self.in_bulk.load(Ordering::Relaxed) {
-            drop(state);
+            (is_kept.then(|| spare_path(&self.directory, state.next_name)), surplus)
+        };
+        self.removed.remove(surplus);
+        let Some(renamed) = renamed else {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             self.removed.add(segment);
             return Ok(());
-        }
-        state.next_name += 1;
-        let renamed = spare_path(&self.directory, state.next_name);
-        state.returning += 1;
-        drop(state);
+        };
         let result = std::fs::rename(&path, &renamed).map_err(Error::io("rename", &path));
         if result.is_ok() && self.removed.give_back(segment, renamed.clone()) {
             return Ok(());
@@ -446,17 +447,19 @@ impl Spares {
         std::fs::remove_file(&renamed).map_err(Error::io("remove", &renamed))
     }
 
-    /// Removes used files that wait beyond one: the log has grown into the room that they had.
+    /// Gives up used files beyond what is missing of the spares, or one: the log has grown into the room that they had.
     pub(super) fn shed_used(&self) {
         let surplus = {
             let mut state = self.state.lock();
-            let kept = state.used.len().min(1);
+            let missing = self.keep.saturating_sub(state.ready.len() + usize::from(state.preparing));
+            let kept = missing.max(1).min(state.used.len());
             state.used.split_off(kept)
         };
-        remove_files(self.shard, &surplus);
+        self.removed.remove(surplus);
     }
 
-    /// Ends every wait, and the thread when it has done what it is at. Of used files no more than spares stays.
+    /// Ends every wait, and the thread when it has done what it is at. Of used files no more than spares stays, but for those
+    /// that are on their way.
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.stopped = true;
@@ -555,8 +558,12 @@ impl Spares {
                 // Bursts are over, as far as anybody can know.
                 state.burst = 0;
                 let wanted = self.keep.saturating_sub(ready);
-                if state.used.len() > wanted {
-                    return Work::Remove(state.used.split_off(wanted));
+                if state.used.len() + state.left_over.len() > wanted {
+                    let kept = wanted.min(state.used.len());
+                    let mut surplus = state.used.split_off(kept);
+                    let kept = (wanted - kept).min(state.left_over.len());
+                    surplus.append(&mut state.left_over.split_off(kept));
+                    return Work::Remove(surplus);
                 }
                 // Looked at once more after the wait. Whoever wants something from here on starts another thread.
                 self.is_over(&mut state);
@@ -583,6 +590,12 @@ impl Spares {
         (spare_path(&self.directory, state.next_name), Origin::New)
     }
 
+    fn file_at_hand(&self) -> Option<(PathBuf, Origin)> {
+        let mut state = self.state.lock();
+        let used = state.used.pop().map(|path| (path, Origin::Used));
+        used.or_else(|| state.left_over.pop().map(|path| (path, Origin::LeftOver)))
+    }
+
     fn is_over(&self, state: &mut State) {
         state.running = false;
         self.ended.notify_all();
@@ -599,11 +612,15 @@ impl Spares {
             }
             // What has been filled of it would only hold on to room.
             let _ = std::fs::remove_file(&path);
-            // A used file has its room.
-            if let Some(used) = self.state.lock().used.pop() {
-                (path, origin) = (used, Origin::Used);
-            } else if !self.removed.wait_for_room(gone) {
-                return (path, result);
+            // What is there has its room already; what is on its way back may be a file, too.
+            let found = self.file_at_hand().map(Some).or_else(|| {
+                let has_come = self.removed.wait_for_room(gone);
+                has_come.then(|| self.file_at_hand())
+            });
+            match found {
+                Some(Some(file)) => (path, origin) = file,
+                Some(None) => {}
+                None => return (path, result),
             }
         }
     }
@@ -640,6 +657,9 @@ impl Spares {
         let in_bulk = self.in_bulk.load(Ordering::Relaxed);
         let is_known = is_new || origin == Origin::Used;
         if is_known && (in_bulk || taken && (none_left || nobody_waits)) {
+            if !is_new {
+                prepared.mapping.set_holds_old_bytes();
+            }
             self.populate_start(&prepared);
         } else {
             self.settle(&mut prepared)?;
@@ -785,14 +805,6 @@ impl TakeBack for Spares {
                 log::warn!("shard {}: {error}", self.shard);
                 remove_files(self.shard, &files);
             }
-        }
-    }
-}
-
-fn remove_files(shard: ShardId, files: &[PathBuf]) {
-    for path in files {
-        if let Err(error) = std::fs::remove_file(path).map_err(Error::io("remove", path)) {
-            log::warn!("shard {shard}: {error}");
         }
     }
 }

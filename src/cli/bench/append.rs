@@ -1,19 +1,21 @@
 //! Records that nobody waits for.
 //!
-//! Ours, three ways: *pages ready* has one segment that holds everything, every page of it writable before the clock
+//! Ours, four ways: *pages ready* has one segment that holds everything, every page of it writable before the clock
 //! starts, so that only the append path is measured; *spares ready* has the segments prepared and takes page faults as
-//! it goes; *defaults* is what a user gets who appends without pause, preparing and background syncs included.
+//! it goes; *defaults* is what a user gets who appends without pause, preparing and background syncs included; *at its
+//! bound* is the log of a leader that has reached the size that it may have, and gives up a segment for each that it takes.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use towline::wal::{LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions};
-use towline::{ClusterId, Epoch, RegionId, ShardId};
+use towline::{ClusterId, Epoch, Leader, Node, RegionId, ShardId};
 
 use super::limits::{self, MappedFile};
 use super::machine::{self, Usage};
 use super::report::{Contest, Sample, Unit};
-use super::{BATCH_OVERHEAD, Bench, Result};
+use super::{BATCH_OVERHEAD, Bench, Result, Scratch};
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[128, 1024, 16 * 1024]) {
@@ -25,7 +27,8 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let mut mapped_fresh = MappedFile::zeroed_in_pages(&scratch.path().join("fresh"), len)?;
         let file = limits::zeroed_file(&scratch.path().join("written"), len)?;
         let log_bytes = count * (size + BATCH_OVERHEAD);
-        Contest::new("append", size, Unit::RecordsPerSecond)
+        let bounded = if bench.quick { None } else { Some(Bounded::new(bench, &record)?) };
+        let contest = Contest::new("append", size, Unit::RecordsPerSecond)
             .bare("store to writable pages", || {
                 mapped.make_fresh()?;
                 mapped.make_writable();
@@ -50,8 +53,12 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
             .ours("defaults", &["store to fresh pages", "pwrite"], || {
                 let ready = Ready { segments: 6, populate: false, default: true };
                 ours(bench, &record, count, log_bytes, ready)
-            })
-            .run(bench)?;
+            });
+        match &bounded {
+            // The file is written over as well.
+            Some(bounded) => contest.ours("at its bound", &["pwrite"], || bounded.append(count)).run(bench)?,
+            None => contest.run(bench)?,
+        }
     }
     Ok(())
 }
@@ -108,6 +115,42 @@ fn ours(bench: &Bench, record: &[u8], count: u64, log_bytes: u64, ready: Ready) 
         }
         Ok(())
     })
+}
+
+/// The most bytes of the log of [`Bounded`].
+const BOUND: u64 = 512 << 20;
+
+/// A leader, and the writer of its log, which has reached its bound.
+struct Bounded<'a> {
+    writer: RefCell<LogWriter>,
+    record: &'a [u8],
+    _leader: Leader,
+    _scratch: Scratch,
+}
+
+impl<'a> Bounded<'a> {
+    fn new(bench: &Bench, record: &'a [u8]) -> Result<Bounded<'a>> {
+        let scratch = bench.scratch("append-bounded")?;
+        let leader = Node::builder(scratch.path()).max_wal_bytes(BOUND).lead("127.0.0.1:0")?;
+        let bounded =
+            Bounded { writer: RefCell::new(leader.writer(ShardId(0))?), record, _leader: leader, _scratch: scratch };
+        bounded.append(BOUND / record.len() as u64)?;
+        Ok(bounded)
+    }
+
+    fn append(&self, count: u64) -> Result<Sample> {
+        let mut writer = self.writer.borrow_mut();
+        // After a pause, nothing waits to be filled again.
+        for _ in 0..count / 4 {
+            writer.append(self.record)?;
+        }
+        timed(count, || {
+            for _ in 0..count {
+                writer.append(self.record)?;
+            }
+            Ok(())
+        })
+    }
 }
 
 /// Opens a log of its own, for measuring.

@@ -94,8 +94,13 @@ fn as_many_used_files_wait_as_one_burst_takes_where_there_is_room_and_go_when_it
     spares.state.lock().taken = 9 + 2 * most;
     assert_eq!(spares.state.lock().worth_keeping(most), limits::index(most));
     spares.shed_used();
+    assert_eq!(spares.state.lock().used.len(), keep, "none of the spares is there");
+    spares.state.lock().preparing = true;
+    spares.shed_used();
     assert_eq!(spares.state.lock().used.len(), 1);
+    spares.state.lock().preparing = false;
     spares.run();
+    spares.removed.wait_ended();
     let state = spares.state.lock();
     assert_eq!((state.ready.len(), state.used.len(), state.burst), (keep, 0, 0), "nothing is left to be filled");
     drop(state);
@@ -150,6 +155,21 @@ fn a_writer_about_to_run_out_gets_no_file_that_must_be_synced_first() {
     assert_eq!(origin(0, true), [Origin::LeftOver, Origin::Used], "it has not begun");
     assert_eq!(origin(1, true), [Origin::New; 2]);
     assert_eq!(origin(1, false), [Origin::Used, Origin::New]);
+}
+
+#[test]
+fn what_is_found_in_place_of_a_new_file_has_room_already() {
+    let directory = tempfile::tempdir().unwrap();
+    let [left_over, used] = [1, 2].map(|number| given_up(directory.path(), number).0);
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), vec![left_over.clone()]);
+    spares.state.lock().used.push(used.clone());
+    // No file can be made there, which is not for want of room: nothing else is tried.
+    let nowhere = directory.path().join("gone").join("spare");
+    let (path, result) = spares.prepare_when_there_is_room(nowhere.clone(), Origin::New);
+    assert!(path == nowhere && matches!(result, Err(Error::Io { .. })));
+    assert_eq!(spares.file_at_hand(), Some((used, Origin::Used)));
+    assert_eq!(spares.file_at_hand(), Some((left_over, Origin::LeftOver)));
+    assert_eq!(spares.file_at_hand(), None);
 }
 
 #[test]
