@@ -4,7 +4,7 @@
 //!
 //! A segment file has a fixed size, a multiple of 4096 bytes, all of it allocated. Its first page is the header; the
 //! batches follow without gaps; behind the last batch there are zeros, but for what a crash leaves there until
-//! [recovery](super::recovery) cuts it. All numbers are little-endian.
+//! recovery cuts it. All numbers are little-endian.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
