@@ -7,7 +7,9 @@
 //! nothing but time.
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::disk::{Disk, disk_of};
@@ -23,9 +25,10 @@ fn argument(path: *const c_char) -> PathBuf {
     Path::new(OsStr::from_bytes(bytes)).to_owned()
 }
 
+/// By its inode: another thread may be renaming it.
 fn synced(descriptor: c_int) -> Option<()> {
-    let path = path_of(descriptor)?;
-    disk_of(&path)?.synced(&path);
+    let disk = disk_of(&path_of(descriptor)?)?;
+    disk.synced(std::fs::metadata(format!("/proc/self/fd/{descriptor}")).ok()?.ino());
     Some(())
 }
 
@@ -57,10 +60,10 @@ extern "C" fn msync(address: *mut c_void, len: usize, flags: c_int) -> c_int {
     let mut is_seen = false;
     if flags & libc::MS_SYNC != 0 {
         let (start, end) = (address as u64, address as u64 + len as u64);
-        for (mapped, offset, path) in mapped_files(start, end) {
+        for Mapped { addresses, offset, inode, path } in mapped_files(start, end) {
             if let Some(disk) = disk_of(&path) {
-                let (from, to) = (start.max(mapped.start), end.min(mapped.end));
-                disk.range_synced(&path, from - mapped.start + offset..to - mapped.start + offset);
+                let (from, to) = (start.max(addresses.start), end.min(addresses.end));
+                disk.range_synced(inode, from - addresses.start + offset..to - addresses.start + offset);
                 is_seen = true;
             }
         }
@@ -95,20 +98,32 @@ fn on_disk(path: &Path, seen: impl FnOnce(&Disk) -> c_int, call: impl FnOnce() -
     }
 }
 
-/// The files mapped anywhere in a range of addresses: where, from which offset of which file.
-fn mapped_files(start: u64, end: u64) -> Vec<(std::ops::Range<u64>, u64, PathBuf)> {
+/// A part of a file in memory.
+struct Mapped {
+    addresses: Range<u64>,
+    /// Where it begins in the file.
+    offset: u64,
+    inode: u64,
+    path: PathBuf,
+}
+
+/// The files mapped anywhere in a range of addresses.
+fn mapped_files(start: u64, end: u64) -> Vec<Mapped> {
     let Ok(maps) = std::fs::read("/proc/self/maps") else { return Vec::new() };
     maps.split(|&byte| byte == b'\n')
         .filter_map(|line| {
             let line = std::str::from_utf8(line).ok()?;
             let (addresses, rest) = line.split_once(' ')?;
             let (from, to) = addresses.split_once('-')?;
-            let mapped = u64::from_str_radix(from, 16).ok()?..u64::from_str_radix(to, 16).ok()?;
-            if mapped.end <= start || mapped.start >= end {
+            let addresses = u64::from_str_radix(from, 16).ok()?..u64::from_str_radix(to, 16).ok()?;
+            if addresses.end <= start || addresses.start >= end {
                 return None;
             }
-            let offset = u64::from_str_radix(rest.split(' ').nth(1)?, 16).ok()?;
-            Some((mapped, offset, PathBuf::from(&rest[rest.find('/')?..])))
+            // Rights, offset, device, inode.
+            let mut fields = rest.split_ascii_whitespace().skip(1);
+            let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+            let inode = fields.nth(1)?.parse().ok()?;
+            Some(Mapped { addresses, offset, inode, path: PathBuf::from(&rest[rest.find('/')?..]) })
         })
         .collect()
 }

@@ -324,16 +324,16 @@ impl Disk {
         self.state().events
     }
 
-    /// The file or directory at `path` was synced.
-    pub fn synced(&self, path: &Path) {
+    /// The file or directory with this inode was synced.
+    pub fn synced(&self, inode: u64) {
         let mut state = self.state();
         state.event();
         state.refresh();
-        let Some(id) = state.at(path) else { return };
+        let Some(id) = self.with_inode(&state, inode) else { return };
         let node = state.nodes.get_mut(&id).unwrap();
         match &mut node.content {
             Content::File(file) => {
-                if let Ok(bytes) = fs::read(path) {
+                if let Ok(bytes) = fs::read(&node.path) {
                     *file = FileState { durable: Arc::new(bytes), looks: Vec::new() };
                 }
             }
@@ -344,14 +344,21 @@ impl Disk {
         }
     }
 
-    /// Whole pages of the file at `path` were synced, and its length.
-    pub fn range_synced(&self, path: &Path, range: Range<u64>) {
+    /// What has this inode, and a name.
+    fn with_inode(&self, state: &State, inode: u64) -> Option<u64> {
+        let is_root = || fs::metadata(&self.root).is_ok_and(|root| root.ino() == inode);
+        state.named.get(&inode).copied().or_else(|| is_root().then_some(0))
+    }
+
+    /// Whole pages of the file with this inode were synced, and its length.
+    pub fn range_synced(&self, inode: u64, range: Range<u64>) {
         let mut state = self.state();
         state.event();
         state.refresh();
-        let Some(id) = state.at(path) else { return };
-        let Content::File(file) = &mut state.nodes.get_mut(&id).unwrap().content else { return };
-        let Ok(live) = fs::File::open(path) else { return };
+        let Some(id) = self.with_inode(&state, inode) else { return };
+        let node = state.nodes.get_mut(&id).unwrap();
+        let Content::File(file) = &mut node.content else { return };
+        let Ok(live) = fs::File::open(&node.path) else { return };
         let len = usize::try_from(live.metadata().unwrap().len()).unwrap();
         let start = usize::try_from(range.start).unwrap() / PAGE * PAGE;
         let end = usize::try_from(range.end).unwrap().next_multiple_of(PAGE).min(len);
