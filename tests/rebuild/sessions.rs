@@ -7,13 +7,13 @@ use std::time::Instant;
 use towline::protocol::{FailureReason, Millis, Reason, SessionLimits};
 use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
-use towline::transport::{TcpOptions, TcpTransport};
+use towline::transport::{Connection, TcpOptions, TcpTransport};
 use towline::wire::{
     Ack, FrameKind, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase,
 };
 use towline::{AckLevel, Epoch, Lsn, Outcome};
 
-use crate::common::raw::{chain_at, follow_request};
+use crate::common::raw::{chain_at, follow_request, next_data};
 use crate::gates::{Gate, Gated, Point};
 use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
 
@@ -102,23 +102,19 @@ fn a_follower_whose_acknowledgements_overtake_its_last_word_counts() {
             Message::SessionAck(SessionAck { session, epoch, phase, achieved, reason: SessionFailure::None, blocks: 0 })
         };
         stream.sender.send_message(&word(SessionPhase::Accepted)).unwrap();
-        let mut receive_until = |wanted: FrameKind| {
-            loop {
-                let header = stream.receiver.receive_header().unwrap();
-                let mut body = vec![0; usize::try_from(header.len).unwrap()];
-                stream.receiver.receive_exact(&mut body).unwrap();
-                if header.kind == wanted {
-                    return;
-                }
-            }
-        };
-        receive_until(FrameKind::BaseComplete);
+        receive_until(&mut stream, FrameKind::BaseComplete);
         for key in 0..1500 {
             scene.put(key, &[b'b'; 90]);
         }
         let log = scene.leader.log(SHARD).unwrap();
         let applied = log.head();
         let chain = chain_at(log, applied);
+        // What is sent is there before it is given up.
+        let end = log.position_before(applied.next()).unwrap();
+        while {
+            let (place, bytes) = next_data(&mut stream).unwrap();
+            (place.segment, place.offset + bytes.len() as u64) != (end.segment, end.offset)
+        } {}
         let (epoch, session) = (info.epoch, info.session);
         let ack = Ack { received: applied, durable: applied, applied, chain, epoch, session };
         stream.sender.send_message(&Message::Ack(ack)).unwrap();
@@ -130,11 +126,23 @@ fn a_follower_whose_acknowledgements_overtake_its_last_word_counts() {
         scene.trim();
         assert!(log.tail() > info.target.next());
         stream.sender.send_message(&word(SessionPhase::Completed)).unwrap();
-        receive_until(FrameKind::SessionControl);
+        receive_until(&mut stream, FrameKind::SessionControl);
         assert!(commits.followers()[0].counts());
         let session = scene.leader.status().shards.remove(0).followers[0].session.unwrap();
         assert_eq!((session.kind, session.target), (towline::protocol::SessionKind::KeepUp, applied));
     });
+}
+
+/// Reads frames up to one of a kind.
+fn receive_until(stream: &mut Connection, wanted: FrameKind) {
+    loop {
+        let header = stream.receiver.receive_header().unwrap();
+        let mut body = vec![0; usize::try_from(header.len).unwrap()];
+        stream.receiver.receive_exact(&mut body).unwrap();
+        if header.kind == wanted {
+            return;
+        }
+    }
 }
 
 /// A leader whose sessions may take so long and no longer, and what it has published about failures.
