@@ -227,9 +227,9 @@ impl NodeBuilder {
     /// ([`DEFAULT_MAX_WAL_BYTES`](crate::limits::DEFAULT_MAX_WAL_BYTES)).
     ///
     /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be rebuilt.
-    /// The bound includes the open segment, the spares and files that wait to be spares again. Segments begin to go a reserve below it, an eighth of it or three
-    /// segments if that is more, so that all files together stay under it; they go unsynced if need be, for the device
-    /// may be slower than whoever appends. What this node's own target has not applied durably is kept in any case.
+    /// The bound includes the open segment, the spares and files that wait to be spares again. Segments begin to go a
+    /// reserve below it, an eighth of it or three segments if that is more, so that all files together stay under it; they
+    /// go unsynced if need be, for the device may be slower than whoever appends. What this node's own target has not applied durably is kept in any case.
     #[must_use]
     pub fn max_wal_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.options.retention.max_wal_bytes = bytes.into().filter(|&bytes| bytes > 0);

@@ -197,7 +197,8 @@ enum Work {
 }
 
 impl Spares {
-    /// Spares in `directory`; `left_over` are files there that may be filled again: as many as spares are kept, the others go.
+    /// Spares in `directory`; `left_over` are files there that may be filled again: as many as spares are kept, the others
+    /// are removed here and now.
     pub(super) fn new(
         directory: &Path,
         identity: &LogIdentity,
@@ -590,6 +591,7 @@ impl Spares {
         (spare_path(&self.directory, state.next_name), Origin::New)
     }
 
+    /// A file that has its room already, whatever must go to the device before it is taken.
     fn file_at_hand(&self) -> Option<(PathBuf, Origin)> {
         let mut state = self.state.lock();
         let used = state.used.pop().map(|path| (path, Origin::Used));
