@@ -68,9 +68,9 @@ impl Mapping {
         Ok(Mapping { raw, len, holds_old_bytes: false })
     }
 
-    /// The device may still hold what the file held before it got its zeros.
-    pub(crate) fn set_holds_old_bytes(&mut self) {
-        self.holds_old_bytes = true;
+    /// Whether the device may still hold what the file held before it got its zeros.
+    pub(crate) fn set_holds_old_bytes(&mut self, may_hold: bool) {
+        self.holds_old_bytes = may_hold;
     }
 
     /// Writes the pages of a range back and waits until the device has them, as `fdatasync` does for a file.
@@ -516,7 +516,7 @@ mod tests {
         assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096; 2]);
         let file = File::options().read(true).write(true).open(segment.path()).unwrap();
         let mut mapping = Mapping::new(&file, 65536).unwrap();
-        mapping.set_holds_old_bytes();
+        mapping.set_holds_old_bytes(true);
         let path = dir.path().join("segment");
         let (segment, writer) = Segment::new(*segment.header(), path, file, mapping, 4096, None);
         assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096, 65536]);

@@ -10,13 +10,7 @@
 //! batches are long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are
 //! there. Nor is anything made ready for one whose long batches are waited for.
 //!
-//! Files of segments that were given up are filled again: their pages and blocks are there, and a log at its bound takes no
-//! memory and no room from one segment to the next. One waits for it at the bound, and where that leaves room as many as the
-//! writer took from one giving up to the next; once nothing has been wanted for a while, no more than what is missing of the
-//! spares. Zeros over a used file need not reach the device before the records do where nobody waits for syncs or no spare is
-//! left: what a power cut brings back then is older than the segment. Its chain is no other batch's (but by a chance of one in
-//! 2^32), and its LSNs are below those that recovery looks for behind the end, so the log is cut there. Nobody knows that of
-//! files that were left over when the log was opened: their zeros go to the device first.
+//! Files of segments that were given up [are filled again](old_files).
 //!
 //! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
 //! nothing has been wanted for a while: an idle log has no such thread.
@@ -39,6 +33,9 @@ use crate::wal::mapping::{Mapping, Segment};
 use crate::wal::removed::{Removed, TakeBack, remove_files};
 use crate::wal::segment::{MAX_ZERO_PIECE, sync_directory};
 use crate::wal::{LogIdentity, WalOptions};
+use old_files::{GivingUp, OldFiles, Origin};
+
+mod old_files;
 
 /// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps such a
 /// piece as one folio, which takes one fault where its pages would take sixteen, and is written back as one. So where a sync
@@ -51,14 +48,6 @@ const WRITTEN_AGAIN: u64 = 16;
 /// Bytes from one sync to the next of a writer that waits for its long batches, or for groups of them. One that waits now and
 /// then, and appends much in between, is better off with pages made ready.
 const SYNCED_OFTEN: u64 = 1 << 20;
-
-/// A log that may have so many segments in the room for used files lets one wait even where it is at its bound: then it goes
-/// from segment to segment without a new file.
-const ONE_SEGMENT_IN: u64 = 8;
-
-/// Bytes of used files that wait because bursts take so many, at most: a follower that was far behind lets go of any number
-/// of segments at once.
-const MOST_USED: u64 = 512 << 20;
 
 /// How long the preparing thread stays without anything to do.
 const STAYS: Duration = Duration::from_secs(1);
@@ -111,21 +100,11 @@ pub(super) struct Spares {
     ended: Condvar,
 }
 
-#[derive(Default)]
 struct State {
     ready: VecDeque<Prepared>,
     /// More are being made until as many are ready as are kept.
     refilling: bool,
-    /// Files that held anything before the log was opened.
-    left_over: Vec<PathBuf>,
-    /// Files of segments that were given up since, durable by their new names.
-    used: Vec<PathBuf>,
-    /// How many more are on their way there.
-    returning: usize,
-    /// Spares that had become segments when one was given up last.
-    taken_before: u64,
-    /// How many become segments from one giving up to the next. Falls slowly.
-    burst: u64,
+    old: OldFiles,
     /// One more file is being made ready.
     preparing: bool,
     /// It, while it gets its zeros and whoever waits for it may help.
@@ -157,35 +136,34 @@ struct State {
 }
 
 impl State {
-    fn files(&self) -> usize {
-        self.ready.len() + self.left_over.len() + self.used_files() + usize::from(self.preparing)
-    }
-
-    /// Files of segments given up that wait to be filled.
-    fn used_files(&self) -> usize {
-        self.used.len() + self.returning
-    }
-
-    /// Takes in that a segment was given up, and says how many used files are worth keeping.
-    fn worth_keeping(&mut self, most: u64) -> usize {
-        let since = self.taken - self.taken_before;
-        if since > 0 {
-            self.taken_before = self.taken;
-            self.burst = since.min(most).max(self.burst - self.burst.div_ceil(8));
+    fn new(old: OldFiles, next_name: u64) -> State {
+        State {
+            ready: VecDeque::new(),
+            refilling: false,
+            old,
+            preparing: false,
+            filling: None,
+            helpers: 0,
+            waiting: false,
+            awaited: 0,
+            failure: None,
+            failed: false,
+            outrun: false,
+            populate: None,
+            populated: (Lsn::ZERO, 0),
+            taken: 0,
+            syncs: 0,
+            next_name,
+            running: false,
+            start_failed: false,
+            stopped: false,
         }
-        usize::try_from(self.burst).unwrap_or(usize::MAX)
     }
-}
 
-/// What a file that is to be prepared was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Origin {
-    /// There is none yet.
-    New,
-    /// It may hold anything.
-    LeftOver,
-    /// It holds records of this log, older than any that comes.
-    Used,
+    /// Spares that are ready or being prepared.
+    fn spares(&self) -> usize {
+        self.ready.len() + usize::from(self.preparing)
+    }
 }
 
 enum Work {
@@ -203,13 +181,13 @@ impl Spares {
         directory: &Path,
         identity: &LogIdentity,
         options: &WalOptions,
-        mut left_over: Vec<PathBuf>,
+        left_over: Vec<PathBuf>,
     ) -> Arc<Spares> {
         // New names must not be those of left-over files.
         let next_name = left_over.iter().filter_map(|path| spare_number(path)).max().unwrap_or(0);
         let keep = options.spare_segments.max(1);
-        remove_files(identity.shard, &left_over.split_off(keep.min(left_over.len())));
-        let state = State { left_over, next_name, ..State::default() };
+        let (old, surplus) = OldFiles::new(left_over, keep);
+        remove_files(identity.shard, &surplus);
         Arc::new_cyclic(|this: &Weak<Spares>| Spares {
             this: Weak::clone(this),
             removed: Removed::new(identity.shard, directory, Weak::clone(this) as Weak<dyn TakeBack>),
@@ -218,7 +196,7 @@ impl Spares {
             segment_size: identity.segment_size,
             keep,
             populate_ahead: options.populate_ahead,
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(old, next_name)),
             sync_waited: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
             in_bulk: AtomicBool::new(false),
@@ -405,7 +383,8 @@ impl Spares {
 
     /// Bytes of the files that stand ready or are on their way there.
     pub(super) fn file_bytes(&self) -> u64 {
-        self.state.lock().files() as u64 * self.segment_size
+        let state = self.state.lock();
+        (state.spares() + state.old.count()) as u64 * self.segment_size
     }
 
     /// Says up to how many bytes of files, all of the log's together, more used files may wait than spares are kept.
@@ -418,19 +397,20 @@ impl Spares {
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment, retained: u64) -> Result<()> {
         let (renamed, surplus) = {
             let mut state = self.state.lock();
-            let worth_keeping = state.worth_keeping(MOST_USED / self.segment_size).max(self.keep);
-            let (files, room) = (state.files(), self.room.load(Ordering::Relaxed));
-            let has_room = retained.saturating_add((files as u64 + 1) * self.segment_size) <= room;
-            let is_one = state.used_files() == 0 && self.segment_size <= room / ONE_SEGMENT_IN;
-            let is_wanted = files < self.keep || is_one || has_room && state.used_files() < worth_keeping;
+            let now = GivingUp {
+                spares: state.spares(),
+                taken: state.taken,
+                segment_size: self.segment_size,
+                retained,
+                room: self.room.load(Ordering::Relaxed),
+            };
+            let surplus = state.old.segment_given_up(&now);
             // In bulk nothing is filled ahead; filling a used file would only hold up what is received.
-            let is_kept = is_wanted && !state.stopped && !self.in_bulk.load(Ordering::Relaxed);
+            let is_kept = state.old.is_wanted(&now) && !state.stopped && !self.in_bulk.load(Ordering::Relaxed);
             if is_kept {
                 state.next_name += 1;
-                state.returning += 1;
+                state.old.returns();
             }
-            let worth_keeping = worth_keeping.min(state.used.len());
-            let surplus = state.used.split_off(worth_keeping);
             (is_kept.then(|| spare_path(&self.directory, state.next_name)), surplus)
         };
         self.removed.remove(surplus);
@@ -443,7 +423,7 @@ impl Spares {
         if result.is_ok() && self.removed.give_back(segment, renamed.clone()) {
             return Ok(());
         }
-        self.state.lock().returning -= 1;
+        self.state.lock().old.are_lost(1);
         result?;
         std::fs::remove_file(&renamed).map_err(Error::io("remove", &renamed))
     }
@@ -452,9 +432,8 @@ impl Spares {
     pub(super) fn shed_used(&self) {
         let surplus = {
             let mut state = self.state.lock();
-            let missing = self.keep.saturating_sub(state.ready.len() + usize::from(state.preparing));
-            let kept = missing.max(1).min(state.used.len());
-            state.used.split_off(kept)
+            let spares = state.spares();
+            state.old.shed(spares)
         };
         self.removed.remove(surplus);
     }
@@ -465,8 +444,8 @@ impl Spares {
         let mut state = self.state.lock();
         state.stopped = true;
         state.populate = None;
-        let stay = self.keep.saturating_sub(state.ready.len()).min(state.used.len());
-        let surplus = state.used.split_off(stay);
+        let ready = state.ready.len();
+        let surplus = state.old.close(ready);
         self.wanted.notify_all();
         self.made.notify_all();
         drop(state);
@@ -556,14 +535,8 @@ impl Spares {
                 return Work::Prepare(path, origin);
             }
             if idle {
-                // Bursts are over, as far as anybody can know.
-                state.burst = 0;
-                let wanted = self.keep.saturating_sub(ready);
-                if state.used.len() + state.left_over.len() > wanted {
-                    let kept = wanted.min(state.used.len());
-                    let mut surplus = state.used.split_off(kept);
-                    let kept = (wanted - kept).min(state.left_over.len());
-                    surplus.append(&mut state.left_over.split_off(kept));
+                let surplus = state.old.burst_ends(ready);
+                if !surplus.is_empty() {
                     return Work::Remove(surplus);
                 }
                 // Looked at once more after the wait. Whoever wants something from here on starts another thread.
@@ -576,26 +549,18 @@ impl Spares {
 
     /// The file to be prepared next.
     fn next_file(&self, state: &mut State) -> (PathBuf, Origin) {
-        // What must be on the device before it is taken is nothing for a writer that is about to run out.
+        // The writer is about to run out.
         let in_a_hurry = state.taken > 0 && state.ready.is_empty() && !state.failed;
-        let goes_first = state.awaited > 0 || self.sync_waited.load(Ordering::Relaxed);
-        let left_over = if in_a_hurry { None } else { state.left_over.pop() };
-        if let Some(left_over) = left_over {
-            return (left_over, Origin::LeftOver);
-        }
-        let used = if in_a_hurry && goes_first { None } else { state.used.pop() };
-        if let Some(used) = used {
-            return (used, Origin::Used);
-        }
-        state.next_name += 1;
-        (spare_path(&self.directory, state.next_name), Origin::New)
+        let used_are_synced = state.awaited > 0 || self.sync_waited.load(Ordering::Relaxed);
+        state.old.next(in_a_hurry, used_are_synced).unwrap_or_else(|| {
+            state.next_name += 1;
+            (spare_path(&self.directory, state.next_name), Origin::New)
+        })
     }
 
     /// A file that has its room already, whatever must go to the device before it is taken.
     fn file_at_hand(&self) -> Option<(PathBuf, Origin)> {
-        let mut state = self.state.lock();
-        let used = state.used.pop().map(|path| (path, Origin::Used));
-        used.or_else(|| state.left_over.pop().map(|path| (path, Origin::LeftOver)))
+        self.state.lock().old.any()
     }
 
     fn is_over(&self, state: &mut State) {
@@ -614,16 +579,15 @@ impl Spares {
             }
             // What has been filled of it would only hold on to room.
             let _ = std::fs::remove_file(&path);
-            // What is there has its room already; what is on its way back may be a file, too.
-            let found = self.file_at_hand().map(Some).or_else(|| {
-                let has_come = self.removed.wait_for_room(gone);
-                has_come.then(|| self.file_at_hand())
-            });
-            match found {
-                Some(Some(file)) => (path, origin) = file,
-                Some(None) => {}
-                None => return (path, result),
+            let mut at_hand = self.file_at_hand();
+            if at_hand.is_none() {
+                if !self.removed.wait_for_room(gone) {
+                    return (path, result);
+                }
+                // What has come back may be a file.
+                at_hand = self.file_at_hand();
             }
+            (path, origin) = at_hand.unwrap_or((path, origin));
         }
     }
 
@@ -660,7 +624,7 @@ impl Spares {
         let is_known = is_new || origin == Origin::Used;
         if is_known && (in_bulk || taken && (none_left || nobody_waits)) {
             if !is_new {
-                prepared.mapping.set_holds_old_bytes();
+                prepared.mapping.set_holds_old_bytes(true);
             }
             self.populate_start(&prepared);
         } else {
@@ -751,6 +715,7 @@ impl Spares {
     fn settle(&self, spare: &mut Prepared) -> Result<()> {
         spare.mapping.unmap_pages(&(0..self.segment_size));
         spare.file.sync_all().map_err(Error::io("sync", &spare.path))?;
+        spare.mapping.set_holds_old_bytes(false);
         self.populate_start(spare);
         spare.settled = true;
         Ok(())
@@ -796,13 +761,13 @@ impl Drop for Running<'_> {
 impl TakeBack for Spares {
     fn take_back(&self, files: Vec<PathBuf>, result: Result<()>) {
         let mut state = self.state.lock();
-        state.returning -= files.len();
         match result {
             Ok(()) => {
-                state.used.extend(files);
+                state.old.have_returned(files);
                 self.want(&mut state);
             }
             Err(error) => {
+                state.old.are_lost(files.len());
                 drop(state);
                 log::warn!("shard {}: {error}", self.shard);
                 remove_files(self.shard, &files);

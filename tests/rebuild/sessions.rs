@@ -9,7 +9,8 @@ use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport};
 use towline::wire::{
-    Ack, FrameKind, Message, SessionAck, SessionAction, SessionFailure, SessionId, SessionKind, SessionPhase,
+    Ack, FrameKind, Message, SessionAck, SessionAction, SessionControl, SessionFailure, SessionId, SessionKind,
+    SessionPhase, ShardInfo,
 };
 use towline::{AckLevel, Epoch, Lsn, Outcome};
 
@@ -17,18 +18,22 @@ use crate::common::raw::{chain_at, follow_request, next_data};
 use crate::gates::{Gate, Gated, Point};
 use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
 
+/// The stream of a follower that has nothing, as node 77, and what the leader has told it: which session, and that it starts.
+fn asked_for_a_rebuild(scene: &Scene, wire: &Wire) -> (Connection, ShardInfo, SessionControl) {
+    let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
+    let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();
+    stream.sender.send_message(&Message::SyncRequest(follow_request(&scene.leader.manifest(), 77, SHARD))).unwrap();
+    let Message::ShardInfo(info) = stream.receiver.receive_message().unwrap() else { panic!("a ShardInfo is due") };
+    let Message::SessionControl(start) = stream.receiver.receive_message().unwrap() else { panic!("a start is due") };
+    (stream, info, start)
+}
+
 #[test]
 fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
     over_both(|wire| {
         let scene = Scene::filled(wire);
-        let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
-        let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();
-        stream.sender.send_message(&Message::SyncRequest(follow_request(&scene.leader.manifest(), 77, SHARD))).unwrap();
-        let Message::ShardInfo(info) = stream.receiver.receive_message().unwrap() else { panic!("a ShardInfo is due") };
+        let (mut stream, info, start) = asked_for_a_rebuild(&scene, wire);
         assert_eq!((info.session_kind, info.target), (SessionKind::Rebuild, scene.head()));
-        let Message::SessionControl(start) = stream.receiver.receive_message().unwrap() else {
-            panic!("a start is due")
-        };
         assert_eq!((start.action, start.session, start.target), (SessionAction::Start, info.session, info.target));
         assert!(start.log_start <= start.base_lsn.next() && start.log_start > Lsn(1), "{start:?}");
         // What the log lane needs was pinned before the follower was told, and the status speaks of the same session.
@@ -92,11 +97,7 @@ fn neither_acknowledgements_nor_stale_words_make_a_follower_count() {
 fn a_follower_whose_acknowledgements_overtake_its_last_word_counts() {
     over_both(|wire| {
         let scene = Scene::filled(wire);
-        let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
-        let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();
-        stream.sender.send_message(&Message::SyncRequest(follow_request(&scene.leader.manifest(), 77, SHARD))).unwrap();
-        let Message::ShardInfo(info) = stream.receiver.receive_message().unwrap() else { panic!("a ShardInfo is due") };
-        let Message::SessionControl(_) = stream.receiver.receive_message().unwrap() else { panic!("a start is due") };
+        let (mut stream, info, _) = asked_for_a_rebuild(&scene, wire);
         let word = |phase| {
             let (session, epoch, achieved) = (info.session, info.epoch, info.target);
             Message::SessionAck(SessionAck { session, epoch, phase, achieved, reason: SessionFailure::None, blocks: 0 })

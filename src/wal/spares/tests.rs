@@ -20,16 +20,30 @@ fn in_bulk_new_files_are_not_filled_and_used_ones_not_kept() {
     let (path, segment) = given_up(directory.path(), 1);
     spares.recycle(path.clone(), segment, 0).unwrap();
     assert!(!path.exists());
-    assert_eq!(spares.state.lock().used_files(), 0, "to fill it again would hold up what is received");
+    assert_eq!(spares.state.lock().old.count(), 0, "to fill it again would hold up what is received");
     spares.set_bulk(false);
     let (path, segment) = given_up(directory.path(), 2);
     spares.recycle(path.clone(), segment, 0).unwrap();
     assert!(!path.exists());
     spares.removed.wait_ended();
-    let used = spares.state.lock().used.clone();
-    assert_eq!(used.len(), 1);
-    assert!(spares.prepare(&used[0], Origin::Used).unwrap().filled);
-    assert!(std::fs::read(&used[0]).unwrap().iter().all(|&byte| byte == 0));
+    let (used, origin) = spares.file_at_hand().unwrap();
+    assert_eq!(origin, Origin::Used);
+    assert!(spares.prepare(&used, origin).unwrap().filled);
+    assert!(std::fs::read(&used).unwrap().iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_used_file_whose_zeros_are_on_the_device_holds_nothing_old() {
+    let directory = tempfile::tempdir().unwrap();
+    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
+    spares.state.lock().taken = 2;
+    let (path, before) = given_up(directory.path(), 1);
+    let mut spare = spares.prepare(&path, Origin::Used).unwrap();
+    assert!(!spare.settled);
+    spares.settle(&mut spare).unwrap();
+    let Prepared { path, file, mapping, .. } = spare;
+    let (segment, _writer) = Segment::new(*before.header(), path, file, mapping, 2 * PAGE_LEN, None);
+    assert_eq!(segment.sync_end(true), 2 * PAGE_LEN);
 }
 
 #[test]
@@ -60,7 +74,7 @@ fn files_are_zeros_whether_anybody_waits_for_syncs_or_not() {
 }
 
 #[test]
-fn as_many_used_files_wait_as_one_burst_takes_where_there_is_room_and_go_when_it_is_over() {
+fn used_files_wait_where_there_is_room_and_go_when_the_burst_is_over() {
     let directory = tempfile::tempdir().unwrap();
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
     let keep = WalOptions::default().spare_segments;
@@ -71,38 +85,30 @@ fn as_many_used_files_wait_as_one_burst_takes_where_there_is_room_and_go_when_it
             assert!(!path.exists());
         }
         spares.removed.wait_ended();
-        spares.state.lock().used.len()
+        spares.state.lock().old.count()
     };
     // As if the thread were there, and did nothing.
     spares.state.lock().running = true;
+    spares.state.lock().taken = 9;
     assert_eq!(give_up(1..=9), keep, "there is no room for more than spares");
-    spares.set_room(u64::MAX);
-    assert_eq!(give_up(10..=19), keep, "nothing has been taken");
-    spares.state.lock().taken = 7;
-    assert_eq!(give_up(20..=29), 7);
-    spares.state.lock().taken = 8;
-    assert_eq!(spares.state.lock().worth_keeping(100), 6, "it falls slowly");
     // The other segments, seven that wait, and no room for another.
-    spares.state.lock().burst = 100;
     spares.set_room(9 * SIZE - 1);
-    assert_eq!(give_up(30..=39), 7);
+    assert_eq!(give_up(10..=19), 7);
     spares.set_room(9 * SIZE);
-    assert_eq!(give_up(40..=49), 8);
+    assert_eq!(give_up(20..=29), 8);
     assert_eq!(spares.file_bytes(), 8 * SIZE);
     // The log has grown into it.
-    let most = MOST_USED / SIZE;
-    spares.state.lock().taken = 9 + 2 * most;
-    assert_eq!(spares.state.lock().worth_keeping(most), limits::index(most));
     spares.shed_used();
-    assert_eq!(spares.state.lock().used.len(), keep, "none of the spares is there");
+    assert_eq!(spares.state.lock().old.count(), keep, "none of the spares is there");
+    assert_eq!(give_up(30..=39), 8);
     spares.state.lock().preparing = true;
     spares.shed_used();
-    assert_eq!(spares.state.lock().used.len(), 1);
+    assert_eq!(spares.state.lock().old.count(), 1);
     spares.state.lock().preparing = false;
     spares.run();
     spares.removed.wait_ended();
     let state = spares.state.lock();
-    assert_eq!((state.ready.len(), state.used.len(), state.burst), (keep, 0, 0), "nothing is left to be filled");
+    assert_eq!((state.ready.len(), state.old.count()), (keep, 0), "nothing is left to be filled");
     drop(state);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), keep);
 }
@@ -114,28 +120,18 @@ fn no_more_than_spares_stays_of_what_is_found_or_left() {
     let left_over: Vec<PathBuf> = (1..=9).map(|number| given_up(directory.path(), number).0).collect();
     let keep = WalOptions::default().spare_segments;
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), left_over);
-    assert_eq!((spares.state.lock().left_over.len(), files()), (keep, keep));
-    spares.state.lock().used.extend((11..=19).map(|number| given_up(directory.path(), number).0));
+    assert_eq!((spares.state.lock().old.count(), files()), (keep, keep));
+    let used = (11..=19).map(|number| given_up(directory.path(), number).0).collect();
+    come_back(&spares, used);
     spares.stop();
     assert_eq!(files(), 2 * keep);
 }
 
-#[test]
-fn a_log_at_its_bound_goes_from_segment_to_segment_without_a_new_file() {
-    let directory = tempfile::tempdir().unwrap();
-    let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), Vec::new());
-    // As if the thread were there, and had made spares.
-    spares.state.lock().running = true;
-    spares.state.lock().left_over = vec![PathBuf::new(); WalOptions::default().spare_segments];
-    for (number, room, waits) in [(1, ONE_SEGMENT_IN * SIZE - 1, 0), (2, ONE_SEGMENT_IN * SIZE, 1)] {
-        spares.set_room(room);
-        for number in [number, number + 10] {
-            let (path, segment) = given_up(directory.path(), number);
-            spares.recycle(path, segment, 100 * SIZE).unwrap();
-            spares.removed.wait_ended();
-            assert_eq!(spares.state.lock().used.len(), waits);
-        }
-    }
+/// As if they had been given up, and their new names were durable.
+fn come_back(spares: &Spares, files: Vec<PathBuf>) {
+    let mut state = spares.state.lock();
+    files.iter().for_each(|_| state.old.returns());
+    state.old.have_returned(files);
 }
 
 #[test]
@@ -147,9 +143,9 @@ fn a_writer_about_to_run_out_gets_no_file_that_must_be_synced_first() {
         if waits {
             spares.syncs_are_waited_for();
         }
+        come_back(&spares, vec![used.clone()]);
         let mut state = spares.state.lock();
         state.taken = taken;
-        state.used.push(used.clone());
         [spares.next_file(&mut state).1, spares.next_file(&mut state).1]
     };
     assert_eq!(origin(0, true), [Origin::LeftOver, Origin::Used], "it has not begun");
@@ -162,7 +158,7 @@ fn what_is_found_in_place_of_a_new_file_has_room_already() {
     let directory = tempfile::tempdir().unwrap();
     let [left_over, used] = [1, 2].map(|number| given_up(directory.path(), number).0);
     let spares = Spares::new(directory.path(), &IDENTITY, &WalOptions::default(), vec![left_over.clone()]);
-    spares.state.lock().used.push(used.clone());
+    come_back(&spares, vec![used.clone()]);
     // No file can be made there, which is not for want of room: nothing else is tried.
     let nowhere = directory.path().join("gone").join("spare");
     let (path, result) = spares.prepare_when_there_is_room(nowhere.clone(), Origin::New);
