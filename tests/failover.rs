@@ -4,13 +4,12 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use common::net::Net;
 use common::raw::{ask_parting, follow_request, nothing_shared};
-use common::{append, assert_identical, catch_up, deadline, record, records_of, until};
-use tempfile::TempDir;
+use common::{append, assert_identical, catch_up, deadline, directories, record, records_of, until};
 use towline::target::fixed_store::FixedStoreOptions;
 use towline::target::{FixedStore, LogOnly, ReplicationTarget};
 use towline::types::shard_directory_name;
@@ -45,12 +44,6 @@ over_both![
     a_leader_cannot_have_cut_what_was_not_agreed_on,
     a_diverged_follower_of_an_older_version_is_refused,
 ];
-
-fn directories() -> (TempDir, PathBuf, PathBuf) {
-    let parent = tempfile::tempdir().unwrap();
-    let (a, b) = (parent.path().join("a"), parent.path().join("b"));
-    (parent, a, b)
-}
 
 fn lead(net: &Net, directory: &Path, node: u64, shards: u16) -> Leader {
     let builder = net.node(directory).node_id(NodeId(node)).shards(shards).segment_size(common::SEGMENT);

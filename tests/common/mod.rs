@@ -14,11 +14,12 @@ pub mod raw;
 pub mod roles;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tempfile::TempDir;
 use towline::target::ReplicationTarget;
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Comparison, Relation, Visit, compare_logs, verify_log};
@@ -30,6 +31,20 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The smallest segments, so that a few hundred records fill several.
 pub const SEGMENT: u64 = 64 * 1024;
+
+/// Fails unless a sentence has every one of the words.
+pub fn assert_says(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "{word:?} is missing: {text}");
+    }
+}
+
+/// A place for two nodes, and where each of them goes.
+pub fn directories() -> (TempDir, PathBuf, PathBuf) {
+    let parent = tempfile::tempdir().unwrap();
+    let (a, b) = (parent.path().join("a"), parent.path().join("b"));
+    (parent, a, b)
+}
 
 /// When patience ends, from now.
 pub fn deadline() -> Instant {

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use towline::transport::{InProcessTransport, TcpOptions, TcpTransport, Transport};
-use towline::{Follower, Leader, Node, NodeBuilder, NodeId};
+use towline::{Follower, Leader, Node, NodeBuilder, NodeId, ShardId};
 
-use super::{Checked, SEGMENT, quick};
+use super::{Checked, SEGMENT, append, assert_identical, catch_up, quick};
 
 /// A transport and an address that a restarted leader can listen at again.
 pub struct Net {
@@ -50,6 +50,17 @@ impl Net {
         connection.receiver.set_timeout(Some(super::PATIENCE)).unwrap();
         connection
     }
+}
+
+/// A leader with `records` records and a follower that has them, both stopped.
+pub fn pair_with(net: &Net, leader_dir: &Path, follower_dir: &Path, records: u64) {
+    let leader = net.lead(leader_dir, 1);
+    let follower = net.follow(follower_dir, 1, &Checked::new(1));
+    append(&mut leader.writer(ShardId(0)).unwrap(), records);
+    catch_up(&leader, &follower);
+    leader.shutdown().unwrap();
+    follower.shutdown().unwrap();
+    assert_identical(leader_dir, follower_dir, &[records]);
 }
 
 /// A TCP port that is free now, and that the system does not give to anyone who asks for any port: those come from a
