@@ -26,7 +26,8 @@ use crate::watermark::{Until, Waited, Watermark, wait_any};
 pub enum AckLevel {
     /// It is in the follower's log: safe from a crash of either process.
     Received,
-    /// It is on the follower's stable storage: safe from a power cut.
+    /// It is on the follower's stable storage: safe from a power cut. A follower whose log outgrows its bound gives old
+    /// records up, and says the same of them.
     Durable,
     /// The follower's target has applied it: readers there see it.
     Applied,
@@ -149,6 +150,8 @@ pub enum Outcome {
     Poisoned(String),
     /// No record has this LSN yet.
     NotWritten,
+    /// This node gave it up before it was on stable storage, as a log does that outgrows its bound faster than it is synced.
+    GivenUp,
 }
 
 impl Outcome {
@@ -565,6 +568,7 @@ fn outcome_of(error: Error) -> Outcome {
         Error::TimedOut { .. } => Outcome::TimedOut,
         Error::StaleEpoch { .. } => Outcome::Deposed,
         Error::ShutDown => Outcome::ShutDown,
+        Error::NotRetained { .. } => Outcome::GivenUp,
         other => Outcome::Poisoned(other.to_string()),
     }
 }

@@ -346,7 +346,7 @@ impl Receiver {
                 let writer = self.own.writer()?;
                 let head = writer.end().head;
                 if drained && bytes <= TAKE_IN {
-                    writer.log().wait_synced(head, None)?;
+                    writer.log().wait_synced_or_given_up(head, None)?;
                 } else {
                     lane.sync_in_background(head);
                 }
@@ -378,7 +378,7 @@ impl Receiver {
                 acknowledge();
             }
             let log = self.own.writer()?.log();
-            log.wait_synced(message.min(log.head()), None)?;
+            log.wait_synced_or_given_up(message.min(log.head()), None)?;
         }
         lane.send_if_moved()?;
         // The leader sends no heartbeats meanwhile.

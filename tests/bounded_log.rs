@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use towline::target::LogOnly;
 use towline::wal::{LogWriter, SyncPolicy, WalOptions};
-use towline::{Commit, Follower, Leader, Lsn, Node, NodeId, Outcome, ShardId};
+use towline::{Commit, Error, Follower, Leader, Lsn, Node, NodeId, Outcome, ShardId};
 
 const SEGMENT: u64 = 64 * 1024;
 const BOUND: u64 = 16 * SEGMENT;
@@ -76,8 +76,9 @@ fn a_log_that_nobody_syncs_stays_within_its_bound() {
     assert_eq!(log.synced().load(), synced, "nothing was synced for that");
     eventually("losing its place", || leader.status().shards[0].followers[0].place_lost);
 
-    // A wait for what is gone is a wait for what is left up to there; and what is left opens again.
-    log.wait_synced(first, None).unwrap();
+    // Whoever waits for what is gone unsynced learns that it is; and what is left opens again.
+    assert!(matches!(log.wait_synced(first, None), Err(Error::NotRetained { .. })));
+    assert_eq!(leader.wait(SHARD, first, Commit::SYNCED, None).unwrap(), Outcome::GivenUp);
     let head = append_segments(&mut writer, 1);
     let tail = log.tail();
     drop(writer);

@@ -14,7 +14,8 @@
 //! | has none | none | refuse, as ever |
 //!
 //! What was called synced is safe with that: a record that was is in the log that is opened, or had been given up before
-//! a newer one was called synced. The file set aside holds the newest record called synced, or the one before the oldest
+//! a newer one was called synced. Whoever waits for the sync of a record that is given up before it was synced is told so:
+//! the [`synced`](Log::synced) mark passes it, but it is on no device. The file set aside holds the newest record called synced, or the one before the oldest
 //! of the log. Syncing goes on with the oldest segment that is left, and that one is not removed before it is done, but
 //! set aside in its turn: a device that is slower than the writer syncs a segment now and then, and no waiter waits for
 //! ever.
@@ -117,6 +118,7 @@ impl Log {
             match self.fate(&given_up, lsn, unsynced) {
                 Fate::Stays => return Ok(count),
                 Fate::IsSetAside => {
+                    self.note_unsynced(&oldest);
                     let path = self.directory.join(format!("{ASIDE_PREFIX}{}", oldest.id()));
                     std::fs::rename(oldest.path(), &path).map_err(Error::io("rename", oldest.path()))?;
                     self.segments.write().remove(0);
@@ -132,6 +134,7 @@ impl Log {
                     if matches!(fate, Fate::Goes) {
                         self.tidy_aside(&mut given_up);
                     }
+                    self.note_unsynced(&oldest);
                     self.segments.write().remove(0);
                     let (id, path) = (oldest.id(), oldest.path().to_owned());
                     if let Err(error) = self.remove(oldest, path.clone()) {
@@ -166,6 +169,26 @@ impl Log {
         } else {
             Fate::GoesUnsynced
         }
+    }
+
+    /// Notes what of a segment about to go was not synced yet. Under the lock of `given_up`, and before the segment goes:
+    /// whoever moves the synced mark past it has found it gone.
+    fn note_unsynced(&self, segment: &Segment) {
+        let synced = self.synced().load();
+        let Some(last) = segment.sealed_last_lsn().filter(|last| *last > synced) else { return };
+        let through = Lsn(self.unsynced_through.load(Ordering::Relaxed));
+        // What went before it goes on here, unless there was a sync in between.
+        if through < synced || through == Lsn::ZERO {
+            self.unsynced_from.store(synced.next().0, Ordering::Relaxed);
+        }
+        self.unsynced_through.store(last.0, Ordering::Release);
+    }
+
+    /// Whether a record was given up before it was on stable storage: one that the synced mark has passed. Of what went so
+    /// with syncs in between, only the newest stretch is known.
+    #[inline]
+    pub(super) fn went_unsynced(&self, lsn: Lsn) -> bool {
+        lsn.0 <= self.unsynced_through.load(Ordering::Acquire) && lsn.0 >= self.unsynced_from.load(Ordering::Relaxed)
     }
 
     /// Removes what was set aside and is not needed any more: all of it if the log begins with a durable segment, else
@@ -368,11 +391,14 @@ mod tests {
         assert_eq!(log.drop_through(middle.previous(), "test").unwrap(), 6);
         assert_eq!((log.tail(), log.synced().load()), (middle, Lsn::ZERO));
         assert_eq!(log.given_up.lock().aside.len(), 1);
-        // What was set aside is still there to be synced. Who waits for what is gone waits for what is left.
-        log.wait_synced(Lsn(1), None).unwrap();
+        // What was set aside is still there to be synced; but who waits for what is gone learns that it is.
+        let is_told = |lsn| matches!(log.wait_synced(lsn, None), Err(Error::NotRetained { lsn: at, .. }) if at == lsn);
+        assert!(is_told(Lsn(1)));
         assert!(log.synced().load() < middle);
-        log.wait_synced(middle.previous(), None).unwrap();
+        assert!(is_told(middle.previous()));
         assert!(log.synced().load() >= middle);
+        log.wait_synced(middle, None).unwrap();
+        log.wait_synced_or_given_up(Lsn(1), None).unwrap();
         append_segments(&mut writer, 1);
         let head = log.head();
         drop(writer);
@@ -381,6 +407,38 @@ mod tests {
         assert!(image(directory.path()).keys().all(|name| !name.starts_with(ASIDE_PREFIX)));
         let (wal, _writer) = open(directory.path());
         assert_eq!((wal.log().tail(), wal.log().head()), (middle, head));
+    }
+
+    #[test]
+    fn only_what_went_unsynced_is_told_to_be_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let log = wal.log();
+        let mut append_and_drop = |is_synced: bool| {
+            append_segments(&mut writer, 3);
+            let first = log.synced().load().next();
+            if is_synced {
+                log.wait_synced(log.head(), None).unwrap();
+            }
+            // So that all of those go.
+            let last = log.head();
+            append_segments(&mut writer, 2);
+            log.drop_through(last, "test").unwrap();
+            let gone = log.tail().previous();
+            assert!(first <= gone);
+            (first, gone)
+        };
+        let (_, synced) = append_and_drop(true);
+        assert!(!log.went_unsynced(Lsn(1)) && !log.went_unsynced(synced));
+        let (first, _) = append_and_drop(false);
+        let (same, gone) = append_and_drop(false);
+        assert_eq!(first, same, "nothing was synced in between");
+        assert!(log.went_unsynced(first) && log.went_unsynced(gone));
+        assert!(!log.went_unsynced(first.previous()) && !log.went_unsynced(gone.next()));
+        log.wait_synced(log.head(), None).unwrap();
+        let (next, gone) = append_and_drop(false);
+        assert!(next > first && log.went_unsynced(next) && log.went_unsynced(gone));
+        assert!(!log.went_unsynced(next.previous()));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! | mark | its only writer | says |
 //! |---|---|---|
 //! | `written` | the [`LogWriter`](super::LogWriter), after the segment published the bytes | readers may read it |
-//! | `synced` | whoever holds `sync`, after the device has the bytes | it survives a power cut |
+//! | `synced` | whoever holds `sync`, after the device has the bytes | it survives a power cut, with all that is left before it |
 //! | `sync_wanted` | anyone | somebody will want it synced without waiting here |
 //! | `opened` | the [`LogWriter`](super::LogWriter), after the segment is in the list | the first LSN of the newest segment |
 //! | `ended` | the first of close and poison | 1: waiting is over |
@@ -69,6 +69,10 @@ pub struct Log {
     pub(super) releasing: Mutex<()>,
     /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
     pub(super) named: AtomicU64,
+    /// What was given up before it was synced, or the newest stretch of it: from here to there. Moved under the lock of
+    /// `given_up`.
+    pub(super) unsynced_from: AtomicU64,
+    pub(super) unsynced_through: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Arc<Spares>,
     syncer: Arc<Syncer>,
@@ -124,6 +128,8 @@ impl Log {
             given_up: Mutex::default(),
             releasing: Mutex::default(),
             named: AtomicU64::new(0),
+            unsynced_from: AtomicU64::new(0),
+            unsynced_through: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
             syncer: Arc::default(),
@@ -172,7 +178,7 @@ impl Log {
         &self.written
     }
 
-    /// The newest LSN on stable storage.
+    /// The newest LSN on stable storage; so is everything before it that the log has not given up.
     #[must_use]
     pub fn synced(&self) -> &Watermark {
         &self.synced
@@ -478,15 +484,21 @@ impl Log {
         start_when_due(self);
     }
 
-    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it. Of a log that has outgrown its
-    /// bound, records may be given up before they were synced: then it waits until what is left up to `lsn`, or the oldest
-    /// segment that is left, is on stable storage.
+    /// Waits until `lsn` is on stable storage, and does the sync if nobody else is doing it.
     ///
     /// # Errors
     ///
     /// [`Error::TimedOut`] at the deadline, [`Error::Poisoned`] if this or an earlier sync failed,
-    /// [`Error::ShutDown`] if the log is closed first, [`Error::NotRetained`] for an LSN that is not written.
+    /// [`Error::ShutDown`] if the log is closed first. [`Error::NotRetained`] for an LSN that is not written, and for one that
+    /// was given up before it was on stable storage, as a log does that outgrows its bound faster than it is synced.
     pub fn wait_synced(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
+        self.wait_synced_or_given_up(lsn, deadline)?;
+        if self.went_unsynced(lsn) { Err(self.not_retained(lsn)) } else { Ok(()) }
+    }
+
+    /// Waits until everything up to `lsn` that has not been given up is on stable storage, as
+    /// [`wait_synced`](Self::wait_synced) does.
+    pub(crate) fn wait_synced_or_given_up(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
         if lsn > self.written.load() {
             return Err(self.not_retained(lsn));
         }
