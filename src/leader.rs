@@ -37,7 +37,8 @@ use crate::types::{Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogWriter, Wal};
 use crate::watermark::Watermark;
 
-/// A running leader. Dropping it, or [`shutdown`](Self::shutdown), ends its threads.
+/// A running leader. Dropping it, or [`shutdown`](Self::shutdown), ends its threads, once what is pending was sent: that takes
+/// up to [`drain_timeout`](crate::NodeBuilder::drain_timeout).
 ///
 /// ```
 /// use std::time::{Duration, Instant};

@@ -1,8 +1,9 @@
-//! A sharded write-ahead log for storage engines, towed to its followers.
+//! A sharded write-ahead log for storage engines, replicated to followers.
 //!
 //! Synchronous and thread-per-shard: each shard is one ordered log of memory-mapped segments; each follower and shard
 //! has one blocking TCP stream; threads hand work to each other by moving atomic watermarks over the log itself. There
-//! is no async runtime, and an idle node makes no system calls but heartbeats.
+//! is no async runtime, and an idle node makes no system calls but heartbeats, and once a day those that read its log again
+//! (see [`scrub`]).
 //!
 //! ```text
 //!  caller ──append──▶ log writer ──▶ mapped segment ──written──┬──▶ shipper (follower A) ──▶ TCP
@@ -27,8 +28,8 @@
 //!
 //! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and retention bounds what
 //! each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart;
-//! [`status`] and [`tail`] look in from outside; [`repair`] mends a damaged log from a peer's copy; [`shutdown`] ends
-//! everything at once.
+//! [`rebuild`] brings back followers that the log cannot; [`status`] and [`tail`] look in from outside; [`repair`] mends a
+//! damaged log from a peer's copy; [`shutdown`] ends everything at once.
 //!
 //! # Example
 //!

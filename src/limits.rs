@@ -1,4 +1,5 @@
-//! Every bound of the crate, in one place, each checked against the others when the crate is compiled.
+//! Bounds of formats, peers and settings, each checked against the others when the crate is compiled. Those of a store's files
+//! stand with their format, and what was tuned by measuring beside its use.
 
 /// Bytes of a page: segment headers take one, so that batches begin at a page and the header's page stays clean.
 pub const PAGE_LEN: u64 = 4096;

@@ -172,7 +172,8 @@ impl NodeBuilder {
         self
     }
 
-    /// What committed means on this node, and what followers are asked to hurry with. Default: [`Commit::SYNCED`].
+    /// What committed means on this node. Followers acknowledge at its level at once, and at others when it suits them, unless
+    /// somebody waits. Default: [`Commit::SYNCED`].
     #[must_use]
     pub fn commit(mut self, commit: Commit) -> Self {
         self.options.commit = commit;
@@ -214,8 +215,8 @@ impl NodeBuilder {
         self
     }
 
-    /// How long a follower waits before it tries again: first `base`, then twice as long each time, at most `cap`.
-    /// Default: 1 s and 30 s.
+    /// How long a follower waits before it tries again: first `base`, then twice as long each time, at most `cap`, and each
+    /// time less by a random part of up to a half. Default: 1 s and 30 s.
     #[must_use]
     pub fn reconnect(mut self, base: Duration, cap: Duration) -> Self {
         self.options.backoff_base = base;
@@ -223,13 +224,14 @@ impl NodeBuilder {
         self
     }
 
-    /// The most bytes of segments that each shard keeps; `None` for no bound. Default: 1 GiB
+    /// The most bytes of segments that each shard keeps; `None` or 0 for no bound. Default: 1 GiB
     /// ([`DEFAULT_MAX_WAL_BYTES`](crate::limits::DEFAULT_MAX_WAL_BYTES)).
     ///
     /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be rebuilt.
     /// The bound includes the open segment, the spares and files that wait to be spares again. Segments begin to go a
     /// reserve below it, an eighth of it or three segments if that is more, so that all files together stay under it; they
-    /// go unsynced if need be, for the device may be slower than whoever appends. What this node's own target has not applied durably is kept in any case.
+    /// go unsynced if need be, for the device may be slower than whoever appends. What this node's own target has not applied
+    /// durably is kept in any case.
     #[must_use]
     pub fn max_wal_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.options.retention.max_wal_bytes = bytes.into().filter(|&bytes| bytes > 0);
@@ -284,7 +286,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Followers' shards that a leader sends a base of at a time; more wait for their turn. At least 1. Default: 2.
+    /// How many rebuilds a leader serves at once, each of one follower's shard; more wait for their turn. At least 1.
+    /// Default: 2.
     #[must_use]
     pub fn max_rebuilds(mut self, rebuilds: usize) -> Self {
         self.options.max_rebuilds = rebuilds;
@@ -344,7 +347,8 @@ impl NodeBuilder {
     /// # Errors
     ///
     /// [`Error::InUse`], [`Error::Mismatch`] (also where [`epoch`](Self::epoch) must be given), [`Error::Corrupt`],
-    /// [`Error::StaleEpoch`], [`Error::Network`] for the address, [`Error::Io`].
+    /// [`Error::StaleEpoch`], [`Error::Network`] for the address, [`Error::Io`]. [`Error::Invalid`] for settings that have no
+    /// meaning, and for a target that does not belong to this log or whose rebuild was interrupted.
     pub fn lead(self, address: &str) -> Result<Leader> {
         Leader::start(self, address)
     }
@@ -354,7 +358,8 @@ impl NodeBuilder {
     ///
     /// # Errors
     ///
-    /// As [`lead`](Self::lead); [`Error::Refused`] if the leader will not have it.
+    /// As [`lead`](Self::lead); [`Error::Refused`] if the leader will not have it; [`Error::ShutDown`] if it was stopped
+    /// before the leader was reached.
     pub fn follow(self, address: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
         Follower::start(self, address, target)
     }
@@ -373,8 +378,8 @@ impl NodeBuilder {
             None => DataDir::create(
                 &self.directory,
                 Manifest {
-                    cluster: ClusterId(u128::from(random()) << 64 | u128::from(random())),
-                    node: self.node.unwrap_or(NodeId(random())),
+                    cluster: ClusterId((u128::from(random()) << 64 | u128::from(random())).max(1)),
+                    node: self.node_id_or_random(),
                     region: self.region,
                     shard_count: self.shards.unwrap_or(1),
                     segment_size: self.segment_size.unwrap_or(DEFAULT_SEGMENT_SIZE),
@@ -444,7 +449,7 @@ impl NodeBuilder {
     }
 
     pub(crate) fn node_id_or_random(&self) -> NodeId {
-        self.node.unwrap_or(NodeId(random()))
+        self.node.unwrap_or_else(|| NodeId(random().max(1)))
     }
 }
 
@@ -463,7 +468,7 @@ fn random() -> u64 {
     let mut hasher = std::hash::RandomState::new().build_hasher();
     hasher.write_u64(unix_ms());
     hasher.write_u32(std::process::id());
-    hasher.finish() | 1
+    hasher.finish()
 }
 
 /// What decides about the shards of a node, and what it keeps of their logs.

@@ -281,7 +281,8 @@ pub fn ask_status(transport: &dyn Transport, address: &str, timeout: Duration) -
     Status::decode(&body).map_err(|reason| Error::protocol(peer, format!("its status cannot be read: {reason}")))
 }
 
-/// How many shards the node at `address` has, and where their logs begin and end is asked of each.
+/// Asks the node at `address` how many shards it has, and of what size its segments are. Where the log of a shard begins and
+/// ends, each shard is asked.
 ///
 /// # Errors
 ///

@@ -63,7 +63,8 @@ number! {
     NodeId(u64)
 }
 number! {
-    /// Running checksum of a log: two logs with the same (LSN, chain) have the same history.
+    /// Running checksum of a log: two logs with the same (LSN, chain) have the same history, but by a chance of one in
+    /// 2^32. It finds accidents, not forgery.
     ///
     /// It is the CRC of the newest batch, and each batch's CRC is seeded with the one before it. The value before
     /// the first batch of a log is [`Chain::genesis`].
@@ -129,7 +130,7 @@ impl Epoch {
 
 impl Chain {
     /// The chain before the first batch of a shard's log: a checksum of what makes this log this log, so that the
-    /// logs of two clusters, regions or shards never agree by accident.
+    /// logs of two clusters, regions or shards are not taken for each other, but by a chance of one in 2^32.
     ///
     /// ```
     /// # use towline::{Chain, ClusterId, RegionId, ShardId};

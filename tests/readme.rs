@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -27,8 +28,12 @@ const REPLACED: [(&str, &str); 3] = [
     ("towline leader --dir", "towline leader --segment-size 1048576 --dir"),
 ];
 
-/// The ports that the README uses.
-const PORTS: [&str; 3] = ["7400", "7401", "7402"];
+/// The ports that the README uses: each is free when the test begins.
+fn ports(text: &str) -> BTreeMap<String, String> {
+    let after = text.split("127.0.0.1:").skip(1);
+    let written = after.map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
+    written.map(|port| (port, free_port().to_string())).collect()
+}
 
 /// The `sh` blocks, each a list of commands.
 fn blocks(text: &str) -> Vec<Vec<String>> {
@@ -60,6 +65,8 @@ impl Shell<'_> {
         let (out, err) = (text(&output.stdout), text(&output.stderr));
         assert!(output.status.success(), "{line}: {:?}\n{out}{err}", output.status.code());
         assert!(!out.is_empty(), "{line} says nothing\n{err}");
+        // Else a command that fails in another way than it should would do.
+        assert!(!line.contains("exit code") || out.ends_with("exit code 1\n"), "{line}: {out}{err}");
     }
 
     /// Starts a command that ends with `&`, and waits until it is ready.
@@ -88,7 +95,7 @@ fn every_command_in_the_readme_works() {
     let binary = Path::new(env!("CARGO_BIN_EXE_towline")).parent().unwrap();
     let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
     let shell = Shell { directory: directory.path(), path };
-    let ports = PORTS.map(|_| free_port().to_string());
+    let ports = ports(&readme);
     let mut ran = 0;
     for block in blocks(&readme) {
         let mut beside = Vec::new();
@@ -100,8 +107,8 @@ fn every_command_in_the_readme_works() {
             for (written, run) in REPLACED {
                 line = line.replace(written, run);
             }
-            for (written, free) in PORTS.iter().zip(&ports) {
-                line = line.replace(written, free);
+            for (written, free) in &ports {
+                line = line.replace(&format!("127.0.0.1:{written}"), &format!("127.0.0.1:{free}"));
             }
             assert!(line.contains("towline "), "{line:?} is none of ours, and not on the list of what is not run");
             match line.strip_suffix(" &") {
@@ -111,7 +118,7 @@ fn every_command_in_the_readme_works() {
             ran += 1;
         }
         if let Some(followers) = beside.len().checked_sub(1) {
-            settle(&format!("127.0.0.1:{}", ports[0]), followers);
+            settle(&format!("127.0.0.1:{}", ports["7400"]), followers);
         }
         for mut process in beside {
             let group = format!("-{}", process.id());

@@ -53,8 +53,8 @@
 //! 3. the bits of the LSN are those of the LSN after the batch before it, which is less than 2^26 above the segment's first;
 //! 4. `crc` matches.
 //!
-//! What has to do with the segment as a whole, whoever walks one checks, and [`verify`] does not: that a batch is not the
-//! first of its segment, which version that has, and how far above its first an LSN is.
+//! [`verify`] does not check what needs the segment: that a batch is not its first, which version it has, and how far above
+//! its first an LSN is. Whoever walks a segment checks that.
 //!
 //! Whoever looks for a batch behind damage looks for one of version 2, which needs nothing before it. The first batch that
 //! begins in a page of 4096 bytes is one wherever a [`LogWriter`](super::LogWriter) writes it, and so is the first after more
@@ -65,7 +65,7 @@
 //! bytes: see [`WrittenHere`](super::WrittenHere).
 //!
 //! Because the CRC is seeded with the chain, and the chain starts from what makes the log this log
-//! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate. Padding is covered, so there is no
+//! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate, but by a chance of one in 2^32. Padding is covered, so there is no
 //! byte of a batch that can change unseen.
 
 use std::borrow::Cow;
@@ -131,7 +131,7 @@ pub struct BatchHeader {
     pub version: u16,
     /// See [`FLAG_SEALING`].
     pub flags: u16,
-    /// Whether it was read from 16 bytes, whatever else says.
+    /// Whether it was read from 16 bytes. Set where it is decoded: `version` is public, and could be changed.
     is_compact: bool,
 }
 

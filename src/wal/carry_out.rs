@@ -1,4 +1,4 @@
-//! The deed behind [recovery](super::recovery)'s decision: a log's directory becomes what the survey says it is. First
+//! Carries out what [recovery](super::recovery) has decided: a log's directory becomes what the survey says it is. First
 //! the [`Verdict`] says what is to be done, and touches nothing; then it is carried out.
 //!
 //! Later segments go first: they get names of spare files, the newest first and each durably. Then the segment with the stop

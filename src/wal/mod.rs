@@ -115,12 +115,11 @@ pub struct WalOptions {
     pub sync: SyncPolicy,
     /// Segments prepared ahead of need. Default: 2, at least 1.
     pub spare_segments: usize,
-    /// Bytes ahead of the writer whose page faults are taken by the preparing thread; 0 for none, and none either of segments
-    /// for a writer of long batches that is ahead of that thread, or whose batches are waited for: it writes them through the
-    /// file. Default: 4 MiB.
+    /// How many bytes ahead of the writer the preparing thread takes page faults; 0 for none. Not where long batches go in
+    /// through the file: those of a writer that is ahead of that thread, or that waits for them. Default: 4 MiB.
     pub populate_ahead: u64,
-    /// How those wait whom somebody is waiting for in turn: who waits for a sync or a commit, and shippers. Threads in
-    /// the background park. Where so many wait for a sync that parking and waking them would keep all processors busy for
+    /// How threads wait that somebody waits for in turn: callers for a sync or a commit, and shippers. Threads in the
+    /// background park. Where so many wait for a sync that parking and waking them would keep all processors busy for
     /// as long as it takes, they yield to each other and to others first, whatever is said here: for somewhat more
     /// processor time, all of them go on at once. Default: [`WaitStrategy::Park`].
     pub wait: WaitStrategy,

@@ -37,7 +37,7 @@
 //!
 //! Bytes behind a sealing batch belong to no record; they are looked at by [`scan`](super::scan), not here.
 //!
-//! How the cut is made is told in [`cut`](mod@super::cut).
+//! How the cut is made is told in [`carry_out`](super::carry_out).
 
 use std::path::{Path, PathBuf};
 

@@ -217,12 +217,17 @@ impl LogWriter {
     }
 
     /// Appends one record and returns its LSN at once: it is in the mapped log, and readers see it. It is on stable
-    /// storage, or on followers, only once it has been [waited for](Log::wait_synced).
+    /// storage, or on followers, only once it has been [waited for](Log::wait_synced). Under
+    /// [`SyncPolicy::EveryBatch`] this waits for the sync.
     ///
     /// # Errors
     ///
-    /// [`Error::RecordTooLarge`]; [`Error::Poisoned`] after a failed sync; [`Error::Io`] if there is no next segment
-    /// because the disk is full (nothing was appended; try again once there is room); [`Error::ShutDown`].
+    /// Nothing was appended: [`Error::RecordTooLarge`]; [`Error::StaleEpoch`] on a leader that was deposed;
+    /// [`Error::Poisoned`] after a failed sync; [`Error::Io`] if there is no next segment because the disk is full (try again
+    /// once there is room); [`Error::Invalid`] of a log whose leader is still to say where it begins; [`Error::ShutDown`].
+    ///
+    /// Under [`SyncPolicy::EveryBatch`] an error can also come from the sync: then the record is in the log, and readers and
+    /// followers may have it. [`head`](Log::head) tells: do not append it again.
     #[inline]
     pub fn append(&mut self, record: &[u8]) -> Result<Lsn> {
         let last = match self.place_compact(record)? {
