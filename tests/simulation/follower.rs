@@ -332,6 +332,10 @@ impl World {
         let (connection, word) = (stream.connection, word(rebuild, SessionPhase::Completed, achieved));
         oracle.stands(id, &node.log, achieved, &node.blocks.state());
         oracle.keeps(id, &node.log);
+        if node.log.record_epoch().is_some() {
+            // The leader counts on it from its word on, and the next acknowledgement may not come any more.
+            node.disk.manifest.recovering = false;
+        }
         self.line(id, format_args!("is rebuilt at LSN {achieved}"));
         self.send(connection, End::Caller, word);
     }
