@@ -428,6 +428,7 @@ mod tests {
             assert!(first <= gone);
             (first, gone)
         };
+        log.wait_synced(Lsn::ZERO, None).unwrap();
         let (_, synced) = append_and_drop(true);
         assert!(!log.went_unsynced(Lsn(1)) && !log.went_unsynced(synced));
         let (first, _) = append_and_drop(false);

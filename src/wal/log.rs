@@ -128,7 +128,7 @@ impl Log {
             given_up: Mutex::default(),
             releasing: Mutex::default(),
             named: AtomicU64::new(0),
-            unsynced_from: AtomicU64::new(0),
+            unsynced_from: AtomicU64::new(Lsn::FIRST.0),
             unsynced_through: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,
@@ -346,6 +346,11 @@ impl Log {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         matches!(self.end_reason.get(), Some(EndReason::Closed))
+    }
+
+    /// Whether a newer epoch was seen than the one it was written under.
+    pub(crate) fn is_deposed(&self) -> bool {
+        matches!(self.end_reason.get(), Some(EndReason::Deposed { .. }))
     }
 
     /// The failure that made the shard read-only, if there was one.
