@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::divergence::refusal_for;
+use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::on_demand::Stay;
@@ -51,6 +52,8 @@ pub(crate) struct AckLane {
     applied_in_haste: AtomicBool,
     /// Up to where the receiver has left syncing to the log's sync thread. Moved by the receiver only.
     background: Watermark,
+    /// Whether anything may still be said to this leader.
+    under: StreamUnder,
     /// What is received counts as applied: the target has no applier.
     applies: bool,
     /// The acknowledger is there whatever happens.
@@ -86,7 +89,12 @@ struct LaneState {
 
 impl AckLane {
     #[inline(never)]
-    pub(crate) fn new(own: &mut FollowerShard, sender: Box<dyn FrameSender>, info: &ShardInfo) -> Result<Box<AckLane>> {
+    pub(crate) fn new(
+        own: &mut FollowerShard,
+        sender: Box<dyn FrameSender>,
+        info: &ShardInfo,
+        over: &ShutdownSignal,
+    ) -> Result<Box<AckLane>> {
         let ShardInfo { epoch, session, .. } = *info;
         let heartbeat = own.node.options.heartbeat;
         let is_rebuild = info.session_kind == SessionKind::Rebuild;
@@ -113,6 +121,7 @@ impl AckLane {
             durable_in_haste: AtomicBool::new(false),
             applied_in_haste: AtomicBool::new(false),
             background: Watermark::new(Lsn::ZERO),
+            under: own.node.fence.enter(epoch, over),
             applies: !is_rebuild && own.applies_at_once(),
             stays: is_rebuild || Duration::from_millis(u64::from(info.heartbeat_ms)) > heartbeat,
             is_acknowledging: AtomicBool::new(false),
@@ -124,7 +133,14 @@ impl AckLane {
 
     /// Sends something else than an acknowledgement.
     pub(crate) fn send_message(&self, message: &Message) -> Result<()> {
-        self.state.lock().sender.send_message(message)
+        let mut state = self.state.lock();
+        self.under.check()?;
+        state.sender.send_message(message)
+    }
+
+    /// The leader goes on under a newer epoch.
+    pub(crate) fn goes_on_under(&self, epoch: Epoch) {
+        self.under.goes_on_under(epoch);
     }
 
     /// Tells the leader why the stream ends, as well as may be.
@@ -279,7 +295,7 @@ impl AckLane {
     pub(crate) fn send_if_moved(&self) -> Result<()> {
         let mut state = self.state.lock();
         let ack = self.current(&state);
-        if ack == state.sent { Ok(()) } else { state.send(ack) }
+        if ack == state.sent { Ok(()) } else { self.send(&mut state, ack) }
     }
 
     /// What there is to acknowledge. The log may be ahead of what the receiver has said: then so may the other marks,
@@ -363,6 +379,11 @@ impl AckLane {
             return Ok(());
         }
         let ack = self.current(&state);
+        self.send(&mut state, ack)
+    }
+
+    fn send(&self, state: &mut LaneState, ack: Ack) -> Result<()> {
+        self.under.check()?;
         state.send(ack)
     }
 

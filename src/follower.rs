@@ -24,6 +24,7 @@ use parking_lot::Mutex;
 use crate::backoff::Backoff;
 use crate::commit::Commits;
 use crate::data_dir::{DataDir, Manifest};
+use crate::epoch_fence::EpochFence;
 use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::host::Host;
@@ -55,6 +56,7 @@ pub(crate) struct Following {
     target: Arc<dyn ReplicationTarget>,
     /// By shard: told of each epoch that is accepted.
     hosts: Vec<Arc<Host>>,
+    pub(crate) fence: Arc<EpochFence>,
     /// What ended following for good, if anything did: the first failure that trying again cannot mend.
     failure: Mutex<Option<Error>>,
     /// What went wrong when a log was closed.
@@ -83,7 +85,7 @@ impl Following {
     }
 
     pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
-        self.directory.follow_under(epoch)?;
+        self.fence.accept(epoch, || self.directory.follow_under(epoch))?;
         self.hosts.iter().for_each(|host| host.assign(protocol::Role::Follower, epoch));
         Ok(())
     }
@@ -255,6 +257,7 @@ impl Follower {
             leader: leader.to_owned(),
             target: Arc::clone(&target),
             hosts: hosting.hosts.clone(),
+            fence: EpochFence::new(directory.manifest().epoch),
             failure: Mutex::default(),
             unclean: Mutex::default(),
         });

@@ -83,6 +83,7 @@ impl Leader {
         }
         for writer in &mut writers {
             writer.set_epoch(manifest.epoch)?;
+            writer.set_led();
         }
         let stop = ShutdownSignal::new();
         let mut applied = Vec::new();

@@ -61,6 +61,7 @@ mod checkpointer;
 pub mod commit;
 pub mod data_dir;
 mod divergence;
+mod epoch_fence;
 pub mod error;
 mod follower;
 mod follower_shard;

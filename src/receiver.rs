@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::ack_lane::{AckLane, WakeReaders};
 use crate::backoff::Backoff;
-use crate::error::{Error, Result};
+use crate::error::{Error, RefusalCode, Result};
 use crate::follower_shard::FollowerShard;
 use crate::limits::MAX_PATIENCE_MS;
 use crate::node::NODE_THREAD_STACK;
@@ -152,7 +152,7 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let lane = AckLane::new(&mut self.own, sender, &info);
+        let lane = AckLane::new(&mut self.own, sender, &info, over);
         let completion = intake.as_ref().map(|_| Completion::of(&self.own)).transpose();
         match lane.and_then(|lane| Ok((lane, completion?))) {
             Ok((lane, completion)) => {
@@ -231,7 +231,7 @@ impl Receiver {
         receiver.set_deadline(None)?;
         node.check_topology(peer, &info)?;
         // Persisted before anything is done under it.
-        node.accept_epoch(info.epoch)?;
+        node.accept_epoch(info.epoch).map_err(|error| stale_answer(peer, error))?;
         self.own.gives_way = told.is_some_and(|told| told.gives_way_to(info.epoch));
         if info.session_kind == SessionKind::Rebuild && info.start == Lsn::ZERO {
             return Ok(info);
@@ -466,7 +466,8 @@ impl Receiver {
             let epoch = writer.end().epoch;
             if epoch > node.manifest().epoch {
                 // The leader goes on under a newer term. Should the node stop right here, the log says so too.
-                node.accept_epoch(epoch)?;
+                lane.goes_on_under(epoch);
+                node.accept_epoch(epoch).map_err(|error| stale_answer(peer, error))?;
             }
         }
         Ok(total)
@@ -495,6 +496,18 @@ fn start_in<'scope>(
 ) -> Result<()> {
     let thread = std::thread::Builder::new().name(name.clone()).stack_size(stack).spawn_scoped(scope, run);
     thread.map(|_| ()).map_err(Error::io("start thread", name))
+}
+
+/// A leader of an older epoch than another stream has met since: this stream ends, and asks again who leads.
+fn stale_answer(peer: &str, error: Error) -> Error {
+    match error {
+        Error::StaleEpoch { offered, accepted } => Error::Refused {
+            peer: "this node".to_owned(),
+            code: RefusalCode::StaleEpoch,
+            reason: format!("{peer} leads under epoch {offered}, and {accepted} has been accepted"),
+        },
+        other => other,
+    }
 }
 
 /// What the log finds wrong with bytes from a peer is the peer's fault.

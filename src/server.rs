@@ -30,7 +30,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
-use crate::types::{Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, ShardId};
 use crate::wal::segment::SEGMENT_VERSION;
 use crate::wal::{ChainCursor, Log, LogPosition, LogReader};
 use crate::watermark::WaiterName;
@@ -56,6 +56,8 @@ pub(crate) struct ServerShard {
 pub(crate) struct Server {
     role: Role,
     directory: Arc<DataDir>,
+    /// Under which a leader leads, whatever it accepts once it is deposed.
+    led: Epoch,
     /// Replaced as a whole where a rebuild gives a shard another log.
     shards: Vec<RwLock<Arc<ServerShard>>>,
     options: NodeOptions,
@@ -109,6 +111,7 @@ impl Server {
     ) -> Server {
         Server {
             role,
+            led: directory.manifest().epoch,
             directory,
             rebuild_places: Places::new(options.max_rebuilds),
             shards: shards.into_iter().map(|shard| RwLock::new(Arc::new(shard))).collect(),
@@ -344,7 +347,7 @@ impl Server {
             shard: request.shard,
             shard_count: manifest.shard_count,
             segment_size: manifest.segment_size,
-            epoch: manifest.epoch,
+            epoch: if self.role == Role::Leader { self.led } else { manifest.epoch },
             tail: shard.log.tail(),
             head: shard.log.head(),
             session: SessionId(0),
@@ -446,20 +449,6 @@ impl Server {
             ));
         }
         let manifest = self.directory.manifest();
-        if request.epoch > manifest.epoch {
-            // So that it does not lead again under its old epoch after a restart.
-            self.directory.accept_epoch(request.epoch).map_err(internal)?;
-            for shard in self.all_shards() {
-                shard.log.depose(manifest.epoch, request.epoch);
-            }
-            return Err(Refusal(
-                RefusalCode::StaleEpoch,
-                format!(
-                    "epoch {} has been seen, and this node leads under {}: it is deposed",
-                    request.epoch, manifest.epoch
-                ),
-            ));
-        }
         let asked = (request.shard_count, request.segment_size, request.region);
         let own = (manifest.shard_count, manifest.segment_size, manifest.region);
         if asked != own {
@@ -482,11 +471,48 @@ impl Server {
             ));
         }
         takes_log(version)?;
-        self.shard(request.shard).map_err(internal)?.commits.acknowledged().follower(request.node).map_err(internal)?;
+        let shard = self.shard(request.shard).map_err(internal)?;
+        // Who cannot follow this node deposes nobody.
+        if shard.host.may_follow(request.node) {
+            self.check_epoch(request.epoch)?;
+        }
+        shard.commits.acknowledged().follower(request.node).map_err(internal)?;
         Ok(())
     }
 
+    /// A leader that learns of a newer epoch is deposed: nothing is appended any more, and its streams end.
+    fn check_epoch(&self, epoch: Epoch) -> Result<(), Refusal> {
+        if epoch == Epoch(u64::MAX) {
+            return Err(Refusal(RefusalCode::ProtocolViolation, format!("epoch {epoch} has no successor")));
+        }
+        if epoch > self.led {
+            // So that it does not lead again under its old epoch after a restart. One that is older than another seen is
+            // nothing new.
+            let accepted = self.directory.accept_epoch(epoch);
+            if !matches!(accepted, Err(Error::StaleEpoch { .. })) {
+                accepted.map_err(internal)?;
+            }
+            for shard in self.all_shards() {
+                shard.log.depose(self.led, epoch);
+                // Their shippers leave; whoever only listens need not.
+                shard.host.streams().iter().for_each(ShutdownSignal::shutdown);
+            }
+        }
+        self.check_deposed()
+    }
+
+    fn check_deposed(&self) -> Result<(), Refusal> {
+        let newest = self.directory.manifest().epoch;
+        if self.role != Role::Leader || newest == self.led {
+            return Ok(());
+        }
+        let led = self.led;
+        let reason = format!("epoch {newest} has been seen, and this node leads under {led}: it is deposed");
+        Err(Refusal(RefusalCode::StaleEpoch, reason))
+    }
+
     fn start_tail(&self, request: &SyncRequest, version: u16) -> Result<Answer, Refusal> {
+        self.check_deposed()?;
         let shard = self.shard(request.shard).map_err(internal)?;
         let log = &shard.log;
         takes_log(version)?;

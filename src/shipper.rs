@@ -188,8 +188,8 @@ impl Shipper {
                 return Self::say_superseded(&mut lane);
             }
             let draining = self.draining.is_shutdown();
-            // A closed log grows no more: another has taken its place on this node.
-            if (draining && log.written().load() <= lane.shipped) || log.is_closed() {
+            // A closed log grows no more: another has taken its place on this node. Nor does a deposed leader's.
+            if (draining && log.written().load() <= lane.shipped) || log.is_closed() || log.is_deposed() {
                 return lane.sender.finish();
             }
             if self.ship_base(&mut base, &mut lane)? {

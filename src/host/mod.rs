@@ -424,6 +424,11 @@ impl Host {
         state.members.iter().filter_map(|member| Some(member.stream.as_ref()?.signals.over.clone())).collect()
     }
 
+    /// Whether this node is among the followers that the leader was told to have, if it was told.
+    pub(crate) fn may_follow(&self, node: NodeId) -> bool {
+        self.settings.members.as_ref().is_none_or(|members| members.contains(&node))
+    }
+
     /// How the shard stands.
     pub(crate) fn projection(&self) -> Projection {
         let mut state = self.state.lock();

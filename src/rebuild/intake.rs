@@ -408,7 +408,10 @@ impl Intake {
             achieved
         };
         let Some(achieved) = achieved else { return Ok(()) };
-        interrupted::forget(&own.path)?;
+        // One that stays does no harm: the target is whole, and before a rebuild begins anew it must go.
+        if let Err(error) = interrupted::forget(&own.path) {
+            log::warn!("shard {}: {error}", log.shard());
+        }
         own.checkpointer.take_up(log.shard(), own.taken_up.clone());
         own.applied.tell();
         log::info!("shard {}: the rebuild is complete at LSN {achieved}", log.shard());

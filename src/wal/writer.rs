@@ -113,6 +113,8 @@ pub struct LogWriter {
     /// Nothing is known of the log before its first segment: the header page of that is believed, up to this epoch
     /// (follower only).
     trusted_epoch: Option<Epoch>,
+    /// See [`set_led`](Self::set_led).
+    is_led: bool,
     /// Published end of the open segment at which to ask for more pages to be made ready.
     populate_at: u64,
     /// Published end of the open segment at which to note a landmark.
@@ -168,6 +170,7 @@ impl LogWriter {
             header_page: Vec::new(),
             header_due: false,
             trusted_epoch: None,
+            is_led: false,
             populate_at: 0,
             landmark_at: end.offset + LANDMARK_EVERY,
             torn_tail,
@@ -183,6 +186,11 @@ impl LogWriter {
     /// The next header page says where the log begins; see [`Wal::open_at`](super::Wal::open_at).
     pub(super) fn trust_first_header(&mut self, newest_epoch: Epoch) {
         self.trusted_epoch = Some(newest_epoch);
+    }
+
+    /// The epoch is that of the node that leads: its followers know it by that.
+    pub(crate) fn set_led(&mut self) {
+        self.is_led = true;
     }
 
     /// What recovery had to cut off when the log was opened, if anything.
@@ -206,10 +214,19 @@ impl LogWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::StaleEpoch`] if the log has a newer one already.
+    /// [`Error::StaleEpoch`] if the log has a newer one already; [`Error::Invalid`] on a leader, whose epoch is that of its
+    /// node: it leads under another one when it is started with that (see
+    /// [`NodeBuilder::epoch`](crate::NodeBuilder::epoch)).
     pub fn set_epoch(&mut self, epoch: Epoch) -> Result<()> {
         if epoch < self.epoch {
             return Err(Error::StaleEpoch { offered: epoch, accepted: self.epoch });
+        }
+        if self.is_led && epoch != self.epoch {
+            return Err(Error::invalid(format!(
+                "the leader of shard {} leads under epoch {}: start the node again to lead under {epoch}",
+                self.log.shard(),
+                self.epoch
+            )));
         }
         self.epoch = epoch;
         self.compact_until = 0;

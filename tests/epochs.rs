@@ -1,0 +1,192 @@
+//! Epochs between leaders and followers: who has accepted one says nothing under an older one, a deposed leader lets go of
+//! everybody, and neither ends a follower that can go on.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use common::net::Net;
+use common::raw::{ask, follow_request, refused};
+use common::{append, catch_up, directories, until, writers};
+use parking_lot::Mutex;
+use towline::tail::ask_topology;
+use towline::target::LogOnly;
+use towline::transport::{Closer, Connection, Listener, Transport};
+use towline::wire::Message;
+use towline::{Epoch, Error, Follower, Leader, NodeId, Outcome, RefusalCode, Result, ShardId};
+
+const S0: ShardId = ShardId(0);
+
+/// A transport whose connections go where somebody decides, one by one.
+struct Switch {
+    inner: Arc<dyn Transport>,
+    /// Given how many there were before.
+    to: Mutex<Box<dyn FnMut(usize) -> String + Send>>,
+    count: AtomicUsize,
+    closers: Mutex<Vec<Closer>>,
+}
+
+impl Switch {
+    fn new(net: &Net, to: impl FnMut(usize) -> String + Send + 'static) -> Arc<Switch> {
+        let inner = Arc::clone(&net.transport);
+        Arc::new(Switch { inner, to: Mutex::new(Box::new(to)), count: AtomicUsize::new(0), closers: Mutex::default() })
+    }
+
+    fn goes_to(&self, address: &'static str) {
+        *self.to.lock() = Box::new(move |_| address.to_owned());
+    }
+
+    fn follow(self: &Arc<Self>, directory: &Path) -> Follower {
+        let node = common::quick(towline::Node::builder(directory)).transport(Arc::clone(self) as Arc<dyn Transport>);
+        node.node_id(NodeId(1)).follow("whoever leads", Arc::new(LogOnly)).unwrap()
+    }
+}
+
+impl Transport for Switch {
+    fn connect(&self, _: &str, timeout: Duration) -> Result<Connection> {
+        let to = (self.to.lock())(self.count.fetch_add(1, Ordering::SeqCst));
+        let connection = self.inner.connect(&to, timeout)?;
+        self.closers.lock().push(connection.closer.clone());
+        Ok(connection)
+    }
+
+    fn listen(&self, address: &str) -> Result<Box<dyn Listener>> {
+        self.inner.listen(address)
+    }
+}
+
+/// Two leaders of one log, "old" under epoch 1 and "new" under epoch 2, of two shards with five records each.
+fn old_and_new(net: &Net, a: &Path, b: &Path) -> (Leader, Leader) {
+    let old = net.node(a).shards(2).lead("old").unwrap();
+    let copy = net.node(b).node_id(NodeId(2)).follow("old", Arc::new(LogOnly)).unwrap();
+    for writer in &mut writers(&old) {
+        append(writer, 5);
+    }
+    catch_up(&old, &copy);
+    copy.shutdown().unwrap();
+    let new = net.node(b).epoch(Epoch(2)).lead("new").unwrap();
+    (old, new)
+}
+
+fn is_with(leader: &Leader, shard: u16) -> bool {
+    let status = leader.status();
+    status.shards[usize::from(shard)].followers.iter().any(|follower| follower.connected && follower.node == NodeId(1))
+}
+
+#[test]
+fn who_has_accepted_an_epoch_acknowledges_nothing_under_an_older_one() {
+    let net = Net::in_process();
+    let (parent, a, b) = directories();
+    let old = net.node(&a).shards(2).lead("old").unwrap();
+    let copy = net.node(&b).node_id(NodeId(2)).follow("old", Arc::new(LogOnly)).unwrap();
+    let switch = Switch::new(&net, |_| "old".to_owned());
+    let follower = switch.follow(&parent.path().join("c"));
+    let mut writers = writers(&old);
+    for writer in &mut writers {
+        append(writer, 5);
+    }
+    catch_up(&old, &follower);
+    catch_up(&old, &copy);
+    copy.shutdown().unwrap();
+    let new = net.node(&b).epoch(Epoch(2)).lead("new").unwrap();
+    // One of its two streams breaks, and meets the new leader.
+    switch.goes_to("new");
+    switch.closers.lock().last().unwrap().close();
+    until("the newer epoch is accepted", || follower.manifest().epoch == Epoch(2));
+    let lsns: Vec<_> = writers.iter_mut().map(|writer| append(writer, 1)).collect();
+    until("both streams go to the new leader", || is_with(&new, 0) && is_with(&new, 1));
+    for (shard, lsn) in common::shards(2).zip(lsns) {
+        let outcome = old.wait(shard, lsn, "durable:1".parse().unwrap(), Some(Instant::now())).unwrap();
+        assert_eq!(outcome, Outcome::TimedOut, "shard {shard}");
+    }
+    follower.shutdown().unwrap();
+}
+
+#[test]
+fn an_answer_of_an_older_epoch_ends_the_stream_and_not_the_follower() {
+    let net = Net::in_process();
+    let (parent, a, b) = directories();
+    let (_old, new) = old_and_new(&net, &a, &b);
+    // The old leader's answer to one shard is on its way until the other has met the new one.
+    let between = net.transport.listen("between").unwrap();
+    let (asked, was_asked) = crossbeam_channel::bounded(1);
+    let (let_go, may_go) = crossbeam_channel::bounded::<()>(1);
+    let inner = Arc::clone(&net.transport);
+    let forwards = std::thread::spawn(move || {
+        let mut connection = between.accept().unwrap();
+        let Message::SyncRequest(request) = connection.receiver.receive_message().unwrap() else {
+            panic!("no request")
+        };
+        let info = ask(&mut inner.connect("old", common::PATIENCE).unwrap(), request).unwrap();
+        asked.send(()).unwrap();
+        may_go.recv_timeout(common::PATIENCE).unwrap();
+        connection.sender.send_message(&Message::ShardInfo(info)).unwrap();
+        // Until the follower hangs up.
+        while connection.receiver.receive_message().is_ok() {}
+    });
+    let switch = Switch::new(&net, move |count| match count {
+        0 => "old".to_owned(),
+        1 => "between".to_owned(),
+        _ => {
+            let _ = was_asked.recv_timeout(common::PATIENCE);
+            "new".to_owned()
+        }
+    });
+    let follower = switch.follow(&parent.path().join("c"));
+    until("the newer epoch is accepted", || follower.manifest().epoch == Epoch(2));
+    switch.goes_to("new");
+    let_go.send(()).unwrap();
+    until("both streams go to the new leader", || is_with(&new, 0) && is_with(&new, 1));
+    forwards.join().unwrap();
+    catch_up(&new, &follower);
+    follower.shutdown().unwrap();
+}
+
+#[test]
+fn a_deposed_leader_lets_go_of_its_followers_and_takes_no_others() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let leader = net.lead(&a, 1);
+    let follower = net.node(&b).node_id(NodeId(1)).follow(&net.address, Arc::new(LogOnly)).unwrap();
+    append(&mut leader.writer(S0).unwrap(), 5);
+    catch_up(&leader, &follower);
+    let request = |node: u64, epoch| {
+        let mut request = follow_request(&leader.manifest(), node, S0);
+        request.epoch = epoch;
+        request
+    };
+    let fresh = request(8, Epoch(1));
+    let told = refused(&mut net.connect(), request(7, Epoch(9)));
+    assert_eq!(told.0, RefusalCode::StaleEpoch);
+    until("its stream has ended", || !is_with(&leader, 0));
+    let told = refused(&mut net.connect(), fresh);
+    assert_eq!(told.0, RefusalCode::StaleEpoch, "{}", told.1);
+    let info = ask_topology(net.transport.as_ref(), &net.address, common::PATIENCE).unwrap();
+    assert_eq!(info.epoch, Epoch(1), "under the other one somebody else leads");
+    assert_eq!(follower.manifest().epoch, Epoch(1));
+    assert!(!follower.stop_signal().is_shutdown(), "it waits for who leads now");
+    follower.shutdown().unwrap();
+    assert!(matches!(leader.shutdown(), Err(Error::StaleEpoch { .. })));
+}
+
+#[test]
+fn who_cannot_follow_deposes_nobody() {
+    let net = Net::in_process();
+    let (_parent, a, _) = directories();
+    let leader = net.node(&a).shards(1).followers([NodeId(5)]).lead(&net.address).unwrap();
+    let mut request = follow_request(&leader.manifest(), 7, S0);
+    request.epoch = Epoch(9);
+    assert_eq!(refused(&mut net.connect(), request).0, RefusalCode::WrongTopology, "no follower of it");
+    let mut other = follow_request(&leader.manifest(), 5, S0);
+    (other.epoch, other.shard_count) = (Epoch(9), 2);
+    assert_eq!(refused(&mut net.connect(), other).0, RefusalCode::WrongTopology, "of another log");
+    let mut last = follow_request(&leader.manifest(), 5, S0);
+    last.epoch = Epoch(u64::MAX);
+    assert_eq!(refused(&mut net.connect(), last).0, RefusalCode::ProtocolViolation, "nobody could lead after it");
+    append(&mut leader.writer(S0).unwrap(), 1);
+    assert_eq!(leader.manifest().epoch, Epoch(1));
+}
