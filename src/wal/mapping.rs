@@ -45,6 +45,7 @@ const FETCH_BEYOND: u64 = 1024;
 const UNMAP_FROM: u64 = 4 * PAGE_LEN;
 
 /// A whole file in memory.
+#[derive(Debug)]
 pub(crate) struct Mapping {
     raw: MmapRaw,
     len: u64,

@@ -53,6 +53,7 @@ const SYNCED_OFTEN: u64 = 1 << 20;
 const STAYS: Duration = Duration::from_secs(1);
 
 /// A file that can become a segment: allocated, zero, mapped.
+#[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) path: PathBuf,
     pub(super) file: File,

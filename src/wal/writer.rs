@@ -26,6 +26,7 @@ use crate::wal::log::Log;
 use crate::wal::mapping::{SegmentWriter, processor_ticks};
 use crate::wal::reader::LogPosition;
 use crate::wal::segment::{SEGMENT_VERSION, SegmentHeader};
+use crate::wal::spares::Prepared;
 use crate::wal::{SyncPolicy, TornTail};
 
 mod ingest;
@@ -115,6 +116,8 @@ pub struct LogWriter {
     trusted_epoch: Option<Epoch>,
     /// See [`set_led`](Self::set_led).
     is_led: bool,
+    /// For the next segment.
+    reserved: Option<Prepared>,
     /// Published end of the open segment at which to ask for more pages to be made ready.
     populate_at: u64,
     /// Published end of the open segment at which to note a landmark.
@@ -171,6 +174,7 @@ impl LogWriter {
             header_due: false,
             trusted_epoch: None,
             is_led: false,
+            reserved: None,
             populate_at: 0,
             landmark_at: end.offset + LANDMARK_EVERY,
             torn_tail,
@@ -401,6 +405,10 @@ impl LogWriter {
         BatchHeader::new(at, (record_count, body_len), timestamp, self.log.synced().load())
     }
 
+    fn take_spare(&mut self) -> Result<Prepared> {
+        self.reserved.take().map_or_else(|| self.log.spares().take(), Ok)
+    }
+
     /// Seals the open segment, if there is one, and opens the next. A spare is taken first, so that a full disk
     /// leaves everything as it was.
     #[cold]
@@ -417,7 +425,7 @@ impl LogWriter {
             let is_long = self.batches > 0 && self.long_batches >= self.batches - self.batches / 8;
             self.log.spares().set_long(is_long);
         }
-        let prepared = self.log.spares().take()?;
+        let prepared = self.take_spare()?;
         // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
         let empty = self.open.take_if(|open| open.end() == SEGMENT_HEADER_LEN);
         if let Some(open) = empty {

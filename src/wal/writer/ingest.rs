@@ -12,7 +12,7 @@ use crate::wal::segment::{HEADER_PAGE, SegmentHeader};
 impl LogWriter {
     /// Memory for the next bytes of the leader's log, as many as `len` or fewer (never none): they are bytes from
     /// `offset` on of the segment that begins with LSN `segment`. Fill a beginning of it, then say how much with
-    /// [`ingest_filled`](Self::ingest_filled).
+    /// [`ingest_filled`](Self::ingest_filled). Where a segment begins, this waits for its file.
     ///
     /// # Errors
     ///
@@ -30,6 +30,11 @@ impl LogWriter {
                 "bytes from {offset} on of the segment that begins with LSN {segment} arrived, where {} of {} are due",
                 due.1, due.0
             )));
+        }
+        if self.header_due && self.reserved.is_none() {
+            // Now, and not when the page has been checked: that is done under a lock that acknowledgements need.
+            self.log.spares().set_long(false);
+            self.reserved = Some(self.log.spares().take()?);
         }
         let Some(open) = self.open.as_mut().filter(|_| !self.header_due) else {
             // The header page arrives beside the segment: what it says must be checked before there is a segment.
@@ -168,8 +173,7 @@ impl LogWriter {
                 "a segment arrived that does not continue the log: {header:?}, due {due:?}"
             )));
         }
-        self.log.spares().set_long(false);
-        let prepared = self.log.spares().take()?;
+        let prepared = self.take_spare()?;
         // A segment without batches is no history: its leader may have replaced it under a newer epoch, and another
         // leader, of whose epoch it is not, may never have had it.
         if let Some(empty) = self.open.take() {

@@ -240,3 +240,24 @@ fn no_batch_is_compact_whose_lsn_the_segment_could_not_tell() {
     assert!(misplaced(11, SEGMENT_HEADER_LEN, &segment));
     assert!(misplaced(11, 5000, &SegmentHeader { version: OLDEST_SEGMENT_VERSION, ..segment }));
 }
+
+#[test]
+fn a_segment_that_arrives_has_its_file_before_its_header_page_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let files = |ending: &str| {
+        let names = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().ends_with(ending)).count()
+    };
+    writer.ingest_window(Lsn::FIRST, 0, 100).unwrap();
+    assert!(writer.reserved.is_some() && files("1.wal") == 0, "nothing is waited for once the page is there");
+    let reserved = writer.reserved.as_ref().map(|spare| spare.path.clone());
+    writer.ingest_window(Lsn::FIRST, 0, 100).unwrap();
+    assert_eq!(writer.reserved.as_ref().map(|spare| spare.path.clone()), reserved, "one is enough");
+    writer.discard_partial();
+    // Should this node write on by itself, it takes that one.
+    writer.append(b"record").unwrap();
+    assert!(writer.reserved.is_none() && files("1.wal") == 1);
+    drop(writer);
+    wal.close().unwrap();
+}
