@@ -46,7 +46,7 @@ const WRITE_THROUGH_FILE_MOST: u64 = 1 << 20;
 const WRITE_SYNCED_MOST: u64 = 64 * 1024;
 /// A window of at least this many bytes is filled in memory, checked there, and goes in through the file, unless every
 /// page of a segment is made ready ahead: a page's fault costs more than the second copy. Measured: see the table of
-/// what was tried in `benches/README.md`.
+/// what was tried in `benches/TRIED.md`.
 const STAGE_FROM: u64 = 64 * 1024;
 /// The longest beginning of a batch that is kept in memory; a longer one goes on in the mapping.
 const STAGE_MOST: u64 = 4 << 20;
