@@ -325,6 +325,13 @@ impl ShardRetention {
             .collect()
     }
 
+    /// What comes first when log is given up: no file has gone.
+    #[cfg(test)]
+    pub(crate) fn give_up_before(&self, tail: Lsn) {
+        let _pins = self.pins.lock();
+        self.tail.fetch_max(tail.0, Ordering::AcqRel);
+    }
+
     /// Somebody who needed everything after `before` needs only what is after `now`.
     pub(crate) fn moved(&self, before: Lsn, now: Lsn) {
         let awaited = self.awaited.load(Ordering::SeqCst);

@@ -22,6 +22,9 @@ use crate::wire::SyncRequest;
 /// than a moment, and is then told nothing.
 const FAREWELL: Duration = Duration::from_millis(250);
 
+/// How often a follower is decided about that needs log which is given up while that is done.
+const MOST_LOOKS: usize = 3;
+
 /// A follower that is served from now on.
 #[derive(Debug)]
 pub(crate) struct Admitted {
@@ -35,6 +38,14 @@ pub(crate) struct Admitted {
 /// A follower that is not served: what it is told.
 #[derive(Debug)]
 pub(crate) struct Declined(pub(crate) RefusalCode, pub(crate) String);
+
+/// What the leader's log had when a follower was decided about.
+struct Looked {
+    /// Where the follower's log goes on in it.
+    place: Option<LogPosition>,
+    tail: Lsn,
+    head: Lsn,
+}
 
 /// The signals of one stream.
 #[derive(Clone)]
@@ -82,9 +93,52 @@ impl Host {
         let node = request.node;
         self.end_stream_before(state, node, before);
         let known = self.make_member(state, node, endpoint)?;
+        let mut looked = self.look(state, &known, request, parting);
+        for _ in 1..MOST_LOOKS {
+            if !state.has_lost_pin(node) {
+                break;
+            }
+            // Retention, which waits for nobody, came between the look and the pin: what it has left decides.
+            looked = self.look(state, &known, request, parting);
+        }
+        let Looked { place, tail, head } = looked;
+        let refusal = state.engine.replica(node).and_then(|replica| replica.refusal);
+        let session = state.engine.session(node).filter(|_| refusal.is_none());
+        let Some(session) = session.filter(|session| session.phase.is_live()) else {
+            if refusal.is_none() && state.has_lost_pin(node) {
+                let text =
+                    format!("the log of shard {} is given up faster than you can be admitted; ask again", self.shard);
+                return Err(Declined(RefusalCode::Internal, text));
+            }
+            return Err(self.declined(refusal, request, parting, (tail, head)));
+        };
+        let common = parting.and_then(|parting| parting.common);
+        let place = session.cut.map_or(place, |_| common);
+        if session.kind == SessionKind::Rebuild {
+            // Until it is known where its log begins, it needs none, unless it can go on with what it has.
+            known.set_lost_place(self.shard, rebuild_goes_on(request, place).is_none());
+        } else if place.is_none() {
+            // An empty log that began with another chain than this one.
+            self.fail_session(state, node, FailureReason::LocalWalCorrupt);
+            return Err(self.declined(Some(Refusal::Diverged), request, parting, (tail, head)));
+        }
+        state.streams += 1;
+        let stream = StreamKey { node, id: state.streams };
+        if let Some(member) = state.member(node) {
+            member.stream = Some(Open { id: stream.id, signals: signals.clone() });
+        }
+        self.report_connected(state);
+        Ok(Admitted { stream, session, place })
+    }
+
+    /// Looks where the follower stands in the log, and has the engine decide by that.
+    fn look(&self, state: &mut State, known: &Known, request: &SyncRequest, parting: Option<&Parting>) -> Looked {
         // Looked up before the tail is: where log is released meanwhile, a place that is not found is before the tail.
         let place = state.log.position_after(request.received, request.chain).ok().flatten();
-        let (tail, head) = (state.log.tail(), state.log.head());
+        // Retention says what is given up before it removes the files of that, one after the other.
+        let (tail, head) = (state.log.tail().max(self.retention.tail()), state.log.head());
+        // A file that goes is no place to begin at.
+        let place = place.filter(|place| place.segment >= tail);
         let common = parting.and_then(|parting| parting.common);
         let durable = request.durable.min(request.received);
         // What is behind the common point is no position in this log.
@@ -93,7 +147,7 @@ impl Host {
         known.set_lost_place(self.shard, known.position(self.shard).next() < tail);
         let facts = SyncAck {
             epoch: state.assignment.epoch,
-            replica: node,
+            replica: request.node,
             follower: FollowerFacts {
                 received: request.received,
                 durable,
@@ -119,27 +173,7 @@ impl Host {
             },
         };
         self.apply(state, &Event::SyncAckReceived(facts));
-        let refusal = state.engine.replica(node).and_then(|replica| replica.refusal);
-        let session = state.engine.session(node).filter(|_| refusal.is_none());
-        let Some(session) = session.filter(|session| session.phase.is_live()) else {
-            return Err(self.declined(refusal, request, parting, (tail, head)));
-        };
-        let place = session.cut.map_or(place, |_| common);
-        if session.kind == SessionKind::Rebuild {
-            // Until it is known where its log begins, it needs none, unless it can go on with what it has.
-            known.set_lost_place(self.shard, rebuild_goes_on(request, place).is_none());
-        } else if place.is_none() {
-            // An empty log that began with another chain than this one.
-            self.fail_session(state, node, FailureReason::LocalWalCorrupt);
-            return Err(self.declined(Some(Refusal::Diverged), request, parting, (tail, head)));
-        }
-        state.streams += 1;
-        let stream = StreamKey { node, id: state.streams };
-        if let Some(member) = state.member(node) {
-            member.stream = Some(Open { id: stream.id, signals: signals.clone() });
-        }
-        self.report_connected(state);
-        Ok(Admitted { stream, session, place })
+        Looked { place, tail, head }
     }
 
     /// The follower as a member of the assignment; one that is new is remembered first, for good.
@@ -230,8 +264,143 @@ impl Host {
     }
 }
 
+impl State {
+    /// Whether a follower's session is over because what it needs is given up.
+    fn has_lost_pin(&self, node: NodeId) -> bool {
+        self.engine.session(node).is_some_and(|session| session.reason == Some(FailureReason::PinLost))
+    }
+}
+
 /// Where the log of a follower's interrupted rebuild goes on in the leader's, if it is a beginning of that.
 pub(crate) fn rebuild_goes_on(request: &SyncRequest, place: Option<LogPosition>) -> Option<LogPosition> {
     let both = SyncRequest::BASE_INCOMPLETE | SyncRequest::REBUILD_KEPT;
     place.filter(|_| request.flags & both == both && request.received > Lsn::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::commit::Commit;
+    use crate::host::{Clock, HostSettings};
+    use crate::limits::MIN_SEGMENT_SIZE;
+    use crate::protocol::{Role, SessionLimits};
+    use crate::registry::Registry;
+    use crate::retention::{RetentionOptions, ShardRetention};
+    use crate::types::{ClusterId, RegionId, ShardId};
+    use crate::wal::{LogIdentity, LogWriter, Wal, WalOptions};
+    use crate::watermark::Watermark;
+    use crate::wire::{PROTOCOL_VERSIONS, Purpose};
+
+    const SHARD: ShardId = ShardId(0);
+    const IDENTITY: LogIdentity =
+        LogIdentity { cluster: ClusterId(7), region: RegionId(1), shard: SHARD, segment_size: MIN_SEGMENT_SIZE };
+    const FOLLOWER: NodeId = NodeId(2);
+
+    /// A leader's shard with a log of several segments, all of it there.
+    struct Scene {
+        _directory: tempfile::TempDir,
+        wal: Wal,
+        _writer: LogWriter,
+        retention: Arc<ShardRetention>,
+        host: Host,
+    }
+
+    impl Scene {
+        fn new() -> Scene {
+            let directory = tempfile::tempdir().unwrap();
+            let shard = directory.path().join("shard");
+            std::fs::create_dir(&shard).unwrap();
+            let (wal, mut writer) = Wal::open(&shard, IDENTITY, WalOptions::default()).unwrap();
+            writer.set_epoch(Epoch(1)).unwrap();
+            while wal.log().segments().len() < 5 {
+                writer.append(&[7; 4096]).unwrap();
+            }
+            let registry = Arc::new(Registry::open(&directory.path().join("followers"), 1).unwrap());
+            let (log, wake) = (Arc::clone(wal.log()), Arc::new(Watermark::default()));
+            let options = RetentionOptions::default();
+            let retention = Arc::new(ShardRetention::new(Arc::clone(&log), options, registry, None, wake));
+            let settings = HostSettings {
+                node: NodeId(1),
+                limits: SessionLimits::default(),
+                commit: Commit::SYNCED,
+                members: None,
+                first_session: 1,
+                on_projection: None,
+                clock: Arc::new(Clock::new()),
+            };
+            let host = Host::new(settings, log, Arc::clone(&retention));
+            host.assign(Role::Leader, Epoch(1));
+            Scene { _directory: directory, wal, _writer: writer, retention, host }
+        }
+
+        /// The first LSN of each segment but the oldest.
+        fn later_segments(&self) -> Vec<Lsn> {
+            self.wal.log().segments().iter().map(|segment| segment.id().first_lsn).skip(1).collect()
+        }
+
+        /// What a follower asks that has everything up to `lsn`.
+        fn request(&self, lsn: Lsn) -> SyncRequest {
+            SyncRequest {
+                versions: PROTOCOL_VERSIONS,
+                purpose: Purpose::Follow,
+                cluster: IDENTITY.cluster,
+                node: FOLLOWER,
+                region: IDENTITY.region,
+                shard: SHARD,
+                shard_count: 1,
+                segment_size: IDENTITY.segment_size,
+                epoch: Epoch(1),
+                received: lsn,
+                durable: lsn,
+                applied: lsn,
+                chain: self.wal.log().position_before(lsn.next()).unwrap().chain,
+                from: Lsn::ZERO,
+                flags: 0,
+            }
+        }
+
+        fn admit(&self, request: &SyncRequest) -> Result<Admitted, Declined> {
+            let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
+            self.host.admit(request, None, "somewhere", &signals)
+        }
+    }
+
+    #[test]
+    fn whoever_needs_log_whose_files_are_still_going_is_rebuilt() {
+        let scene = Scene::new();
+        let tail = scene.later_segments()[1];
+        scene.retention.give_up_before(tail);
+        assert_eq!(scene.wal.log().tail(), Lsn::FIRST, "no file has gone yet");
+        let admitted = scene.admit(&scene.request(Lsn(3))).unwrap();
+        assert_eq!(admitted.session.kind, SessionKind::Rebuild);
+        assert!(scene.host.has_lost_place(FOLLOWER), "nothing is held for it");
+        let admitted = scene.admit(&scene.request(tail.previous())).unwrap();
+        assert_eq!(admitted.session.kind, SessionKind::CatchUp, "all that it needs stays");
+        assert!(!scene.host.has_lost_place(FOLLOWER));
+        assert_eq!(admitted.place.unwrap().segment, tail);
+    }
+
+    #[test]
+    fn nobody_is_refused_for_good_because_log_goes_while_it_is_decided_about() {
+        let scene = Scene::new();
+        let (first, last) = (Lsn(3), scene.wal.log().head());
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for lsn in first.0..last.0 {
+                    scene.retention.give_up_before(Lsn(lsn));
+                    std::thread::yield_now();
+                }
+                ended.store(true, Ordering::SeqCst);
+            });
+            while !ended.load(Ordering::SeqCst) {
+                let request = scene.request(scene.retention.tail());
+                if let Err(Declined(code, text)) = scene.admit(&request) {
+                    assert!(!code.is_permanent(), "{text}");
+                }
+            }
+        });
+    }
 }
