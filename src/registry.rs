@@ -80,12 +80,12 @@ impl Known {
         self.node
     }
 
-    /// Up to where it needs nothing any more: what it has applied and has on stable storage. Where nothing was applied
-    /// yet, what is durable decides.
+    /// Up to where it needs nothing any more: what it has applied and has on stable storage. Before it has applied
+    /// anything it needs everything, although the engine lets what is durable decide then: with its first record that
+    /// falls back to what is applied, and what lies between must still be there.
     pub(crate) fn position(&self, shard: ShardId) -> Lsn {
         self.places.get(usize::from(shard.0)).map_or(Lsn::ZERO, |place| {
-            let (durable, applied) = (place.durable.load(Ordering::Acquire), place.applied.load(Ordering::Acquire));
-            Lsn(if applied == 0 { durable } else { durable.min(applied) })
+            Lsn(place.durable.load(Ordering::Acquire).min(place.applied.load(Ordering::Acquire)))
         })
     }
 
@@ -359,8 +359,9 @@ mod tests {
     #[test]
     fn a_position_is_what_is_durable_and_applied() {
         let known = Known::new(NodeId(1), 1);
-        assert_eq!(known.note(ShardId(0), Lsn(5), Lsn(0), 0), (Lsn(0), Lsn(5)));
-        assert_eq!(known.note(ShardId(0), Lsn(6), Lsn(3), 0), (Lsn(5), Lsn(3)));
+        let nothing_applied = known.note(ShardId(0), Lsn(5), Lsn(0), 0);
+        assert_eq!(nothing_applied, (Lsn(0), Lsn(0)), "its first record is still to be applied");
+        assert_eq!(known.note(ShardId(0), Lsn(6), Lsn(3), 0), (Lsn(0), Lsn(3)));
         assert_eq!(known.note(ShardId(0), Lsn(6), Lsn(8), 0), (Lsn(3), Lsn(6)));
         assert_eq!(known.position(ShardId(7)), Lsn::ZERO);
     }

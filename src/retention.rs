@@ -10,6 +10,9 @@
 //! | nobody, within `min_wal_bytes` | there is newer log | goes |
 //! | this node's own target | it has applied it durably | holds it, and is asked to hurry |
 //!
+//! A known follower that has everything on stable storage and has applied nothing yet still needs everything: with its
+//! first record, what it has applied decides where its log goes on.
+//!
 //! So a follower that is slow, stopped or gone for ever neither fills the disk nor slows anybody: appends never wait
 //! for retention.
 //!

@@ -16,7 +16,7 @@ use towline::status::{FollowerStatus, ShardStatus};
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport, Transport};
 use towline::wal::Record;
-use towline::wire::{SessionKind as WireKind, ShardInfo, SyncRequest, VersionRange};
+use towline::wire::{Ack, Message, SessionKind as WireKind, ShardInfo, SyncRequest, VersionRange};
 use towline::{
     Chain, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId, WaitStrategy,
     wait_any,
@@ -120,6 +120,13 @@ impl ByHand {
 
     fn acknowledge(&mut self, (lsn, chain): (Lsn, Chain)) {
         raw::acknowledge(&mut self.connection, &self.info, lsn, chain).unwrap();
+    }
+
+    /// Has everything up to `lsn` on stable storage, and has applied less.
+    fn acknowledge_applied(&mut self, (lsn, chain): (Lsn, Chain), applied: Lsn) {
+        let ShardInfo { epoch, session, .. } = self.info;
+        let ack = Ack { received: lsn, durable: lsn, applied, chain, epoch, session };
+        self.connection.sender.send_message(&Message::Ack(ack)).unwrap();
     }
 }
 
@@ -387,4 +394,56 @@ fn a_catch_up_becomes_a_keep_up_on_the_same_stream() {
     let last = writer.append(b"record").unwrap();
     stream.acknowledge((last, writer.end().chain));
     wait_for(&leader, last, "durable:1");
+}
+
+#[test]
+fn what_a_follower_has_not_applied_is_kept_although_it_is_durable_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let leader = small(directory.path()).lead("127.0.0.1:0").unwrap();
+    let log = Arc::clone(leader.log(SHARD).unwrap());
+    let mut writer = leader.writer(SHARD).unwrap();
+    // It has everything on stable storage, and its target is still at the first record.
+    let mut stream = ask(&leader, request(&leader, 2)).ok().unwrap();
+    let head = append_segments(&leader, &mut writer, 4);
+    let chain = writer.end().chain;
+    stream.acknowledge_applied((head, chain), Lsn::ZERO);
+    wait_for(&leader, head, "synced+durable:1");
+    // Then somebody else has all of it, so that retention looks at what is needed.
+    let mut other = ask(&leader, request(&leader, 3)).ok().unwrap();
+    other.acknowledge((head, chain));
+    wait_for(&leader, head, "applied:1");
+    append_segments(&leader, &mut writer, 4);
+    stream.acknowledge_applied((head, chain), Lsn(8));
+    eventually("saying what is applied", || follower_status(&leader, 2).applied == Lsn(8));
+    assert_eq!(log.tail(), Lsn(1));
+    drop(stream);
+    let again = SyncRequest { received: head, durable: head, applied: Lsn(8), chain, ..request(&leader, 2) };
+    assert_eq!(ask(&leader, again).ok().unwrap().info.session_kind, WireKind::CatchUp);
+}
+
+#[test]
+fn a_follower_that_says_late_what_it_has_applied_has_its_place_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let leader = small(directory.path()).lead("127.0.0.1:0").unwrap();
+    let log = Arc::clone(leader.log(SHARD).unwrap());
+    let mut writer = leader.writer(SHARD).unwrap();
+    let head = append_segments(&leader, &mut writer, 4);
+    let chain = writer.end().chain;
+    wait_for(&leader, head, "synced");
+    let mut stream = ask(&leader, request(&leader, 2)).ok().unwrap();
+    stream.acknowledge((head, chain));
+    eventually("being given up", || log.tail() > Lsn(1));
+    // As one that has led, and does not know yet how much of its log is the new leader's.
+    let again = SyncRequest { received: head, durable: head, chain, ..request(&leader, 2) };
+    let mut stream = ask(&leader, again).ok().unwrap();
+    assert_eq!(stream.info.session_kind, WireKind::KeepUp);
+    assert!(follower_status(&leader, 2).place_lost, "what it would have to apply is gone");
+    stream.acknowledge((head, chain));
+    eventually("having its place", || !follower_status(&leader, 2).place_lost);
+    drop(stream);
+    let newer = append_segments(&leader, &mut writer, 4);
+    wait_for(&leader, newer, "synced");
+    assert!(log.tail() <= head.next(), "it is kept for it");
+    let behind = SyncRequest { applied: head, ..again };
+    assert_eq!(ask(&leader, behind).ok().unwrap().info.session_kind, WireKind::CatchUp);
 }

@@ -143,7 +143,10 @@ impl Host {
         let durable = request.durable.min(request.received);
         // What is behind the common point is no position in this log.
         let shared = common.map_or(Lsn::MAX, |place| place.lsn);
-        known.note(self.shard, durable.min(shared), request.applied.min(shared), unix_ms());
+        let base_incomplete = request.flags & SyncRequest::BASE_INCOMPLETE != 0;
+        // What half a base has applied is nobody's state. A rebuild that goes on with its log needs what follows in it.
+        let applied = if base_incomplete { durable } else { request.applied };
+        known.note(self.shard, durable.min(shared), applied.min(shared), unix_ms());
         known.set_lost_place(self.shard, known.position(self.shard).next() < tail);
         let facts = SyncAck {
             epoch: state.assignment.epoch,
@@ -162,7 +165,7 @@ impl Host {
                     // bound it can be refused where it would have been rebuilt, and never loses anything.
                     None => request.epoch,
                 },
-                base_incomplete: request.flags & SyncRequest::BASE_INCOMPLETE != 0,
+                base_incomplete,
             },
             leader: LeaderFacts {
                 tail,

@@ -199,6 +199,10 @@ impl Host {
             return self.settle();
         };
         let (before, position) = member.known.note(self.shard, durable, applied, unix_ms());
+        if member.known.has_lost_place(self.shard) && position.next() >= self.retention.tail() {
+            // It had applied less than the log goes back to, had the rest by itself, and has applied that now.
+            self.judge_place(&member.known);
+        }
         if let Some((_, pin)) = member.pins.last() {
             // A session's pin follows its follower; what lies before is needed by nobody.
             pin.move_to(position.next());
@@ -235,6 +239,15 @@ impl Host {
         self.settings.clock.arm(due);
         if !quiet {
             self.publish();
+        }
+    }
+
+    /// Finds out whether log that a follower needs has been given up. Retention moves its tail before it takes places:
+    /// what it takes from here on stays taken.
+    fn judge_place(&self, known: &Known) {
+        known.set_lost_place(self.shard, false);
+        if known.position(self.shard).next() < self.retention.tail() {
+            known.set_lost_place(self.shard, true);
         }
     }
 

@@ -601,6 +601,7 @@ impl World {
         }
         if let Some(known) = leading.followers.get_mut(&follower) {
             known.position = known.position.max(ack.durable.min(ack.applied));
+            known.lost_place &= known.position.next() < node.log.tail();
             if let Some((_, pin)) = known.pins.last_mut() {
                 *pin = (*pin).max(known.position.next());
             }
