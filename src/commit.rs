@@ -17,6 +17,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
 use crate::shipper::Shipper;
+use crate::shutdown::ShutdownSignal;
 use crate::types::{Lsn, NodeId};
 use crate::wal::{Log, LogWriter, SyncPolicy};
 use crate::watermark::{Until, Waited, Watermark, wait_any};
@@ -440,9 +441,17 @@ pub(crate) struct Acknowledged {
 }
 
 impl Acknowledged {
-    /// The marks of a follower, made when it is first seen.
-    pub(crate) fn follower(&self, node: NodeId) -> Result<Arc<FollowerMarks>> {
+    /// The marks of a follower for a stream that serves it, made with the first one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShutDown`] if the stream is over: its follower may be [forgotten](Self::forget). [`Error::Invalid`] if
+    /// as many are known as can be.
+    pub(crate) fn follower(&self, node: NodeId, stream_over: &ShutdownSignal) -> Result<Arc<FollowerMarks>> {
         let mut followers = self.followers.write();
+        if stream_over.is_shutdown() {
+            return Err(Error::ShutDown);
+        }
         if let Some(known) = followers.iter().find(|known| known.node == node) {
             return Ok(Arc::clone(known));
         }
@@ -454,6 +463,13 @@ impl Acknowledged {
         let marks = Arc::new(FollowerMarks::new(node));
         followers.push(Arc::clone(&marks));
         Ok(marks)
+    }
+
+    /// A follower that is not waited for any longer, whose stream is over: it does not count for what comes. What was
+    /// reached with it stays reached. What its stream still says while it ends is about marks that nobody looks at.
+    pub(crate) fn forget(&self, node: NodeId) {
+        let _one_at_a_time = self.computing.lock();
+        self.followers.write().retain(|known| known.node != node);
     }
 
     /// A stream to a follower begins, which has what it said when it asked for it. During a rebuild that is nothing, and
@@ -578,6 +594,10 @@ mod tests {
     use super::*;
     use crate::watermark::WaitStrategy;
 
+    fn follower(acknowledged: &Acknowledged, node: u64) -> Arc<FollowerMarks> {
+        acknowledged.follower(NodeId(node), &ShutdownSignal::new()).unwrap()
+    }
+
     fn reached(acknowledged: &Acknowledged) -> Lsn {
         acknowledged.reached(AckLevel::Durable, 1).load()
     }
@@ -585,7 +605,7 @@ mod tests {
     #[test]
     fn the_count_th_highest_mark_is_reached_and_never_moves_back() {
         let acknowledged = Acknowledged::default();
-        let [a, b] = [1, 2].map(|node| acknowledged.follower(NodeId(node)).unwrap());
+        let [a, b] = [1, 2].map(|node| follower(&acknowledged, node));
         acknowledged.stream_begins(&a, 1, false, [Lsn::ZERO; 3], 0);
         acknowledged.stream_begins(&b, 2, false, [Lsn::ZERO; 3], 0);
         let two = acknowledged.reached(AckLevel::Durable, 2);
@@ -599,9 +619,39 @@ mod tests {
     }
 
     #[test]
+    fn a_forgotten_follower_counts_for_nothing_that_comes_and_leaves_its_place() {
+        let acknowledged = Acknowledged::default();
+        let [a, b] = [1, 2].map(|node| follower(&acknowledged, node));
+        acknowledged.stream_begins(&a, 1, false, [5; 3].map(Lsn), 0);
+        acknowledged.stream_begins(&b, 2, false, [9; 3].map(Lsn), 0);
+        let two = acknowledged.reached(AckLevel::Durable, 2);
+        assert_eq!(two.load(), Lsn(5));
+        acknowledged.forget(NodeId(2));
+        assert_eq!(two.load(), Lsn(5), "what was committed stays");
+        assert_eq!(acknowledged.reached(AckLevel::Received, 2).load(), Lsn::ZERO, "of two, one exists");
+        acknowledged.acknowledge(&a, 1, [7; 3].map(Lsn), 0);
+        // The reader of its stream has not noticed yet.
+        acknowledged.acknowledge(&b, 2, [12; 3].map(Lsn), 0);
+        acknowledged.rebuilt(&b, 2, Lsn(12), 0);
+        assert_eq!((two.load(), reached(&acknowledged)), (Lsn(5), Lsn(7)));
+        let over = ShutdownSignal::new();
+        over.shutdown();
+        assert!(acknowledged.follower(NodeId(2), &over).unwrap_err().is_shutdown(), "nor does it bring it back");
+        // As many as can be, again and again.
+        for node in 10..10 + 2 * MAX_FOLLOWERS as u64 {
+            follower(&acknowledged, node);
+            acknowledged.forget(NodeId(node));
+        }
+        for node in 3..=MAX_FOLLOWERS as u64 + 1 {
+            follower(&acknowledged, node);
+        }
+        assert!(acknowledged.follower(NodeId(2), &ShutdownSignal::new()).is_err(), "there is a most all the same");
+    }
+
+    #[test]
     fn it_is_told_when_somebody_may_have_been_woken() {
         let acknowledged = Acknowledged::default();
-        let follower = acknowledged.follower(NodeId(1)).unwrap();
+        let follower = follower(&acknowledged, 1);
         acknowledged.stream_begins(&follower, 1, false, [Lsn::ZERO; 3], 0);
         let mark = acknowledged.reached(AckLevel::Durable, 1);
         assert!(!acknowledged.acknowledge(&follower, 1, [5, 4, 3].map(Lsn), 0), "nobody waits");
@@ -619,7 +669,7 @@ mod tests {
     #[test]
     fn what_a_rebuild_acknowledges_counts_once_it_is_complete_and_not_on_the_next_stream() {
         let acknowledged = Acknowledged::default();
-        let follower = acknowledged.follower(NodeId(1)).unwrap();
+        let follower = follower(&acknowledged, 1);
         acknowledged.stream_begins(&follower, 1, true, [4; 3].map(Lsn), 0);
         acknowledged.acknowledge(&follower, 1, [9, 8, 8].map(Lsn), 0);
         assert_eq!(reached(&acknowledged), Lsn::ZERO);
@@ -635,7 +685,7 @@ mod tests {
     #[test]
     fn what_an_earlier_stream_still_says_changes_nothing() {
         let acknowledged = Acknowledged::default();
-        let follower = acknowledged.follower(NodeId(1)).unwrap();
+        let follower = follower(&acknowledged, 1);
         acknowledged.stream_begins(&follower, 1, false, [9, 0, 0].map(Lsn), 0);
         // It lost its disk, and comes back with nothing before the reader of its old stream has noticed.
         acknowledged.stream_begins(&follower, 2, false, [Lsn::ZERO; 3], 0);

@@ -7,11 +7,13 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::commit::{AckLevel, Acknowledged};
+use crate::commit::{AckLevel, Acknowledged, FollowerMarks};
 use crate::error::Result;
 use crate::parting::{self, OwnHistory};
 use crate::retention::{RetentionFacts, RetentionOptions};
+use crate::shutdown::ShutdownSignal;
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, NodeId, WalSegmentId};
 use crate::wal::{KnownSynced, Log, LogIdentity, SegmentHeader, TornTail, recovery, walk};
 use crate::wire::{CommonPoint, EpochHistory, PROTOCOL_VERSIONS, SyncRequest};
@@ -159,7 +161,7 @@ impl CommitRule {
     ///
     /// If there are too many followers; the others as well.
     pub fn stream_begins(&self, node: NodeId, stream: u64, is_rebuild: bool, marks: [Lsn; 3]) -> Result<()> {
-        let follower = self.0.follower(node)?;
+        let follower = self.follower(node)?;
         self.0.stream_begins(&follower, stream, is_rebuild, marks, 0);
         Ok(())
     }
@@ -170,7 +172,7 @@ impl CommitRule {
     ///
     /// As above.
     pub fn acknowledge(&self, node: NodeId, stream: u64, marks: [Lsn; 3]) -> Result<()> {
-        let follower = self.0.follower(node)?;
+        let follower = self.follower(node)?;
         self.0.acknowledge(&follower, stream, marks, 0);
         Ok(())
     }
@@ -181,9 +183,13 @@ impl CommitRule {
     ///
     /// As above.
     pub fn rebuilt(&self, node: NodeId, stream: u64, agreed: Lsn) -> Result<()> {
-        let follower = self.0.follower(node)?;
+        let follower = self.follower(node)?;
         self.0.rebuilt(&follower, stream, agreed, 0);
         Ok(())
+    }
+
+    fn follower(&self, node: NodeId) -> Result<Arc<FollowerMarks>> {
+        self.0.follower(node, &ShutdownSignal::new())
     }
 
     /// Up to where so many followers have acknowledged at this level.

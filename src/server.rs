@@ -405,6 +405,9 @@ impl Server {
                 stream: Some(admitted.stream),
             }),
         };
+        // Before it is answered: whoever has the answer is a follower.
+        let marks = || shard.commits.acknowledged().follower(request.node, &signals.over).map_err(internal);
+        let answer = answer.and_then(|answer| marks().map(|_| answer));
         answer.inspect_err(|_| shard.host.stream_ended(admitted.stream))
     }
 
@@ -471,12 +474,10 @@ impl Server {
             ));
         }
         takes_log(version)?;
-        let shard = self.shard(request.shard).map_err(internal)?;
         // Who cannot follow this node deposes nobody.
-        if shard.host.may_follow(request.node) {
+        if self.shard(request.shard).map_err(internal)?.host.may_follow(request.node) {
             self.check_epoch(request.epoch)?;
         }
-        shard.commits.acknowledged().follower(request.node).map_err(internal)?;
         Ok(())
     }
 
@@ -549,10 +550,15 @@ impl Server {
 
     /// Takes a follower out of every shard, and what is known of it out of the directory.
     pub(crate) fn forget_follower(&self, node: NodeId) -> Result<()> {
-        self.all_shards().for_each(|shard| shard.host.forget(node));
         let Some(shard) = self.all_shards().next() else { return Ok(()) };
+        // First, so that one that asks again from here on is a new one, on stable storage like any other.
         let forgotten = shard.host.retention().registry().retain(|known| known != node);
-        self.all_shards().for_each(|shard| shard.host.retention().poke());
+        for shard in self.all_shards() {
+            // Its stream is over before its marks go: then it cannot bring them back.
+            shard.host.forget(node);
+            shard.commits.acknowledged().forget(node);
+            shard.host.retention().poke();
+        }
         forgotten
     }
 

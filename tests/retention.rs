@@ -447,3 +447,38 @@ fn a_follower_that_says_late_what_it_has_applied_has_its_place_again() {
     let behind = SyncRequest { applied: head, ..again };
     assert_eq!(ask(&leader, behind).ok().unwrap().info.session_kind, WireKind::CatchUp);
 }
+
+#[test]
+fn forgotten_followers_and_refused_strangers_leave_room() {
+    const MOST: u64 = 64;
+    let directory = tempfile::tempdir().unwrap();
+    let of = |name: &str| directory.path().join(name);
+    let leader = small(&of("forgetful")).lead("127.0.0.1:0").unwrap();
+    let commits = Arc::clone(leader.commits(SHARD).unwrap());
+    let mut writer = leader.writer(SHARD).unwrap();
+    let first = writer.append(b"first").unwrap();
+    for node in 100..100 + MOST {
+        let mut stream = ask(&leader, request(&leader, node)).ok().unwrap();
+        stream.acknowledge((first, writer.end().chain));
+        wait_for(&leader, first, &format!("durable:{}", node - 99));
+    }
+    assert_eq!(ask(&leader, request(&leader, 2)).err().unwrap().0, RefusalCode::TooManyConnections);
+    for node in 100..100 + MOST {
+        leader.forget_follower(NodeId(node)).unwrap();
+    }
+    assert!(commits.followers().is_empty());
+    let mut stream = ask(&leader, request(&leader, 2)).ok().unwrap();
+    stream.acknowledge((first, writer.end().chain));
+    let second = writer.append(b"second").unwrap();
+    stream.acknowledge((second, writer.end().chain));
+    wait_for(&leader, second, "durable:1");
+    assert_eq!(leader.wait(SHARD, first, "durable:2".parse().unwrap(), soon()).unwrap(), Outcome::Committed, "it was");
+    let outcome = leader.wait(SHARD, second, "durable:2".parse().unwrap(), Some(Instant::now())).unwrap();
+    assert_eq!(outcome, Outcome::TimedOut, "one follower exists");
+
+    let leader = small(&of("told whom to have")).followers([NodeId(2)]).lead("127.0.0.1:0").unwrap();
+    for node in 100..100 + MOST {
+        assert_eq!(ask(&leader, request(&leader, node)).err().unwrap().0, RefusalCode::WrongTopology);
+    }
+    assert!(ask(&leader, request(&leader, 2)).is_ok());
+}

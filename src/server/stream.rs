@@ -95,7 +95,8 @@ impl Stream {
             (_, Lanes::Ranges) => Ok(Some(Rest::Ranges(sender))),
             (None, lanes) => Ok(Some(Rest::Tail(lanes, sender))),
             (Some(key), lanes) => {
-                let follower = self.of_shard.commits.acknowledged().follower(self.request.node)?;
+                let acknowledged = self.of_shard.commits.acknowledged();
+                let follower = acknowledged.follower(self.request.node, &self.signals.over)?;
                 let shipper = self.start_shipper(key, lanes, sender, &follower)?;
                 Ok(Some(Rest::Follower(key, follower, shipper)))
             }
