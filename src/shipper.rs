@@ -187,6 +187,10 @@ impl Shipper {
             if self.superseded.is_shutdown() {
                 return Self::say_superseded(&mut lane);
             }
+            if is_awaited && self.draining.is_shutdown() {
+                // Of a rebuild that nobody has taken on yet, nothing is pending.
+                return lane.sender.finish();
+            }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node. Nor does a deposed leader's.
             if (draining && log.written().load() <= lane.shipped) || log.is_closed() || log.is_deposed() {

@@ -12,9 +12,9 @@ use towline::wire::{
     Ack, FrameKind, Message, SessionAck, SessionAction, SessionControl, SessionFailure, SessionId, SessionKind,
     SessionPhase, ShardInfo,
 };
-use towline::{AckLevel, Epoch, Lsn, Outcome};
+use towline::{AckLevel, Epoch, Lsn, NodeBuilder, Outcome};
 
-use crate::common::raw::{chain_at, follow_request, next_data};
+use crate::common::raw::{chain_at, follow_request, next_data, read_to_end};
 use crate::gates::{Gate, Gated, Point};
 use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
 
@@ -131,6 +131,34 @@ fn a_follower_whose_acknowledgements_overtake_its_last_word_counts() {
         assert!(commits.followers()[0].counts());
         let session = scene.leader.status().shards.remove(0).followers[0].session.unwrap();
         assert_eq!((session.kind, session.target), (towline::protocol::SessionKind::KeepUp, applied));
+    });
+}
+
+#[test]
+fn a_leader_that_stops_leaves_whoever_has_not_taken_a_rebuild_on() {
+    over_both(|wire| {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(FixedStore::open(directory.path().join("leader-store"), &OPTIONS).unwrap());
+        // However long it may wait for what is pending, and for a word of the follower: nothing is pending.
+        let patient = |builder: NodeBuilder| builder.drain_timeout(PATIENCE * 10).peer_timeout(PATIENCE * 10);
+        let scene = Scene::with(wire, directory, store, patient);
+        for key in 0..1500 {
+            scene.put(key, &[b'a'; 90]);
+        }
+        scene.trim();
+        let (mut stream, _, start) = asked_for_a_rebuild(&scene, wire);
+        assert_eq!(start.action, SessionAction::Start);
+        stream.receiver.set_timeout(Some(PATIENCE)).unwrap();
+        let Scene { leader, writer, .. } = scene;
+        drop(writer);
+        std::thread::scope(|scope| {
+            let stopping = scope.spawn(|| leader.shutdown());
+            let end = read_to_end(&mut stream);
+            // It waits for what a follower still says until that leaves too.
+            drop(stream);
+            stopping.join().unwrap().unwrap();
+            assert!(!matches!(end, towline::Error::Refused { .. }), "{end}");
+        });
     });
 }
 
