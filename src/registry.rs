@@ -159,6 +159,8 @@ impl Registry {
     ///
     /// [`Error::Invalid`] if as many are known as can be; [`Error::Io`].
     pub(crate) fn add(&self, node: NodeId) -> Result<Arc<Known>> {
+        // Held all along: whoever finds it known already, for another shard, finds it on stable storage too.
+        let mut saved = self.saving.lock();
         {
             let mut followers = self.followers.write();
             match followers.binary_search_by_key(&node, |known| known.node) {
@@ -172,11 +174,11 @@ impl Registry {
                 Err(at) => followers.insert(at, Arc::new(Known::new(node, self.shards))),
             }
         }
-        let saved = self.save();
+        let result = self.replace(&mut saved, self.session_bound.load(Ordering::Acquire));
         let mut followers = self.followers.write();
         let at = followers.binary_search_by_key(&node, |known| known.node);
         let at = at.map_err(|_| Error::invalid(format!("node {node} has been forgotten meanwhile")))?;
-        match saved {
+        match result {
             Ok(()) => Ok(Arc::clone(&followers[at])),
             Err(error) => {
                 followers.remove(at);
@@ -364,6 +366,26 @@ mod tests {
         assert_eq!(known.note(ShardId(0), Lsn(6), Lsn(3), 0), (Lsn(0), Lsn(3)));
         assert_eq!(known.note(ShardId(0), Lsn(6), Lsn(8), 0), (Lsn(3), Lsn(6)));
         assert_eq!(known.position(ShardId(7)), Lsn::ZERO);
+    }
+
+    #[test]
+    fn whoever_is_told_of_a_follower_finds_it_on_stable_storage() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("followers");
+        let registry = Registry::open(&path, 4).unwrap();
+        for node in (1..=16).map(NodeId) {
+            let shards = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        shards.wait();
+                        registry.add(node).unwrap();
+                        let saved = Registry::open(&path, 4).unwrap().followers();
+                        assert!(saved.iter().any(|known| known.node() == node), "node {node}");
+                    });
+                }
+            });
+        }
     }
 
     #[test]
