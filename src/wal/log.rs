@@ -395,29 +395,32 @@ impl Log {
     /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only the
     /// second one would leave what looks like such a log.
     ///
+    /// `open` is none, or the newest segment with nothing written in it: then the new one begins with the same LSN and takes
+    /// its name and its place.
+    ///
     /// # Errors
     ///
-    /// [`Error::Io`]: then there is no such segment, and the file is gone.
-    pub(super) fn activate(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
-        let path = prepared.path.clone();
-        self.take_into_use(prepared, header).inspect_err(|_| {
-            for path in [path, self.directory.join(header.id.to_string())] {
-                let _ = std::fs::remove_file(path);
-            }
-        })
-    }
-
-    fn take_into_use(&self, prepared: Prepared, header: SegmentHeader) -> Result<SegmentWriter> {
-        let is_first = self.segments.read().is_empty();
-        let begins_log = is_first && header.id.first_lsn > Lsn::FIRST;
-        if begins_log || !prepared.filled {
-            // Behind the fields the file is zero already.
-            let written = write_all_at(&prepared.file, &header.encode_fields(), 0);
-            let durable = written.and_then(|()| if begins_log { prepared.file.sync_data() } else { Ok(()) });
-            durable.map_err(Error::io("write the header of", &prepared.path))?;
+    /// [`Error::Io`]: nothing has changed, but that the prepared file is gone; or, where only the directory could not be
+    /// synced, the new file has the name already, as it would after a crash, and no segment is open. Either way a segment
+    /// of that name stays on the disk if there was one: it may be all that says where the log begins.
+    pub(super) fn activate(
+        &self,
+        prepared: Prepared,
+        header: SegmentHeader,
+        open: &mut Option<SegmentWriter>,
+    ) -> Result<()> {
+        if let Some(empty) = open.as_ref() {
+            self.discard_empty(empty);
         }
+        let is_first = self.segments.read().is_empty();
         let path = self.directory.join(header.id.to_string());
-        std::fs::rename(&prepared.path, &path).map_err(Error::io("rename a prepared segment to", &path))?;
+        if let Err(error) = give_name(&prepared, &path, &header, is_first) {
+            let _ = std::fs::remove_file(&prepared.path);
+            // It still has its name, and is synced from its beginning once more.
+            self.segments.write().extend(open.as_ref().map(|empty| Arc::clone(empty.segment())));
+            return Err(error);
+        }
+        *open = None;
         if is_first {
             sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
         }
@@ -434,12 +437,13 @@ impl Log {
         log::debug!("shard {}: opened {}", self.shard(), header.id);
         self.segments.write().push(segment);
         self.opened.advance(header.id.first_lsn);
-        Ok(writer)
+        *open = Some(writer);
+        Ok(())
     }
 
     /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's,
     /// which begins with the same LSN and is to be synced from its beginning.
-    pub(super) fn discard_empty(&self, open: SegmentWriter) {
+    fn discard_empty(&self, open: &SegmentWriter) {
         let mut position = self.sync.lock();
         self.segments.write().pop_if(|last| Arc::ptr_eq(last, open.segment()));
         if position.segment == open.segment().id().first_lsn {
@@ -670,6 +674,19 @@ impl Log {
     }
 }
 
+/// Renames a prepared file to the segment that it becomes. The header is written through the file where the file takes no
+/// stores yet, and made durable where the log begins with it, past LSN 1.
+fn give_name(prepared: &Prepared, path: &Path, header: &SegmentHeader, is_first: bool) -> Result<()> {
+    let begins_log = is_first && header.id.first_lsn > Lsn::FIRST;
+    if begins_log || !prepared.filled {
+        // Behind the fields the file is zero already.
+        let written = write_all_at(&prepared.file, &header.encode_fields(), 0);
+        let durable = written.and_then(|()| if begins_log { prepared.file.sync_data() } else { Ok(()) });
+        durable.map_err(Error::io("write the header of", &prepared.path))?;
+    }
+    std::fs::rename(&prepared.path, path).map_err(Error::io("rename a prepared segment to", path))
+}
+
 impl std::fmt::Debug for Log {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Log")
@@ -683,8 +700,10 @@ impl std::fmt::Debug for Log {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wal::log_fixture::IDENTITY;
-    use crate::wal::{SyncPolicy, Wal};
+    use crate::types::{Chain, WalSegmentId};
+    use crate::wal::log_fixture::{IDENTITY, image};
+    use crate::wal::segment::SEGMENT_VERSION;
+    use crate::wal::{LogWriter, SyncPolicy, Wal};
 
     /// A log whose waiters give way for an hour, and an LSN of it that is not synced.
     fn with_waiters_that_give_way(directory: &Path) -> (Wal, Lsn) {
@@ -726,5 +745,49 @@ mod tests {
         });
         drop(syncing);
         drop(wal);
+    }
+
+    /// Takes in the header page of the segment that begins with the next LSN.
+    fn begin_segment(writer: &mut LogWriter, epoch: u64, chain_before: Chain) -> Result<Lsn> {
+        let LogIdentity { cluster, region, shard, segment_size } = IDENTITY;
+        let first_lsn = writer.end().head.next();
+        let id = WalSegmentId { region, shard, first_lsn };
+        let version = SEGMENT_VERSION;
+        let header = SegmentHeader { id, cluster, epoch: Epoch(epoch), chain_before, segment_size, version };
+        writer.ingest_window(first_lsn, 0, SEGMENT_HEADER_LEN)?.copy_from_slice(&header.encode());
+        writer.ingest_filled(SEGMENT_HEADER_LEN)
+    }
+
+    /// What breaks: the disk, where the only segment is to be replaced by another that begins with the same LSN. What would
+    /// be lost: where the log begins. What prevents it: the old one stays until the new one has its name.
+    #[test]
+    fn a_segment_whose_successor_cannot_be_opened_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+        let (wal, mut writer) = Wal::open_at(directory.path(), IDENTITY, options, Lsn(50), Epoch(9)).unwrap();
+        begin_segment(&mut writer, 1, Chain(7)).unwrap();
+        let empty = wal.log().segments();
+        wal.log().wait_for_spares(None).unwrap();
+        let names = directory.path().read_dir().unwrap().map(|entry| entry.unwrap().path());
+        names.filter(|path| path.extension().is_some_and(|end| end == "tmp")).for_each(|path| {
+            std::fs::remove_file(path).unwrap();
+        });
+        assert!(matches!(begin_segment(&mut writer, 2, Chain(7)), Err(Error::Io { .. })));
+        let after_a_crash = tempfile::tempdir().unwrap();
+        for (name, bytes) in image(directory.path()) {
+            std::fs::write(after_a_crash.path().join(name), bytes).unwrap();
+        }
+        let (again, _writer) = Wal::open(after_a_crash.path(), IDENTITY, options).unwrap();
+        assert_eq!((again.log().tail(), again.log().segments()[0].header()), (Lsn(50), empty[0].header()));
+        // Here it goes on as if nothing had been tried, until a spare can be had.
+        assert!(Arc::ptr_eq(&wal.log().segments()[0], &empty[0]));
+        wal.log().sync_all().unwrap();
+        assert!((0..9).any(|_| begin_segment(&mut writer, 2, Chain(7)).is_ok()));
+        let open: Vec<_> = wal.log().segments().iter().map(|segment| segment.header().epoch).collect();
+        assert_eq!(open, [Epoch(2)]);
+        drop(writer);
+        wal.close().unwrap();
+        let (again, writer) = Wal::open(directory.path(), IDENTITY, options).unwrap();
+        assert_eq!((again.log().tail(), writer.end().epoch), (Lsn(50), Epoch(2)));
     }
 }

@@ -427,15 +427,11 @@ impl LogWriter {
         }
         let prepared = self.take_spare()?;
         // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
-        let empty = self.open.take_if(|open| open.end() == SEGMENT_HEADER_LEN);
-        if let Some(open) = empty {
-            self.log.discard_empty(open);
-        }
-        if let Some(open) = self.open.as_mut().filter(|open| !open.takes_stores()) {
+        let has_batches = |open: &SegmentWriter| open.end() > SEGMENT_HEADER_LEN;
+        if let Some(open) = self.open.as_mut().filter(|open| has_batches(open) && !open.takes_stores()) {
             open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
-        let through_file = prepared.through_file;
-        if let Some(mut open) = self.open.take() {
+        if let Some(mut open) = self.open.take_if(|open| has_batches(open)) {
             let header = self.next_header(0, 0, open.segment().header().epoch);
             self.chain = put_batch(open.unpublished(0..BATCH_HEADER_LEN), header, |_| {});
             self.timestamp = header.timestamp;
@@ -454,18 +450,19 @@ impl LogWriter {
             segment_size: self.log.identity().segment_size,
             version: SEGMENT_VERSION,
         };
-        self.open = Some(self.log.activate(prepared, header)?);
-        self.segment_begins(through_file);
-        Ok(())
+        self.begin_segment(prepared, header)
     }
 
-    /// The open segment is a new one, whose pages are made ready for stores or not.
-    fn segment_begins(&mut self, through_file: bool) {
+    /// Opens a new segment, in the place of an open one without batches; that one stays if it cannot be.
+    fn begin_segment(&mut self, prepared: Prepared, header: SegmentHeader) -> Result<()> {
+        let through_file = prepared.through_file;
+        self.log.activate(prepared, header, &mut self.open)?;
         self.write_from = write_from(&self.log, through_file);
         (self.batches, self.long_batches) = (0, 0);
         self.compact_until = 0;
         self.populate_at = self.log.populate_at_start(through_file);
         self.landmark_at = LANDMARK_EVERY;
+        Ok(())
     }
 
     /// Whether the open segment has all its blocks.

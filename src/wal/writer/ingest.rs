@@ -176,12 +176,7 @@ impl LogWriter {
         let prepared = self.take_spare()?;
         // A segment without batches is no history: its leader may have replaced it under a newer epoch, and another
         // leader, of whose epoch it is not, may never have had it.
-        if let Some(empty) = self.open.take() {
-            self.log.discard_empty(empty);
-        }
-        let through_file = prepared.through_file;
-        self.open = Some(self.log.activate(prepared, header)?);
-        self.segment_begins(through_file);
+        self.begin_segment(prepared, header)?;
         self.epoch = header.epoch;
         self.chain = header.chain_before;
         self.trusted_epoch = None;
