@@ -63,7 +63,8 @@ pub struct Log {
     sync_line: SyncLine,
     sync_waits: SyncWaits,
     /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
-    /// held while anybody waits for the device.
+    /// held while anybody waits for the device. Whoever gives a segment up holds it from the decision until the segment is
+    /// out of the list, and whoever takes back what such a decision rests on, `named` or the newest segment, holds it too.
     pub(super) given_up: Mutex<GivenUp>,
     /// Held by whoever gives up segments. Nobody else waits for it.
     pub(super) releasing: Mutex<()>,
@@ -443,13 +444,18 @@ impl Log {
 
     /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's,
     /// which begins with the same LSN and is to be synced from its beginning.
+    ///
+    /// The segment before it may be on its way out because this one is durable, which its successor is not yet. Either
+    /// that one is out of the list on return, and the successor begins the log; or it is the newest, and stays.
     fn discard_empty(&self, open: &SegmentWriter) {
         let mut position = self.sync.lock();
+        let given_up = self.given_up.lock();
         self.segments.write().pop_if(|last| Arc::ptr_eq(last, open.segment()));
         if position.segment == open.segment().id().first_lsn {
             position.offset = 0;
         }
         self.named.fetch_min(open.segment().id().first_lsn.previous().0, Ordering::AcqRel);
+        drop(given_up);
         self.give_turn(position);
     }
 
@@ -698,96 +704,4 @@ impl std::fmt::Debug for Log {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::types::{Chain, WalSegmentId};
-    use crate::wal::log_fixture::{IDENTITY, image};
-    use crate::wal::segment::SEGMENT_VERSION;
-    use crate::wal::{LogWriter, SyncPolicy, Wal};
-
-    /// A log whose waiters give way for an hour, and an LSN of it that is not synced.
-    fn with_waiters_that_give_way(directory: &Path) -> (Wal, Lsn) {
-        let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
-        let (wal, mut writer) = Wal::open(directory, IDENTITY, options).unwrap();
-        writer.set_epoch(Epoch(1)).unwrap();
-        let lsn = writer.append(b"record").unwrap();
-        wal.log().sync_waits.give_way_for(std::time::Duration::from_secs(3600));
-        (wal, lsn)
-    }
-
-    #[test]
-    fn who_gives_way_minds_the_deadline_and_takes_its_turn() {
-        let directory = tempfile::tempdir().unwrap();
-        let (wal, lsn) = with_waiters_that_give_way(directory.path());
-        let log = Arc::clone(wal.log());
-        let syncing = log.sync.lock();
-        let soon = Instant::now() + std::time::Duration::from_millis(5);
-        assert!(matches!(log.wait_synced(lsn, Some(soon)), Err(Error::TimedOut { .. })));
-        std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| log.wait_synced(lsn, None));
-            drop(syncing);
-            waiter.join().unwrap().unwrap();
-        });
-        assert_eq!(log.synced().load(), lsn);
-        wal.close().unwrap();
-    }
-
-    #[test]
-    fn who_gives_way_notices_the_end_of_the_log() {
-        let directory = tempfile::tempdir().unwrap();
-        let (wal, lsn) = with_waiters_that_give_way(directory.path());
-        let log = Arc::clone(wal.log());
-        let syncing = log.sync.lock();
-        std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| log.wait_synced(lsn, None));
-            log.set_poison(&Error::invalid("it failed"));
-            assert!(matches!(waiter.join().unwrap(), Err(Error::Poisoned { .. })));
-        });
-        drop(syncing);
-        drop(wal);
-    }
-
-    /// Takes in the header page of the segment that begins with the next LSN.
-    fn begin_segment(writer: &mut LogWriter, epoch: u64, chain_before: Chain) -> Result<Lsn> {
-        let LogIdentity { cluster, region, shard, segment_size } = IDENTITY;
-        let first_lsn = writer.end().head.next();
-        let id = WalSegmentId { region, shard, first_lsn };
-        let version = SEGMENT_VERSION;
-        let header = SegmentHeader { id, cluster, epoch: Epoch(epoch), chain_before, segment_size, version };
-        writer.ingest_window(first_lsn, 0, SEGMENT_HEADER_LEN)?.copy_from_slice(&header.encode());
-        writer.ingest_filled(SEGMENT_HEADER_LEN)
-    }
-
-    /// What breaks: the disk, where the only segment is to be replaced by another that begins with the same LSN. What would
-    /// be lost: where the log begins. What prevents it: the old one stays until the new one has its name.
-    #[test]
-    fn a_segment_whose_successor_cannot_be_opened_stays() {
-        let directory = tempfile::tempdir().unwrap();
-        let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
-        let (wal, mut writer) = Wal::open_at(directory.path(), IDENTITY, options, Lsn(50), Epoch(9)).unwrap();
-        begin_segment(&mut writer, 1, Chain(7)).unwrap();
-        let empty = wal.log().segments();
-        wal.log().wait_for_spares(None).unwrap();
-        let names = directory.path().read_dir().unwrap().map(|entry| entry.unwrap().path());
-        names.filter(|path| path.extension().is_some_and(|end| end == "tmp")).for_each(|path| {
-            std::fs::remove_file(path).unwrap();
-        });
-        assert!(matches!(begin_segment(&mut writer, 2, Chain(7)), Err(Error::Io { .. })));
-        let after_a_crash = tempfile::tempdir().unwrap();
-        for (name, bytes) in image(directory.path()) {
-            std::fs::write(after_a_crash.path().join(name), bytes).unwrap();
-        }
-        let (again, _writer) = Wal::open(after_a_crash.path(), IDENTITY, options).unwrap();
-        assert_eq!((again.log().tail(), again.log().segments()[0].header()), (Lsn(50), empty[0].header()));
-        // Here it goes on as if nothing had been tried, until a spare can be had.
-        assert!(Arc::ptr_eq(&wal.log().segments()[0], &empty[0]));
-        wal.log().sync_all().unwrap();
-        assert!((0..9).any(|_| begin_segment(&mut writer, 2, Chain(7)).is_ok()));
-        let open: Vec<_> = wal.log().segments().iter().map(|segment| segment.header().epoch).collect();
-        assert_eq!(open, [Epoch(2)]);
-        drop(writer);
-        wal.close().unwrap();
-        let (again, writer) = Wal::open(directory.path(), IDENTITY, options).unwrap();
-        assert_eq!((again.log().tail(), writer.end().epoch), (Lsn(50), Epoch(2)));
-    }
-}
+mod tests;
