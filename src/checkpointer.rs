@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::follower_shard::AppliedMark;
 use crate::registry::Registry;
 use crate::replication::{Checkpoint, CheckpointEntry};
@@ -26,10 +26,15 @@ pub(crate) struct Checkpointer {
     stop: ShutdownSignal,
     /// Where followers stand is written with it.
     registry: Arc<Registry>,
+    /// Told of the first error that a shard's target meets in a sync. Called while `state` is locked.
+    sync_failed: SyncFailed,
     state: Mutex<CheckpointState>,
     /// Counts shards forgotten and taken up again, so that the waiting thread looks at the new ones.
     changes: Watermark,
 }
+
+/// Ends what goes on in a shard whose target takes nothing more.
+pub(crate) type SyncFailed = Box<dyn Fn(ShardId, Error) + Send + Sync>;
 
 struct CheckpointState {
     /// By number; none for a shard that is being rebuilt: the checkpoint says nothing of it.
@@ -38,13 +43,15 @@ struct CheckpointState {
     held: BTreeMap<ShardId, CheckpointEntry>,
     /// What stands in the file.
     saved: Checkpoint,
+    /// What could not be written to it at the last attempt: the next one comes when something has moved beyond that.
+    unsaved: Option<Checkpoint>,
 }
 
 /// What the checkpoint says of one shard comes from here.
 #[derive(Clone)]
 pub(crate) struct CheckpointShard {
     pub(crate) log: Arc<Log>,
-    /// Up to where the target has applied, and the target; none on a node without one.
+    /// Up to where the target has applied, and the target; none on a node without one, and once a sync of it has failed.
     pub(crate) applied: Option<(Arc<AppliedMark>, Arc<dyn ReplicationTarget>)>,
     /// Up to where it has applied durably. Moved by the checkpointer.
     pub(crate) saved: Arc<Watermark>,
@@ -71,21 +78,16 @@ impl Checkpointer {
         stop: ShutdownSignal,
         registry: Arc<Registry>,
         saved: Checkpoint,
+        sync_failed: SyncFailed,
     ) -> Arc<Checkpointer> {
-        let state = Mutex::new(CheckpointState { shards, held: BTreeMap::new(), saved });
-        Arc::new(Checkpointer { path, hurry, stop, registry, state, changes: Watermark::default() })
+        let state = Mutex::new(CheckpointState { shards, held: BTreeMap::new(), saved, unsaved: None });
+        Arc::new(Checkpointer { path, hurry, stop, registry, sync_failed, state, changes: Watermark::default() })
     }
 
     pub(crate) fn run(&self) {
         while !self.stop.is_shutdown() {
-            let changes = self.changes.load();
             let hurry = self.hurry.load().next();
-            let (shards, saved) = {
-                let state = self.state.lock();
-                (state.shards.clone(), state.saved.clone())
-            };
-            self.wait_for_movement(&shards, &saved, changes);
-            drop(shards);
+            self.wait_for_movement(hurry);
             let conditions = [self.stop.until(), self.hurry.until(hurry)];
             wait_any(&conditions, WaitStrategy::Park, Instant::now().checked_add(CHECKPOINT_INTERVAL));
             if !self.stop.is_shutdown() {
@@ -112,7 +114,7 @@ impl Checkpointer {
             checkpoint.save(&self.path)?;
             state.saved = checkpoint;
         }
-        self.changes.advance(self.changes.load().next());
+        self.look_again(&mut state);
         Ok(())
     }
 
@@ -131,7 +133,7 @@ impl Checkpointer {
             state.saved = checkpoint;
             state.held.insert(shard, lowered);
         }
-        self.changes.advance(self.changes.load().next());
+        self.look_again(&mut state);
         Ok(())
     }
 
@@ -142,6 +144,12 @@ impl Checkpointer {
             *place = Some(with);
         }
         state.held.remove(&shard);
+        self.look_again(&mut state);
+    }
+
+    /// Has the waiting thread look at the shards as they are now.
+    fn look_again(&self, state: &mut CheckpointState) {
+        state.unsaved = None;
         self.changes.advance(self.changes.load().next());
     }
 
@@ -154,10 +162,18 @@ impl Checkpointer {
         }
     }
 
-    fn wait_for_movement(&self, shards: &[Option<CheckpointShard>], saved: &Checkpoint, changes: Lsn) {
+    /// Waits until there is more to say than at the last attempt; where that has failed, also for whoever is in a hurry.
+    fn wait_for_movement(&self, hurry: Lsn) {
+        let changes = self.changes.load();
+        let (shards, saved, unsaved) = {
+            let state = self.state.lock();
+            (state.shards.clone(), state.saved.clone(), state.unsaved.clone())
+        };
         let mut conditions = vec![self.stop.until(), self.changes.until(changes.next())];
+        conditions.extend(unsaved.as_ref().map(|_| self.hurry.until(hurry)));
+        let said = unsaved.as_ref().unwrap_or(&saved);
         for shard in shards.iter().flatten() {
-            let entry = saved.entries.get(&shard.log.shard()).copied().unwrap_or_default();
+            let entry = said.entries.get(&shard.log.shard()).copied().unwrap_or_default();
             conditions.push(Until { mark: shard.log.synced(), at_least: entry.synced.next() });
             let Some((applied, _)) = &shard.applied else { continue };
             if applied.load().min(shard.log.synced().load()) > entry.applied {
@@ -172,30 +188,38 @@ impl Checkpointer {
     }
 
     /// Makes what is applied durable in the target first, so that the checkpoint never says more than the target has.
+    ///
+    /// A target whose sync fails is not asked again: another sync may succeed although what it has applied is lost. It
+    /// has no more to say here, and whoever uses the shard is told.
     fn save(&self, state: &mut CheckpointState) -> Result<()> {
         let mut checkpoint = Checkpoint { entries: state.held.clone() };
-        for shard in state.shards.iter().flatten() {
+        for shard in state.shards.iter_mut().flatten() {
             let id = shard.log.shard();
             let synced = shard.log.synced().load();
             let before = state.saved.entries.get(&id).copied().unwrap_or_default();
             // A node without a target carries along what it once applied.
             let mut applied = before.applied;
             if let Some((mark, target)) = &shard.applied {
-                applied = mark.load();
-                if before.applied != applied
-                    && let Err(error) = target.sync(id)
-                {
+                let reached = mark.load();
+                let result = if reached == before.applied { Ok(()) } else { target.sync(id) };
+                match result {
+                    // A record that is applied here but not yet synced in the log would be ahead of it after a crash.
+                    Ok(()) => applied = reached.min(synced),
                     // The other shards' checkpoints do not wait for this one's.
-                    log::error!("shard {id}: the target did not sync: {error}");
-                    applied = before.applied;
+                    Err(error) => {
+                        log::error!("shard {id}: the target did not sync: {error}");
+                        (self.sync_failed)(id, error);
+                        shard.applied = None;
+                    }
                 }
-                // A record that is applied here but not yet synced in the log would be ahead of it after a crash.
-                applied = applied.min(synced);
             }
             checkpoint.entries.insert(id, CheckpointEntry { applied, synced });
         }
+        state.unsaved = None;
         if checkpoint != state.saved {
-            checkpoint.save(&self.path)?;
+            let saved = checkpoint.save(&self.path);
+            state.unsaved = saved.is_err().then(|| checkpoint.clone());
+            saved?;
             state.saved = checkpoint;
         }
         for shard in state.shards.iter().flatten() {
@@ -203,5 +227,113 @@ impl Checkpointer {
             shard.saved.advance(entry.applied);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::types::{ClusterId, Epoch, RegionId};
+    use crate::wal::{LogIdentity, LogWriter, Record, Wal, WalOptions};
+
+    /// Counts syncs, and fails every one.
+    #[derive(Default)]
+    struct Failing(AtomicUsize);
+
+    impl ReplicationTarget for Failing {
+        fn durable_applied(&self, _: ShardId) -> Result<Option<Lsn>> {
+            Ok(None)
+        }
+        fn apply(&self, _: ShardId, _: Record<'_>) -> Result<()> {
+            Ok(())
+        }
+        fn sync(&self, _: ShardId) -> Result<()> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Err(Error::invalid("the device took it back"))
+        }
+    }
+
+    fn open(directory: &Path) -> (Wal, LogWriter) {
+        let identity =
+            LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: ShardId(0), segment_size: 64 * 1024 };
+        let (wal, mut writer) = Wal::open(&directory.join("log"), identity, WalOptions::default()).unwrap();
+        writer.set_epoch(Epoch(1)).unwrap();
+        (wal, writer)
+    }
+
+    /// Appends a record, and has it synced and applied.
+    fn go_on(writer: &mut LogWriter, applied: &AppliedMark) -> Lsn {
+        let lsn = writer.append(b"record").unwrap();
+        writer.log().wait_synced(lsn, None).unwrap();
+        applied.publish(lsn);
+        lsn
+    }
+
+    /// One shard, kept in `path`, and what was told of syncs that failed.
+    fn checkpointer(path: PathBuf, shard: CheckpointShard) -> (Arc<Checkpointer>, Arc<Mutex<Vec<ShardId>>>) {
+        let registry = Registry::open(&path.with_file_name("followers"), 1).unwrap();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let failures = Arc::clone(&told);
+        let sync_failed: SyncFailed = Box::new(move |shard, _| failures.lock().push(shard));
+        let (shards, hurry, stop) = (vec![Some(shard)], Arc::default(), ShutdownSignal::new());
+        (Checkpointer::new(path, shards, hurry, stop, Arc::new(registry), Checkpoint::default(), sync_failed), told)
+    }
+
+    /// Whether there is nothing to do until `moves` has moved something.
+    fn waits_for(checkpointer: &Checkpointer, moves: impl FnOnce()) -> bool {
+        let hurry = checkpointer.hurry.load().next();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| checkpointer.wait_for_movement(hurry));
+            std::thread::sleep(Duration::from_millis(20));
+            let waits = !waiting.is_finished();
+            moves();
+            waits
+        })
+    }
+
+    #[test]
+    fn the_first_sync_of_a_target_that_fails_is_told_and_is_the_last() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("log")).unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let (target, applied) = (Arc::new(Failing::default()), AppliedMark::new(Lsn::ZERO, Arc::default(), true));
+        let shard = CheckpointShard::new(Arc::clone(wal.log()), Some((Arc::clone(&applied), Arc::clone(&target) as _)));
+        let saved = Arc::clone(&shard.saved);
+        let path = directory.path().join("checkpoint");
+        let (checkpointer, told) = checkpointer(path.clone(), shard);
+        go_on(&mut writer, &applied);
+        checkpointer.save_or_say();
+        assert_eq!(*told.lock(), [ShardId(0)]);
+        // What else there is to say of the shard is still said, and when there is.
+        let mut lsn = Lsn::ZERO;
+        assert!(waits_for(&checkpointer, || lsn = go_on(&mut writer, &applied)));
+        checkpointer.finish();
+        let entry = Checkpoint::load(&path).unwrap().unwrap().entries[&ShardId(0)];
+        assert_eq!(entry, CheckpointEntry { applied: Lsn::ZERO, synced: lsn });
+        assert_eq!((target.0.load(Ordering::Relaxed), told.lock().len(), saved.load()), (1, 1, Lsn::ZERO));
+    }
+
+    #[test]
+    fn a_checkpoint_that_cannot_be_written_waits_for_the_next_movement_or_for_whoever_hurries() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("log")).unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let applied = AppliedMark::new(Lsn::ZERO, Arc::default(), true);
+        let shard = CheckpointShard::new(Arc::clone(wal.log()), None);
+        let path = directory.path().join("checkpoint");
+        let (checkpointer, _) = checkpointer(path.clone(), shard);
+        std::fs::create_dir(&path).unwrap();
+        go_on(&mut writer, &applied);
+        checkpointer.save_or_say();
+        assert!(waits_for(&checkpointer, || assert!(checkpointer.hurry.advance(Lsn(1)))));
+        let mut lsn = Lsn::ZERO;
+        assert!(waits_for(&checkpointer, || lsn = go_on(&mut writer, &applied)));
+        std::fs::remove_dir(&path).unwrap();
+        checkpointer.save_or_say();
+        assert_eq!(Checkpoint::load(&path).unwrap().unwrap().entries[&ShardId(0)].synced, lsn);
+        assert!(checkpointer.state.lock().unsaved.is_none());
     }
 }

@@ -278,7 +278,9 @@ impl Follower {
             Arc::clone(&threads),
         ));
         let (path, hurry, registry) = (directory.checkpoint_path(), hosting.hurry(), hosting.registry());
-        let checkpointer = Checkpointer::new(path, kept, hurry, stop, registry, checkpoint);
+        let told = Arc::clone(&following);
+        let sync_failed = Box::new(move |shard, error| told.fail(shard, error));
+        let checkpointer = Checkpointer::new(path, kept, hurry, stop, registry, checkpoint, sync_failed);
         let mut follower = Follower {
             following,
             server,

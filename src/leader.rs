@@ -97,9 +97,6 @@ impl Leader {
         let kept: Vec<_> = kept.collect();
         let hosting = Hosting::new(&builder, &directory, protocol::Role::Leader, &kept, &stop)?;
         let (hurry, scrub_until) = (hosting.hurry(), stop.clone());
-        let kept = kept.into_iter().map(Some).collect();
-        let checkpointer =
-            Checkpointer::new(directory.checkpoint_path(), kept, hurry, stop.clone(), hosting.registry(), checkpoint);
         let shards: Vec<_> = (wals.iter().zip(&hosting.hosts))
             .map(|(wal, host)| ServerShard {
                 log: Arc::clone(wal.log()),
@@ -124,9 +121,13 @@ impl Leader {
             shards,
             builder.options.clone(),
             builder.abort_signal().child(),
-            stop,
+            stop.clone(),
             Arc::clone(&threads),
         ));
+        let kept = kept.into_iter().map(Some).collect();
+        let (path, registry, told) = (directory.checkpoint_path(), hosting.registry(), Arc::clone(&server));
+        let sync_failed = Box::new(move |shard, error| told.applying_failed(shard, &error));
+        let checkpointer = Checkpointer::new(path, kept, hurry, stop, registry, checkpoint, sync_failed);
         let leader = Leader {
             server: Arc::clone(&server),
             address,

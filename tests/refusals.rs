@@ -12,7 +12,8 @@ use common::raw::{ask, continuing, follow_request, refused};
 use common::{
     Checked, PATIENCE, SEGMENT, append, assert_identical, assert_says, catch_up, directories, records_of, shards, until,
 };
-use towline::target::LogOnly;
+use towline::target::{LogOnly, ReplicationTarget};
+use towline::wal::Record;
 use towline::wire::{Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
 use towline::{Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeId, RefusalCode, ShardId};
 
@@ -334,4 +335,36 @@ fn shards_that_do_not_exist_are_refused() {
     ] {
         assert_says(&error.to_string(), &["no shard 2", "has 2, numbered from 0"]);
     }
+}
+
+/// A target on a device that keeps nothing.
+struct Unsyncable;
+
+impl ReplicationTarget for Unsyncable {
+    fn durable_applied(&self, _: ShardId) -> towline::Result<Option<Lsn>> {
+        Ok(None)
+    }
+
+    fn apply(&self, _: ShardId, _: Record<'_>) -> towline::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self, _: ShardId) -> towline::Result<()> {
+        Err(Error::Invalid { reason: "the device of the target keeps nothing".into() })
+    }
+}
+
+#[test]
+fn a_target_that_cannot_be_synced_ends_the_shard_as_one_that_refuses_records_does() {
+    let (_parent, leader_dir, follower_dir) = directories();
+    let leader = Node::builder(&leader_dir).target(Arc::new(Unsyncable)).segment_size(SEGMENT);
+    let leader = leader.lead("127.0.0.1:0").unwrap();
+    let follower = Node::builder(&follower_dir).follow(leader.local_address(), Arc::new(Unsyncable)).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    append(&mut writer, 10);
+    assert_says(&reason_of_end(&follower).to_string(), &["the device of the target keeps nothing"]);
+    until("the leader takes no more records", || writer.append(b"one more").is_err());
+    let error = writer.append(b"one more").unwrap_err();
+    assert!(matches!(error, Error::Poisoned { .. }), "{error}");
+    assert_says(&error.to_string(), &["the device of the target keeps nothing"]);
 }
