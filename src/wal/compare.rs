@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, Lsn};
 use crate::wal::batch::Batch;
+use crate::wal::given_up::segment_of;
 use crate::wal::known_synced::KnownSynced;
 use crate::wal::scan::{LogReport, SegmentReport, Visit, scan_segment, verify_log};
 use crate::wal::walk::SegmentFile;
@@ -119,8 +120,7 @@ fn extent(log: &LogReport) -> LogExtent {
 
 /// By its name, which stands even where the header does not.
 fn first_lsn(segment: &SegmentReport) -> Lsn {
-    let name = segment.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name.parse::<crate::types::WalSegmentId>().map_or(Lsn::ZERO, |id| id.first_lsn)
+    segment_of(&segment.path).map_or(Lsn::ZERO, |id| id.first_lsn)
 }
 
 /// Where a segment's bytes end.

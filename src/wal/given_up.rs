@@ -259,35 +259,39 @@ impl GivenUp {
     }
 }
 
-/// The name of the segment that was set aside under this name.
-fn name_before(path: &Path) -> Option<&str> {
-    path.file_name()?.to_str()?.strip_prefix(ASIDE_PREFIX)
+/// The segment that was set aside under this name.
+fn set_aside(path: &Path) -> Option<WalSegmentId> {
+    path.file_name()?.to_str()?.strip_prefix(ASIDE_PREFIX)?.parse().ok()
 }
 
 /// Whether this is the name of a segment that was set aside.
 pub(super) fn is_set_aside(path: &Path) -> bool {
-    name_before(path).is_some_and(|name| name.parse::<WalSegmentId>().is_ok())
+    set_aside(path).is_some()
 }
 
-/// Before recovery looks at the segments, oldest first: gives the one set aside last its name back if the log cannot
-/// begin without it. See the [module](self).
-pub(super) fn restore(
-    segments: &mut Vec<(WalSegmentId, PathBuf)>,
-    others: &mut Vec<PathBuf>,
-    identity: &LogIdentity,
-) -> Result<()> {
+/// The segment whose file this is, under its own name or set aside.
+pub(super) fn segment_of(path: &Path) -> Option<WalSegmentId> {
+    set_aside(path).or_else(|| path.file_name()?.to_str()?.parse().ok())
+}
+
+/// The segments in a log's directory, oldest first, and the other files: [`walk::list`], but where the log cannot begin
+/// without the one set aside last, that is the first segment, and has yet to [get its name back](restore). See the
+/// [module](self). Where it is not known what log it is, a header of any counts.
+pub(super) fn list(directory: &Path, identity: Option<&LogIdentity>) -> Result<(walk::Listing, Vec<PathBuf>)> {
+    let (mut segments, mut others) = walk::list(directory)?;
     let has_header = |id: WalSegmentId, path: &Path| -> Result<bool> {
         let header = SegmentFile::open(path)?.header()?;
-        Ok(header.is_ok_and(|header| header.id == id && identity.check(&header).is_ok()))
+        Ok(header
+            .is_ok_and(|header| header.id == id && identity.is_none_or(|identity| identity.check(&header).is_ok())))
     };
     if let Some((id, path)) = segments.first()
         && has_header(*id, path)?
     {
-        return Ok(());
+        return Ok((segments, others));
     }
     let mut found: Option<(WalSegmentId, usize)> = None;
     for (index, path) in others.iter().enumerate() {
-        let Some(id) = name_before(path).and_then(|name| name.parse::<WalSegmentId>().ok()) else { continue };
+        let Some(id) = set_aside(path) else { continue };
         let is_newer = found.is_none_or(|(newest, _)| newest.first_lsn < id.first_lsn);
         if is_newer
             && segments.first().is_none_or(|(first, _)| id.first_lsn < first.first_lsn)
@@ -297,11 +301,18 @@ pub(super) fn restore(
         }
     }
     if let Some((id, index)) = found {
-        let aside = others.swap_remove(index);
-        let path = aside.with_file_name(id.to_string());
+        segments.insert(0, (id, others.swap_remove(index)));
+    }
+    Ok((segments, others))
+}
+
+/// Before recovery looks at the segments: gives the first its name back if it was set aside.
+pub(super) fn restore(segments: &mut walk::Listing) -> Result<()> {
+    if let Some((id, path)) = segments.first_mut().filter(|(_, path)| is_set_aside(path)) {
+        let aside = path.clone();
+        path.set_file_name(id.to_string());
         log::warn!("the log begins with {id} again, which had been given up before newer log was durable");
-        std::fs::rename(&aside, &path).map_err(Error::io("rename", &aside))?;
-        segments.insert(0, (id, path));
+        std::fs::rename(&aside, path).map_err(Error::io("rename", &aside))?;
     }
     Ok(())
 }
@@ -336,6 +347,7 @@ mod tests {
     use crate::limits::MIN_SEGMENT_SIZE;
     use crate::types::Epoch;
     use crate::wal::log_fixture::IDENTITY;
+    use crate::wal::scan::{Relation, compare_logs, verify_log};
     use crate::wal::{LogWriter, SyncPolicy, Wal, WalOptions};
 
     /// Nobody syncs but who waits.
@@ -361,7 +373,7 @@ mod tests {
         kept.map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(&path).unwrap())).collect()
     }
 
-    fn segment_of(name: &str) -> &str {
+    fn name_of_segment(name: &str) -> &str {
         name.strip_prefix(ASIDE_PREFIX).unwrap_or(name)
     }
 
@@ -369,7 +381,7 @@ mod tests {
     fn after_a_power_cut(now: &Image, durable: &Image) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         for (name, bytes) in now {
-            let kept = durable.iter().find(|(other, _)| segment_of(other) == segment_of(name));
+            let kept = durable.iter().find(|(other, _)| name_of_segment(other) == name_of_segment(name));
             let bytes = kept.map_or_else(|| vec![0; bytes.len()], |(_, bytes)| bytes.clone());
             fs::write(directory.path().join(name), bytes).unwrap();
         }
@@ -482,7 +494,13 @@ mod tests {
             assert!(log.given_up.lock().aside.len() <= 2);
             let left = after_a_power_cut(&now, &durable);
             let synced = log.synced().load();
+            let report = verify_log(left.path(), Some(&IDENTITY), synced.into(), &mut ()).unwrap();
+            let compared = compare_logs(left.path(), copy(&image(left.path())).path()).unwrap();
             let (again, _writer) = open(left.path());
+            let opened = (again.log().tail(), again.log().head());
+            assert!(report.is_sound() && (report.tail, report.head) == opened, "round {round}: {report:?}");
+            assert_eq!(compared.relation, Relation::Identical);
+            assert!(compared.equal_bytes > 0 || synced == Lsn::ZERO, "round {round}: {compared:?}");
             assert!(again.log().head() >= synced, "round {round}: {} of {synced}", again.log().head());
             assert!(again.log().tail() <= synced.next());
         }

@@ -26,6 +26,7 @@ use crate::limits::{BATCH_HEADER_LEN, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Epoch, Lsn, WalSegmentId};
 use crate::wal::batch::{BATCH_VERSION, BatchHeader, Expected};
 use crate::wal::carry_out::{is_staged_name, staged_name};
+use crate::wal::given_up;
 use crate::wal::identity::LogIdentity;
 use crate::wal::known_synced::KnownSynced;
 use crate::wal::segment::{SegmentHeader, sync_directory, write_in_pages, zero_in_pages};
@@ -78,7 +79,7 @@ impl Mending<'_> {
     /// [`Error::Corrupt`] where the other copy does not fit, [`Error::Mismatch`] for a segment of another log, what the
     /// source gives, and [`Error::Io`]. Nothing has been changed then, unless putting files in place failed.
     pub(crate) fn run(self, source: &mut dyn Source) -> Result<Vec<MendedRange>> {
-        let (listed, others) = walk::list(self.directory)?;
+        let (listed, others) = given_up::list(self.directory, Some(self.identity))?;
         let in_place = self.staging == self.directory;
         for path in others.iter().filter(|_| in_place) {
             if path.file_name().and_then(|name| name.to_str()).is_some_and(is_staged_name) {

@@ -111,8 +111,8 @@ pub(crate) struct Recovered {
 /// [`Error::Corrupt`] where the [rule](self) says to refuse, [`Error::Mismatch`] for a segment of another log, and
 /// [`Error::Io`]. Nothing has been changed then, unless carrying out the decision failed.
 pub(crate) fn recover(directory: &Path, identity: &LogIdentity, known: KnownSynced) -> Result<Recovered> {
-    let (mut listed, mut others) = walk::list(directory)?;
-    given_up::restore(&mut listed, &mut others, identity)?;
+    let (mut listed, others) = given_up::list(directory, Some(identity))?;
+    given_up::restore(&mut listed)?;
     let ahead = walk_ahead::walk_all(&listed, identity);
     let segments = listed.into_iter().zip(ahead).map(|((id, path), ahead)| {
         let mut file = SegmentFile::open(&path)?;

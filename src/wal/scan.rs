@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{Batch, BatchError, BatchHeader, Expected};
+use crate::wal::given_up;
 use crate::wal::health::Finding;
 use crate::wal::identity::LogIdentity;
 use crate::wal::known_synced::KnownSynced;
@@ -352,7 +353,8 @@ impl LogReport {
 /// Verifies a shard's whole log: every batch, and that each segment continues the one before. Behind damage it goes on
 /// at the next batch that is consistent in itself, so the report says all that is wrong and all that is still readable.
 /// Without `identity` the log's first readable segment says what log it is. `known` is what else is known to have been
-/// synced, and whose batches tell more: what is wrong up to there is damage and no torn tail.
+/// synced, and whose batches tell more: what is wrong up to there is damage and no torn tail. Where recovery would begin the
+/// log with a segment that was set aside when it was given up, that is its first segment here too.
 ///
 /// # Errors
 ///
@@ -363,7 +365,7 @@ pub fn verify_log(
     known: KnownSynced,
     visit: &mut dyn Visit,
 ) -> Result<LogReport> {
-    let segments = list_segments(directory)?;
+    let (segments, _) = given_up::list(directory, identity)?;
     let mut total = 0;
     for (_, path) in &segments {
         total += path.metadata().map_err(Error::io("look at", path))?.len();

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::types::Chain;
 use crate::wal::log_fixture::{IDENTITY, LogFixture, SIZE, flip, image, write};
-use crate::wal::scan::verify_log;
+use crate::wal::recovery::recover;
+use crate::wal::scan::{ProblemKind, verify_log};
 
 /// A copy of the log in a directory, as a node serves it: no bytes but those of valid batches.
 struct Copy {
@@ -134,6 +135,28 @@ fn a_sound_log_asks_for_nothing() {
     let (log, twin, mut copy) = twins();
     assert_eq!(assert_mended(&log, &twin, &mut copy), []);
     assert!(copy.asked.is_empty());
+}
+
+/// A log that had outgrown its bound when the power went: recovery begins it with the file set aside.
+#[test]
+fn a_segment_that_was_set_aside_is_repaired_where_the_log_begins_with_it() {
+    let (log, _twin, mut copy) = twins();
+    let (first, second, third) = (&log.places[0], &log.places[5].path, &log.places[10].path);
+    let aside = log.path().join(format!("aside-{}", first.path.file_name().unwrap().to_str().unwrap()));
+    fs::rename(&first.path, &aside).unwrap();
+    write(second, &vec![0; usize::try_from(SIZE).unwrap()], 0);
+    fs::remove_file(third).unwrap();
+    let known = first.last_lsn.into();
+    let problems = || verify_log(log.path(), Some(&IDENTITY), known, &mut ()).unwrap().problems;
+    let kinds = || problems().iter().map(|problem| (problem.path.clone(), problem.kind)).collect::<Vec<_>>();
+    let torn = (second.clone(), ProblemKind::TornTail);
+    assert_eq!(kinds(), [torn.clone()]);
+    flip(&aside, first.offset + 60, 3);
+    assert_eq!(kinds().first(), Some(&(aside.clone(), ProblemKind::Corrupt)));
+    let mending = Mending { directory: log.path(), identity: &IDENTITY, known, staging: log.path() };
+    assert_eq!(mending.run(&mut copy).unwrap().len(), 1);
+    assert_eq!(kinds(), [torn]);
+    assert_eq!(recover(log.path(), &IDENTITY, known).unwrap().head, log.places[4].last_lsn);
 }
 
 #[test]
