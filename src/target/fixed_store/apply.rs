@@ -14,9 +14,10 @@
 //!
 //! Any subset of the slots written since the last sync may be on disk, some of them torn. The log is replayed from
 //! `applied`. Torn slots are written again by the replay, or stay unreadable. Slots that are newer than `applied` are
-//! remembered, and when the replay reaches the record of that LSN, it must be the one that the slot holds. If it is
-//! another one, the log has lost a record whose effect the slot still has: that is damage which only a rebuild mends,
-//! and it can only happen where records were applied before they were durable in the log.
+//! written again as they are (see [after a failed sync](super::shard)) and remembered, and when the replay reaches the
+//! record of that LSN, it must be the one that the slot holds. If it is another one, the log has lost a record whose
+//! effect the slot still has: that is damage which only a rebuild mends, and it can only happen where records were
+//! applied before they were durable in the log.
 //!
 //! # Proposing
 //!
@@ -27,7 +28,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 
 use super::arriving::{Arriving, Found};
-use super::format::{Operation, Slot};
+use super::format::{Header, Operation, Slot};
 use super::shard::Shard;
 use super::slots_map::SlotWriter;
 use crate::error::{Error, Result};
@@ -42,6 +43,8 @@ pub(super) struct Writer {
     pub(super) rebuilds: u64,
     /// Slots that the leader's shard has, as far as known, while rebuilding.
     pub(super) slot_limit: u64,
+    /// Whether slots that read as blank while rebuilding may be others on the device: an earlier process emptied them.
+    pub(super) blanks_unsure: bool,
     /// The slots behind those mapped, while rebuilding.
     pub(super) arriving: Option<Arriving>,
     /// Slots below `fresh` that hold no key and belong to no plan.
@@ -76,9 +79,10 @@ struct Plan {
 }
 
 impl Writer {
-    pub(super) fn new(slots: SlotWriter, marked_clean: bool) -> Writer {
+    pub(super) fn new(slots: SlotWriter, header: &Header) -> Writer {
         Writer {
             slots,
+            blanks_unsure: header.rebuilding,
             rebuild_session: 0,
             rebuilds: 0,
             slot_limit: 0,
@@ -88,7 +92,7 @@ impl Writer {
             torn: BTreeSet::new(),
             ahead: HashMap::new(),
             plans: Plans::default(),
-            marked_clean,
+            marked_clean: header.clean,
             image: Vec::new(),
             record: Vec::new(),
             front: Vec::new(),
@@ -142,8 +146,9 @@ impl Writer {
 }
 
 impl Shard {
-    /// Reads every slot: finds keys, free slots, torn ones, and those ahead of `applied`. Slots that `are_checked` by this
-    /// process already are only read up to the end of their keys.
+    /// Reads every slot: finds keys, free slots, torn ones, and those ahead of `applied`, which are written again for
+    /// the next sync. Slots that `are_checked` by this process already are only read up to the end of their keys, and
+    /// none of them is written.
     pub(super) fn load(&self, writer: &mut Writer, are_checked: bool) -> Result<()> {
         writer.forget();
         self.index.clear();
@@ -162,6 +167,10 @@ impl Shard {
             };
             if found.lsn() > self.applied() {
                 writer.ahead.insert(found.lsn(), slot);
+                // The replay leaves it alone, and the device may not have it.
+                if !are_checked {
+                    self.write_mapped(&mut writer.slots, slot, &bytes)?;
+                }
             }
             newest = newest.max(found.lsn());
             match found {

@@ -19,6 +19,15 @@
 //!   records are applied only once they are durable. What is still torn after the local log has been applied is damage, and
 //!   the rebuild begins anew.
 //! - A slot that was emptied comes with the new base, or was never used before the new base LSN.
+//!
+//! # What the device may not have
+//!
+//! An earlier process may have written here, and its sync may have failed: see
+//! [after a failed sync](super::shard). How far a rebuild has come is noted after a sync, which covers every kept slot
+//! up to the LSN noted with it; of those that are newer nothing is known, so they are written again as they are. The
+//! same sync covers what was emptied before. A rebuild that keeps nothing knows of no sync: if the mark was there when
+//! the shard was opened, it also writes zeros to slots that read as zeros, as the device may still have what was in
+//! them before.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -176,7 +185,9 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
     writer.set_marked_clean(false);
     writer.slot_limit = info.block_count;
     shard.begin_arriving(writer, kept.blocks)?;
+    let applied = info.base_lsn.min(kept.applied);
     let (mut torn, mut occupied, mut newest) = (0, 0, info.base_lsn.max(kept.applied));
+    let blanks_too = kept.blocks == 0 && writer.blanks_unsure;
     let mut bytes = vec![0; shard.layout.slot_len()];
     let mapped = shard.map.slot_count();
     for slot in 0..mapped.max(kept.blocks) {
@@ -193,20 +204,29 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
                     if let Some(arriving) = &mut writer.arriving {
                         arriving.found.note(shard, &arriving.held, slot, &found)?;
                     }
+                    if found.lsn() > applied {
+                        match &mut writer.arriving {
+                            Some(arriving) if slot >= mapped => shard.write_unmapped(arriving, slot, &bytes)?,
+                            _ => shard.write_mapped(&mut writer.slots, slot, &bytes)?,
+                        }
+                    }
                 }
                 Err(_) => {
                     writer.note_torn(slot);
                     torn += 1;
                 }
             }
-        } else if bytes.iter().any(|&byte| byte != 0) {
+        } else if blanks_too || bytes.iter().any(|&byte| byte != 0) {
             bytes.fill(0);
             shard.write_mapped(&mut writer.slots, slot, &bytes)?;
         }
     }
+    if kept.blocks == 0 {
+        writer.blanks_unsure = false;
+    }
     shard.torn.store(torn, Ordering::Release);
     shard.occupied.store(occupied, Ordering::Release);
-    shard.applied.store(info.base_lsn.min(kept.applied).0, Ordering::Release);
+    shard.applied.store(applied.0, Ordering::Release);
     shard.consistent_from.store(newest.0, Ordering::Release);
     writer.rebuilds += 1;
     writer.rebuild_session = writer.rebuilds;

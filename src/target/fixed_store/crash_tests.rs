@@ -10,6 +10,11 @@
 //! **What prevents harm.** The header says how far a sync got, slots say which record wrote them, and a checksum tells a
 //! torn one. Replaying the log from the header's LSN must give exactly the model, with no slot left torn, and on the
 //! way there nothing may be read that is neither.
+//!
+//! **What else breaks.** A sync fails, and the kernel takes the pages for written: the cache has what the device has
+//! not, and no later sync tells. The process starts again on the same machine and reads the cache. What is not known to
+//! be on the device must then be written again before the next sync: tests of that look at the header and at which
+//! slots are written.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -324,4 +329,146 @@ fn a_torn_slot_is_mended_by_the_replay_and_by_nothing_else() {
     log.replay(&store, SHARD, Lsn(3), Lsn(4)).unwrap();
     assert_eq!(store.get(b"b").unwrap().as_deref(), Some(&[2; 100][..]));
     assert_eq!(contents(&store).len(), 3);
+}
+
+/// A sync that fails, as the shard learns of it. The file goes on showing what was written.
+fn fail_sync(store: &FixedStore) {
+    let error = store.shards[0].poison("sync", std::io::Error::other("the device failed"));
+    assert!(store.sync(SHARD).is_err(), "{error}");
+}
+
+/// The two copies of the header.
+fn header_copies(dir: &Path) -> [Header; 2] {
+    let bytes = fs::read(shard_path(dir, 0)).unwrap();
+    [0, 2048].map(|at| Header::decode(bytes[at..].first_chunk().unwrap()).unwrap())
+}
+
+/// The slots written since the store was opened.
+fn written(store: &FixedStore) -> Vec<u64> {
+    let map = &store.shards[0].map;
+    (0..map.slot_count().min(100)).filter(|&slot| map.was_written(slot)).collect()
+}
+
+#[test]
+fn what_a_failed_sync_may_have_left_out_is_written_again() {
+    // Through the mapping and through the file.
+    for value_len in [100, 5_000] {
+        let options = FixedStoreOptions { value_len, ..OPTIONS };
+        let dir = tempfile::tempdir().unwrap();
+        let store = FixedStore::open(dir.path(), &options).unwrap();
+        let log = Log::default();
+        let append = |shard, record: &[u8]| log.append(shard, record);
+        for key in [b"a", b"b", b"c", b"d"] {
+            store.put(key, b"old", append).unwrap();
+        }
+        store.sync(SHARD).unwrap();
+        let synced = log.head(SHARD);
+        store.put(b"b", b"new", append).unwrap();
+        store.delete(b"d", append).unwrap();
+        fail_sync(&store);
+        drop(store);
+        let before = header_copies(dir.path()).map(|header| header.generation);
+
+        let store = FixedStore::open(dir.path(), &options).unwrap();
+        assert_eq!(written(&store), [1, 3], "those newer than what is known to be synced, and no others");
+        let after = header_copies(dir.path());
+        assert_eq!(after.map(|header| header.generation).into_iter().max(), before.into_iter().max().map(|g| g + 1));
+        assert!(after.iter().all(|header| header.applied == synced && !header.clean), "{after:?}");
+        log.replay(&store, SHARD, synced, log.head(SHARD)).unwrap();
+        store.close().unwrap();
+
+        let closed = header_copies(dir.path());
+        let store = FixedStore::open(dir.path(), &options).unwrap();
+        assert_eq!(store.get(b"b").unwrap().as_deref(), Some(&b"new"[..]));
+        assert_eq!((written(&store), header_copies(dir.path())), (vec![], closed), "all of that was synced");
+    }
+}
+
+/// Bytes that this thread writes through files meanwhile, as the kernel counts them.
+#[cfg(target_os = "linux")]
+fn bytes_written<T>(run: impl FnOnce() -> T) -> (T, usize) {
+    let count = || {
+        let account = fs::read_to_string("/proc/thread-self/io").unwrap();
+        account.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap().parse::<usize>().unwrap()
+    };
+    let before = count();
+    let result = run();
+    (result, count() - before)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn looking_at_a_store_after_a_failed_sync_writes_nothing() {
+    // Through the file, so that the kernel would count it.
+    let options = FixedStoreOptions { value_len: 5_000, ..OPTIONS };
+    let dir = tempfile::tempdir().unwrap();
+    let store = FixedStore::open(dir.path(), &options).unwrap();
+    let log = Log::default();
+    store.put(b"a", b"new", |shard, record| log.append(shard, record)).unwrap();
+    fail_sync(&store);
+    drop(store);
+    let look = || FixedStore::open_read_only(dir.path()).unwrap().count().unwrap();
+    assert_eq!(bytes_written(look), (1, 0));
+    let (store, written) = bytes_written(|| FixedStore::open(dir.path(), &options).unwrap());
+    assert_eq!(written, store.shards[0].layout.slot_len() + format::HEADER_LEN, "its owner writes both");
+    log.replay(&store, SHARD, Lsn::ZERO, Lsn::MAX).unwrap();
+    store.close().unwrap();
+    let (_store, written) = bytes_written(|| FixedStore::open(dir.path(), &options).unwrap());
+    assert_eq!(written, 0, "closed in order");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn kept_slots_that_a_failed_sync_may_have_left_out_are_written_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let (leader, log) = (FixedStore::open(directory.path().join("leader"), &OPTIONS).unwrap(), Log::default());
+    let put = |key: u64| leader.put(&key.to_le_bytes(), b"v", |shard, record| log.append(shard, record)).unwrap();
+    let base_lsn = (0..6).map(put).last().unwrap();
+    let mut source = leader.open_base(SHARD).unwrap();
+    let (info, slot_len) = (source.info(), source.info().block_len as usize);
+    let mut blocks = vec![0; 6 * slot_len];
+    let first = source.next_run(&mut blocks).unwrap().unwrap().first;
+    let kept = KeptBase { blocks: 4, applied: base_lsn };
+    let newest = [1, 3].map(put)[1];
+
+    // Slots that were in use before the rebuild are mapped; others are not.
+    for is_mapped in [true, false] {
+        let there = tempfile::tempdir().unwrap();
+        let follower = FixedStore::open(there.path(), &OPTIONS).unwrap();
+        if is_mapped {
+            log.replay(&follower, SHARD, Lsn::ZERO, Lsn(1)).unwrap();
+        }
+        let mut sink = follower.begin_base(SHARD, info).unwrap();
+        sink.put_blocks(first, slot_len, &blocks[..4 * slot_len]).unwrap();
+        follower.sync(SHARD).unwrap();
+        log.replay(&follower, SHARD, base_lsn, newest).unwrap();
+        fail_sync(&follower);
+        drop((sink, follower));
+
+        let follower = FixedStore::open(there.path(), &OPTIONS).unwrap();
+        let (_sink, by_file) = bytes_written(|| follower.resume_base(SHARD, info, kept).unwrap());
+        let (by_map, expected) = (written(&follower), if is_mapped { (&[1, 3][..], 0) } else { (&[][..], 2) });
+        assert_eq!((&by_map[..], by_file), (expected.0, expected.1 * slot_len));
+    }
+}
+
+#[test]
+fn a_rebuild_that_begins_anew_empties_again_what_a_failed_sync_may_have_left() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (leader, log) = (FixedStore::open(other.path(), &OPTIONS).unwrap(), Log::default());
+    for key in [b"a", b"b"] {
+        leader.put(key, b"v", |shard, record| log.append(shard, record)).unwrap();
+    }
+    let info = leader.open_base(SHARD).unwrap().info();
+    let store = FixedStore::open(dir.path(), &OPTIONS).unwrap();
+    log.replay(&store, SHARD, Lsn::ZERO, Lsn::MAX).unwrap();
+    store.sync(SHARD).unwrap();
+    drop(store.begin_base(SHARD, info).unwrap());
+    fail_sync(&store);
+    drop(store);
+
+    let store = FixedStore::open(dir.path(), &OPTIONS).unwrap();
+    assert_eq!(written(&store), []);
+    drop(store.begin_base(SHARD, info).unwrap());
+    assert_eq!(written(&store), (0..100).collect::<Vec<_>>(), "the device may still have two keys there");
 }

@@ -31,8 +31,9 @@
 //! Changed slots reach the disk at any time, in any subset, until [`sync`](ReplicationTarget::sync) makes sure of all of
 //! them and then moves [`durable_applied`](ReplicationTarget::durable_applied) forward. After a crash the log is replayed
 //! from there; until the replay has passed the newest slot that reached the disk, the shard refuses to be read. How that
-//! works stands in `apply.rs`. Slots are verified at every open, also after a clean shutdown: the clean mark only tells
-//! damage from a crash in what is reported.
+//! works stands in `apply.rs`, and what is done after a sync that failed in `shard.rs`. Slots are verified at every
+//! open, also after a clean shutdown: the clean mark only tells damage from a crash in what is reported, and that the
+//! header need not be written again.
 
 mod apply;
 mod arriving;

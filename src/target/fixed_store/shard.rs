@@ -10,6 +10,15 @@
 //! | `applied` | in the slots | whoever holds the `writer` lock, after the slot was written (Release) |
 //! | `consistent_from` | the newest effect that may be in the slots; at a lower `applied` they are no state that ever was | open, begin and end of a rebuild |
 //!
+//! # After a failed sync
+//!
+//! The kernel takes pages that it could not write for written, keeps them in its cache and tells of the error once.
+//! Whoever opens the shard then, while the machine stays up, reads what the device may not have, and a sync of that
+//! does nothing. So nothing that was read counts as durable unless a sync that did not fail is known to have covered
+//! it. The rest is written again as it is, for the next sync to put on the device: the header, unless it carries the
+//! mark of closing in order; slots newer than `header.applied`, by [`load`](Shard::load); and during a rebuild what
+//! `base.rs` says.
+//!
 //! # Locks
 //!
 //! `writer` before `header`. `sync` takes `syncing` and, briefly, `header`: appliers go on while the disk works. Readers
@@ -80,7 +89,7 @@ impl Shard {
             layout: header.layout,
             map,
             index: KeyIndex::new(),
-            writer: Mutex::new(Writer::new(slots, header.clean)),
+            writer: Mutex::new(Writer::new(slots, &header)),
             applied: AtomicU64::new(header.applied.0),
             consistent_from: AtomicU64::new(header.applied.0),
             rebuilding: AtomicBool::new(header.rebuilding),
@@ -93,6 +102,10 @@ impl Shard {
             room,
             _lock: lock,
         };
+        // Closed in order, it says what a header before it said, and that one's sync did not fail.
+        if !header.clean {
+            shard.rewrite_header()?;
+        }
         if !header.rebuilding {
             shard.load(&mut shard.writer.lock(), false)?;
             shard.report_damage(&header);
@@ -291,9 +304,19 @@ impl Shard {
         let mut header = self.header.lock();
         let mut next = *header;
         change(&mut next);
-        if next == *header {
-            return Ok(());
-        }
+        if next == *header { Ok(()) } else { self.write_header(&mut header, next) }
+    }
+
+    /// Writes the header over its older copy again as it is: what it says is then on stable storage, also where an
+    /// earlier process wrote it and its sync failed.
+    pub(super) fn rewrite_header(&self) -> Result<()> {
+        self.check_sound()?;
+        let mut header = self.header.lock();
+        let next = *header;
+        self.write_header(&mut header, next)
+    }
+
+    fn write_header(&self, header: &mut Header, mut next: Header) -> Result<()> {
         next.generation = header.generation.wrapping_add(1);
         write_all_at(&self.file, &next.encode(), next.offset())
             .and_then(|()| self.file.sync_data())

@@ -151,6 +151,12 @@ impl SlotsMap {
         result
     }
 
+    /// Whether the slot, or one that shares its sequence number, was written since the map was made.
+    #[cfg(test)]
+    pub(super) fn was_written(&self, slot: u64) -> bool {
+        self.sequence(slot).load(Ordering::Acquire) != 0
+    }
+
     /// Writes every changed page back and waits until the device has it.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.extents.iter().map_while(OnceLock::get).try_for_each(|extent| extent.raw.flush())
