@@ -448,7 +448,7 @@ fn lock(directory: &Path) -> Result<File> {
 }
 
 /// Unlike [`Path::exists`], an error is an error and not a "no".
-fn exists(path: &Path) -> Result<bool> {
+pub(crate) fn exists(path: &Path) -> Result<bool> {
     path.try_exists().map_err(Error::io("look for", path))
 }
 

@@ -26,7 +26,7 @@
 //! | 28 | 4 | `reserved` | 0 |
 //! | 32 | 8 | `slot_count` | slots in the file, all of them backed by blocks |
 //! | 40 | 8 | `applied_lsn` | every record up to here is in the slots and on stable storage; 0 while rebuilding |
-//! | 48 | 8 | `generation` | one more than in the other copy |
+//! | 48 | 8 | `generation` | one more than in the other copy; 0: nobody has had the store open yet |
 //! | 56 | 4 | `reserved` | 0 |
 //! | 60 | 4 | `crc` | CRC of bytes 0 to 60 |
 //!

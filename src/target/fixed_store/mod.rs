@@ -62,7 +62,7 @@ pub use reader::FixedStoreReader;
 use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
 use self::held::Room;
 use self::shard::{Shard, read_header};
-use crate::data_dir::create_directory;
+use crate::data_dir::{create_directory, exists};
 use crate::error::{Error, Result};
 use crate::target::{
     BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology,
@@ -154,14 +154,16 @@ impl FixedStore {
     /// # Errors
     ///
     /// [`Error::InUse`] if another process has it open, [`Error::Mismatch`] (which names the field and both values) if
-    /// it was made with other options, [`Error::Corrupt`] for a damaged header or a file that is cut off, I/O errors.
+    /// it was made with other options, [`Error::Corrupt`] for a damaged header, a file that is cut off, or if the file
+    /// of shard 0 is missing and another shard's was in use; I/O errors.
     pub fn open(directory: impl AsRef<Path>, options: &FixedStoreOptions) -> Result<FixedStore> {
         let directory = directory.as_ref();
         let layout = Layout::new(options.key_len, options.value_len).map_err(Error::invalid)?;
         let router = ShardRouter::new(options.shard_count, options.prefix_bits)?;
         create_directory(directory)?;
         let lock = Arc::new(lock(directory)?);
-        if !shard_path(directory, 0).exists() {
+        if !exists(&shard_path(directory, 0))? {
+            refuse_orphaned_shards(directory)?;
             create(directory, options, layout)?;
         }
         // Also where another process made it and was killed before this.
@@ -488,7 +490,33 @@ fn lock(directory: &Path) -> Result<File> {
     }
 }
 
-/// Makes the file of every shard. Shard 0 gets its name last, so where it is there all are.
+/// In a directory without a file of shard 0: fails if another shard's file was ever in use, or cannot be told not to
+/// have been. Whoever is killed while [making](create) a store leaves whole files without a slot and with the header
+/// that they were made with, which the first open writes again. Any others are what is left of a store that has lost a
+/// file.
+fn refuse_orphaned_shards(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).map_err(Error::io("read", directory))? {
+        let path = entry.map_err(Error::io("read", directory))?.path();
+        if path.extension().is_some_and(|extension| extension == "tfs") && !is_as_made(&path)? {
+            let reason = format!("it is missing, though {} is there; restore it", path.display());
+            return Err(Error::corrupt(shard_path(directory, 0), 0, None, reason));
+        }
+    }
+    Ok(())
+}
+
+fn is_as_made(path: &Path) -> Result<bool> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let len = file.metadata().map_err(Error::io("look at", path))?.len();
+    match read_header(path, &file) {
+        Ok(header) => Ok(len == SLOTS_OFFSET && header.slot_count == 0 && header.generation == 0),
+        Err(Error::Corrupt { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes the file of every shard. Shard 0 gets its name last, so where it is there all are. Files that get their names
+/// are whole and synced, so that what an interruption leaves can be [told](refuse_orphaned_shards) from a store.
 fn create(directory: &Path, options: &FixedStoreOptions, layout: Layout) -> Result<()> {
     // Whoever made the directory may have been killed before its name was durable.
     let parent = directory.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));

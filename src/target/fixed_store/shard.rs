@@ -102,8 +102,9 @@ impl Shard {
             room,
             _lock: lock,
         };
-        // Closed in order, it says what a header before it said, and that one's sync did not fail.
-        if !header.clean {
+        // Closed in order, it says what a header before it said, and that one's sync did not fail. The one that the
+        // file was made with must not stay the newest: it tells that nobody has had the store open.
+        if !header.clean || header.generation == 0 {
             shard.rewrite_header()?;
         }
         if !header.rebuilding {

@@ -400,12 +400,76 @@ fn what_lies_behind_the_last_slot_is_zeroed_before_use() {
 
 #[test]
 fn an_interrupted_making_of_a_store_is_made_again() {
-    let dir = tempfile::tempdir().unwrap();
     let options = FixedStoreOptions { shard_count: 3, ..OPTIONS };
-    FixedStore::open(dir.path(), &options).unwrap().close().unwrap();
-    fs::remove_file(shard_path(dir.path(), 0)).unwrap();
-    fs::write(shard_path(dir.path(), 0).with_extension("new"), b"half").unwrap();
-    FixedStore::open(dir.path(), &options).unwrap();
+    let layout = Layout::new(options.key_len, options.value_len).unwrap();
+    // Killed before this shard had its name; and opened with fewer shards than that was to have.
+    for (shard, shard_count) in [(0, 3), (1, 3), (2, 3), (0, 1), (1, 2)] {
+        let dir = tempfile::tempdir().unwrap();
+        create(dir.path(), &options, layout).unwrap();
+        (0..=shard).for_each(|number| fs::remove_file(shard_path(dir.path(), number)).unwrap());
+        for half in [&b""[..], b"half"] {
+            fs::write(shard_path(dir.path(), shard).with_extension("new"), half).unwrap();
+        }
+        let options = FixedStoreOptions { shard_count, ..options };
+        let store = FixedStore::open(dir.path(), &options).unwrap();
+        let log = Log::default();
+        for key in 0..50 {
+            put(&store, &log, &key.to_string(), "value");
+        }
+        store.close().unwrap();
+        assert_eq!(contents(&FixedStore::open(dir.path(), &options).unwrap()).len(), 50);
+    }
+}
+
+#[test]
+fn a_store_that_has_lost_its_first_file_is_not_made_again() {
+    let options = FixedStoreOptions { shard_count: 4, prefix_bits: 2, ..OPTIONS };
+    // In use: none, the first, the last. An open that was cut short before it came to the others tells too.
+    for used in [&[][..], &[0x00], &[0xff]] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FixedStore::open(dir.path(), &options).unwrap();
+        let log = Log::default();
+        for byte in used {
+            store.put(&[*byte], b"value", |shard, record| log.append(shard, record)).unwrap();
+        }
+        store.close().unwrap();
+        let first = fs::read(shard_path(dir.path(), 0)).unwrap();
+        fs::remove_file(shard_path(dir.path(), 0)).unwrap();
+        let files = || (1..4).map(|shard| fs::read(shard_path(dir.path(), shard)).unwrap()).collect::<Vec<_>>();
+        let before = files();
+        for options in [options, FixedStoreOptions { shard_count: 1, prefix_bits: 0, ..options }] {
+            let error = FixedStore::open(dir.path(), &options).unwrap_err();
+            let text = error.to_string();
+            assert!(error.is_corruption() && text.contains("slots-0000.tfs") && text.contains("missing"), "{text}");
+        }
+        assert!(files() == before && !shard_path(dir.path(), 0).exists());
+        fs::write(shard_path(dir.path(), 0), first).unwrap();
+        assert_eq!(contents(&FixedStore::open(dir.path(), &options).unwrap()).len(), used.len());
+    }
+}
+
+#[test]
+fn a_damaged_file_beside_a_missing_first_one_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    for bytes in [&b""[..], b"anything", &[0; 5_000]] {
+        let path = shard_path(dir.path(), 1);
+        fs::write(&path, bytes).unwrap();
+        let error = FixedStore::open(dir.path(), &FixedStoreOptions { shard_count: 2, ..OPTIONS }).unwrap_err();
+        assert!(error.is_corruption() && error.to_string().contains("slots-0000.tfs"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+}
+
+/// It may be there: a link that leads to itself stands for whatever keeps the system from looking.
+#[cfg(unix)]
+#[test]
+fn a_first_file_that_cannot_be_looked_for_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = shard_path(dir.path(), 0);
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+    let error = FixedStore::open(dir.path(), &OPTIONS).unwrap_err();
+    assert!(matches!(error, Error::Io { action: "look for", .. }), "{error}");
+    assert!(fs::symlink_metadata(&path).unwrap().is_symlink(), "it was replaced");
 }
 
 /// Values are one repeated byte, so half a slot would show.
