@@ -120,12 +120,14 @@ pub(super) fn give_up(shard: &Arc<Shard>) -> Result<()> {
     Ok(())
 }
 
+/// In both copies of the header, so that one of them can be damaged and the other still tells.
 fn set_mark(shard: &Shard) -> Result<()> {
     shard.update_header(|header| {
         header.rebuilding = true;
         header.clean = false;
         header.applied = Lsn::ZERO;
     })?;
+    shard.rewrite_header()?;
     // Readers look at the mark last, so they find it before they find anything gone.
     shard.rebuilding.store(true, Ordering::SeqCst);
     Ok(())

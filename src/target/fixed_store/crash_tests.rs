@@ -472,3 +472,42 @@ fn a_rebuild_that_begins_anew_empties_again_what_a_failed_sync_may_have_left() {
     drop(store.begin_base(SHARD, info).unwrap());
     assert_eq!(written(&store), (0..100).collect::<Vec<_>>(), "the device may still have two keys there");
 }
+
+#[test]
+fn damage_to_one_copy_of_the_header_does_not_hide_the_mark_of_a_rebuild() {
+    let log = Log::default();
+    for is_given_up in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FixedStore::open(dir.path(), &OPTIONS).unwrap();
+        store.put(b"k", b"v", |shard, record| log.append(shard, record)).unwrap();
+        store.sync(SHARD).unwrap();
+        let info = store.open_base(SHARD).unwrap().info();
+        let old = fs::read(shard_path(dir.path(), 0)).unwrap();
+        match is_given_up {
+            true => store.give_up(SHARD).unwrap(),
+            false => drop(store.begin_base(SHARD, info).unwrap()),
+        }
+        assert!(header_copies(dir.path()).iter().all(|header| header.rebuilding && header.applied == Lsn::ZERO));
+        drop(store);
+        let mut image = fs::read(shard_path(dir.path(), 0)).unwrap();
+        for copy in [0, 2048] {
+            image[copy + 50] ^= 1;
+            let damaged = crash(&image);
+            image[copy + 50] ^= 1;
+            let store = FixedStore::open(damaged.path(), &OPTIONS).unwrap();
+            assert!(store.is_rebuilding(SHARD).unwrap() && store.get(b"k").is_err());
+            assert!(header_copies(damaged.path()).iter().all(|header| header.rebuilding), "and it is in both again");
+        }
+
+        // Killed between the two.
+        let newest = Header::decode_page(&image).unwrap();
+        let at = usize::try_from(newest.offset()).unwrap();
+        image[at..at + 64].copy_from_slice(&old[at..at + 64]);
+        assert!(!Header::decode(image[at..].first_chunk().unwrap()).unwrap().rebuilding);
+        let crashed = crash(&image);
+        let store = FixedStore::open(crashed.path(), &OPTIONS).unwrap();
+        assert!(store.is_rebuilding(SHARD).unwrap());
+        assert!(header_copies(crashed.path()).iter().all(|header| header.rebuilding));
+        log.0.borrow_mut().clear();
+    }
+}

@@ -10,7 +10,8 @@
 //!
 //! The header page holds two copies of the header, at offsets 0 and 2048, zeros elsewhere. A header is written over the
 //! *older* copy and synced, so one whole copy is there whatever a crash cuts off. The valid copy with the larger
-//! `generation` counts.
+//! `generation` counts. The mark of a rebuild is in both copies before any slot is emptied, so that damage to one of
+//! them never hides it.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
