@@ -254,6 +254,8 @@ impl DataDir {
     pub fn create(path: &Path, manifest: Manifest) -> Result<DataDir> {
         manifest.check().map_err(Error::invalid)?;
         create_directory(path)?;
+        // Whoever made the directory may have been killed before its name was durable.
+        sync_parent(path)?;
         if !exists(&path.join(LOCK))? {
             refuse_foreign_content(path)?;
         }
@@ -457,15 +459,19 @@ pub(crate) fn create_directory(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    if let Some(parent) = parent {
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         create_directory(parent)?;
     }
     match std::fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
         result => result.map_err(Error::io("create", path))?,
     }
-    let parent = parent.unwrap_or(Path::new("."));
+    sync_parent(path)
+}
+
+/// Makes the name of a file or directory durable.
+pub(crate) fn sync_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     sync_directory(parent).map_err(Error::io("sync", parent))
 }
 

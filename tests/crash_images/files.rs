@@ -19,20 +19,36 @@ struct Known {
     applied: [u64; 2],
 }
 
+const MANIFEST: Manifest = Manifest {
+    cluster: IDENTITY.cluster,
+    node: NodeId(1),
+    region: IDENTITY.region,
+    shard_count: SHARDS,
+    segment_size: IDENTITY.segment_size,
+    epoch: Epoch(1),
+    own_epoch: true,
+};
+
+/// Makes a directory where another run was killed after it had made the name, and before that was durable.
+pub fn make_again() {
+    let mut random = Random::new();
+    let observed = Observed::new();
+    let path = observed.path().join("node");
+    std::fs::create_dir(&path).unwrap();
+    drop(DataDir::create(&path, MANIFEST).unwrap());
+    let moment = observed.disk.moment();
+    for _ in 0..20 {
+        let left = Observed::with(&moment.image(&mut random));
+        assert!(DataDir::open(&left.path().join("node")).unwrap().is_some(), "it was made, and is gone");
+    }
+}
+
 /// Crashes a directory while it is made, and while its epoch and its checkpoint move.
 pub fn run(seed: u64, count: &Count) {
     let mut random = Random(seed);
     let observed = Observed::new();
     let path = observed.path().join("above").join("node");
-    let manifest = Manifest {
-        cluster: IDENTITY.cluster,
-        node: NodeId(1),
-        region: IDENTITY.region,
-        shard_count: SHARDS,
-        segment_size: IDENTITY.segment_size,
-        epoch: Epoch(1),
-        own_epoch: true,
-    };
+    let manifest = MANIFEST;
     let mut crashes: Vec<(Moment, Known)> = Vec::new();
     let mut known = Known { made: false, epoch: [1, 1], applied: [0, 0] };
     observed.disk.trap(random.below(8));

@@ -62,7 +62,7 @@ pub use reader::FixedStoreReader;
 use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
 use self::held::Room;
 use self::shard::{Shard, read_header};
-use crate::data_dir::{create_directory, exists};
+use crate::data_dir::{create_directory, exists, sync_parent};
 use crate::error::{Error, Result};
 use crate::target::{
     BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology,
@@ -519,8 +519,7 @@ fn is_as_made(path: &Path) -> Result<bool> {
 /// are whole and synced, so that what an interruption leaves can be [told](refuse_orphaned_shards) from a store.
 fn create(directory: &Path, options: &FixedStoreOptions, layout: Layout) -> Result<()> {
     // Whoever made the directory may have been killed before its name was durable.
-    let parent = directory.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    sync_directory(parent).map_err(Error::io("sync", parent))?;
+    sync_parent(directory)?;
     for number in (0..options.shard_count).rev() {
         let path = shard_path(directory, number);
         let made = path.with_extension("new");
