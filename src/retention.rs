@@ -22,7 +22,8 @@
 //! one more), files given up that wait to be spares again (one at the bound, more only where all files together take less than
 //! half of where segments begin to go) and what is [set aside](crate::wal) of segments given up unsynced (at most two files).
 //! Segments begin to go a reserve below the bound, an eighth of it or three segments if that is more, so that the directory
-//! stays under it while they do. A bound that is smaller than all this together leaves the open segment, its spares and little else.
+//! stays under it while they do. A bound that is smaller than all this together leaves the open segment, its spares and
+//! little else.
 //!
 //! What nobody needs goes once it is synced. What goes because the log is too large goes at once, synced or not: a
 //! writer that waits for no sync may be faster than the device, and its log is bounded all the same. Only the node's own

@@ -65,8 +65,8 @@
 //! bytes: see [`WrittenHere`](super::WrittenHere).
 //!
 //! Because the CRC is seeded with the chain, and the chain starts from what makes the log this log
-//! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate, but by a chance of one in 2^32. Padding is covered, so there is no
-//! byte of a batch that can change unseen.
+//! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate, but by a chance of one in 2^32. Padding is
+//! covered, so there is no byte of a batch that can change unseen.
 
 use std::borrow::Cow;
 

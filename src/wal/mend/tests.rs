@@ -150,7 +150,7 @@ fn a_segment_that_was_set_aside_is_repaired_where_the_log_begins_with_it() {
     let problems = || verify_log(log.path(), Some(&IDENTITY), known, &mut ()).unwrap().problems;
     let kinds = || problems().iter().map(|problem| (problem.path.clone(), problem.kind)).collect::<Vec<_>>();
     let torn = (second.clone(), ProblemKind::TornTail);
-    assert_eq!(kinds(), [torn.clone()]);
+    assert_eq!(kinds(), std::slice::from_ref(&torn));
     flip(&aside, first.offset + 60, 3);
     assert_eq!(kinds().first(), Some(&(aside.clone(), ProblemKind::Corrupt)));
     let mending = Mending { directory: log.path(), identity: &IDENTITY, known, staging: log.path() };
