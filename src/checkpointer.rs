@@ -51,7 +51,7 @@ struct CheckpointState {
 #[derive(Clone)]
 pub(crate) struct CheckpointShard {
     pub(crate) log: Arc<Log>,
-    /// Up to where the target has applied, and the target; none on a node without one, and once a sync of it has failed.
+    /// Up to where the target has applied, and the target; none on a node without one, and once its sync has failed.
     pub(crate) applied: Option<(Arc<AppliedMark>, Arc<dyn ReplicationTarget>)>,
     /// Up to where it has applied durably. Moved by the checkpointer.
     pub(crate) saved: Arc<Watermark>,
@@ -162,7 +162,7 @@ impl Checkpointer {
         }
     }
 
-    /// Waits until there is more to say than at the last attempt; where that has failed, also for whoever is in a hurry.
+    /// Waits until there is more to say than at the last attempt, or, where that failed, for whoever is in a hurry.
     fn wait_for_movement(&self, hurry: Lsn) {
         let changes = self.changes.load();
         let (shards, saved, unsaved) = {

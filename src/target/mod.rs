@@ -94,8 +94,8 @@ pub trait ReplicationTarget: Send + Sync {
     ///
     /// # Errors
     ///
-    /// If the disk did not take it; nothing more is then reported as durable, and the shard ends as it does where a record
-    /// is refused.
+    /// If the disk did not take it; nothing more is then reported as durable, and the shard ends as it does where a
+    /// record is refused.
     fn sync(&self, shard: ShardId) -> Result<()>;
 
     /// Fixed properties that both ends must share; compared at the handshake, by name. The same for every shard.

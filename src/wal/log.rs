@@ -63,8 +63,8 @@ pub struct Log {
     sync_line: SyncLine,
     sync_waits: SyncWaits,
     /// What became of released segments whose files are still there. Locked after `sync` and before `segments`; never
-    /// held while anybody waits for the device. Whoever gives a segment up holds it from the decision until the segment is
-    /// out of the list, and whoever takes back what such a decision rests on, `named` or the newest segment, holds it too.
+    /// held while anybody waits for the device. Whoever gives a segment up holds it from the decision until the segment
+    /// is out of the list, and whoever takes back what such a decision rests on, `named` or the newest segment, too.
     pub(super) given_up: Mutex<GivenUp>,
     /// Held by whoever gives up segments. Nobody else waits for it.
     pub(super) releasing: Mutex<()>,
@@ -396,14 +396,14 @@ impl Log {
     /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only the
     /// second one would leave what looks like such a log.
     ///
-    /// `open` is none, or the newest segment with nothing written in it: then the new one begins with the same LSN and takes
-    /// its name and its place.
+    /// `open` is none, or the newest segment with nothing written in it: then the new one begins with the same LSN and
+    /// takes its name and its place.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`]: nothing has changed, but that the prepared file is gone; or, where only the directory could not be
-    /// synced, the new file has the name already, as it would after a crash, and no segment is open. Either way a segment
-    /// of that name stays on the disk if there was one: it may be all that says where the log begins.
+    /// [`Error::Io`]: nothing has changed, but that the prepared file is gone; or, where only the directory could not
+    /// be synced, the new file has the name already, as it would after a crash, and no segment is open. Either way a
+    /// segment of that name stays on the disk if there was one: it may be all that says where the log begins.
     pub(super) fn activate(
         &self,
         prepared: Prepared,
@@ -680,8 +680,8 @@ impl Log {
     }
 }
 
-/// Renames a prepared file to the segment that it becomes. The header is written through the file where the file takes no
-/// stores yet, and made durable where the log begins with it, past LSN 1.
+/// Renames a prepared file to the segment that it becomes. The header is written through the file where the file takes
+/// no stores yet, and made durable where the log begins with it, past LSN 1.
 fn give_name(prepared: &Prepared, path: &Path, header: &SegmentHeader, is_first: bool) -> Result<()> {
     let begins_log = is_first && header.id.first_lsn > Lsn::FIRST;
     if begins_log || !prepared.filled {

@@ -353,8 +353,8 @@ impl LogReport {
 /// Verifies a shard's whole log: every batch, and that each segment continues the one before. Behind damage it goes on
 /// at the next batch that is consistent in itself, so the report says all that is wrong and all that is still readable.
 /// Without `identity` the log's first readable segment says what log it is. `known` is what else is known to have been
-/// synced, and whose batches tell more: what is wrong up to there is damage and no torn tail. Where recovery would begin the
-/// log with a segment that was set aside when it was given up, that is its first segment here too.
+/// synced, and whose batches tell more: what is wrong up to there is damage and no torn tail. Where recovery would
+/// begin the log with a segment that was set aside when it was given up, that is its first segment here too.
 ///
 /// # Errors
 ///
