@@ -209,6 +209,9 @@ pub(crate) struct ShardRetention {
     /// The newest LSN of the oldest segment that somebody holds: whoever moves past it wakes the retaining thread.
     awaited: AtomicU64,
     wake: Arc<Watermark>,
+    /// What the next pins find given up since whoever takes them has looked, the last first.
+    #[cfg(test)]
+    pub(crate) given_up_before_pins: Mutex<Vec<Lsn>>,
 }
 
 /// A log, and what its own node needs of it.
@@ -237,6 +240,8 @@ impl ShardRetention {
             tail,
             awaited: AtomicU64::new(u64::MAX),
             wake,
+            #[cfg(test)]
+            given_up_before_pins: Mutex::default(),
         }
     }
 
@@ -294,6 +299,8 @@ impl ShardRetention {
             lost: AtomicBool::new(false),
         });
         let log = self.kept().log;
+        #[cfg(test)]
+        self.given_up_before_pins.lock().pop().into_iter().for_each(|tail| self.give_up_before(tail));
         let mut pins = self.pins.lock();
         let tail = log.tail().max(self.tail());
         if lsn < tail {

@@ -282,8 +282,6 @@ pub(crate) fn rebuild_goes_on(request: &SyncRequest, place: Option<LogPosition>)
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-
     use super::*;
     use crate::commit::Commit;
     use crate::host::{Clock, HostSettings};
@@ -388,22 +386,9 @@ mod tests {
     #[test]
     fn nobody_is_refused_for_good_because_log_goes_while_it_is_decided_about() {
         let scene = Scene::new();
-        let (first, last) = (Lsn(3), scene.wal.log().head());
-        let ended = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for lsn in first.0..last.0 {
-                    scene.retention.give_up_before(Lsn(lsn));
-                    std::thread::yield_now();
-                }
-                ended.store(true, Ordering::SeqCst);
-            });
-            while !ended.load(Ordering::SeqCst) {
-                let request = scene.request(scene.retention.tail());
-                if let Err(Declined(code, text)) = scene.admit(&request) {
-                    assert!(!code.is_permanent(), "{text}");
-                }
-            }
-        });
+        *scene.retention.given_up_before_pins.lock() = vec![Lsn(9)];
+        let admitted = scene.admit(&scene.request(Lsn(3))).unwrap();
+        assert_eq!(admitted.session.kind, SessionKind::Rebuild, "what is left decides");
+        assert!(scene.host.has_lost_place(FOLLOWER));
     }
 }
