@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use towline::seams::give_up_unsynced;
 use towline::wal::{KnownSynced, LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions, WrittenHere, scan};
-use towline::{ClusterId, Epoch, Lsn, RegionId, ShardId};
+use towline::{ClusterId, Epoch, Error, Lsn, RegionId, ShardId};
 
 use super::disk::{Image, Moment, Observed};
 use super::random::Random;
@@ -218,8 +218,12 @@ impl Life<'_> {
             60..75 => {
                 let head = self.wal.log().head();
                 let lsn = Lsn(self.known.synced + self.random.below(head.get() - self.known.synced + 1));
-                self.wal.log().wait_synced(lsn, None).unwrap();
-                self.known.synced = self.known.synced.max(lsn.get());
+                match self.wal.log().wait_synced(lsn, None) {
+                    Ok(()) => self.known.synced = self.known.synced.max(lsn.get()),
+                    // Given up unsynced: nothing is said of it.
+                    Err(Error::NotRetained { tail, .. }) if lsn < tail => {}
+                    Err(error) => panic!("{error}"),
+                }
             }
             75..87 => self.disk.disk.look(),
             87..92 => {
