@@ -93,7 +93,7 @@ impl AckLane {
         own: &mut FollowerShard,
         sender: Box<dyn FrameSender>,
         info: &ShardInfo,
-        over: &ShutdownSignal,
+        under: StreamUnder,
     ) -> Result<Box<AckLane>> {
         let ShardInfo { epoch, session, .. } = *info;
         let heartbeat = own.node.options.heartbeat;
@@ -121,7 +121,7 @@ impl AckLane {
             durable_in_haste: AtomicBool::new(false),
             applied_in_haste: AtomicBool::new(false),
             background: Watermark::new(Lsn::ZERO),
-            under: own.node.fence.enter(epoch, over),
+            under,
             applies: !is_rebuild && own.applies_at_once(),
             stays: is_rebuild || Duration::from_millis(u64::from(info.heartbeat_ms)) > heartbeat,
             is_acknowledging: AtomicBool::new(false),

@@ -312,7 +312,8 @@ impl Commits {
         self.policy
     }
 
-    /// The newest LSN that is committed by the node's policy. Wait-free.
+    /// The newest LSN that is committed by the node's policy; so is everything before it that the log has not given up.
+    /// Wait-free.
     #[must_use]
     pub fn committed(&self) -> Lsn {
         let synced = if self.policy.synced { self.log.synced().load() } else { Lsn::MAX };

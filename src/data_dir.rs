@@ -254,8 +254,11 @@ impl DataDir {
     pub fn create(path: &Path, manifest: Manifest) -> Result<DataDir> {
         manifest.check().map_err(Error::invalid)?;
         create_directory(path)?;
-        // Whoever made the directory may have been killed before its name was durable.
-        sync_parent(path)?;
+        // Whoever made the directory may have been killed before its name was durable. Others have made it who may.
+        match sync_parent(path) {
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {}
+            result => result?,
+        }
         if !exists(&path.join(LOCK))? {
             refuse_foreign_content(path)?;
         }

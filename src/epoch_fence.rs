@@ -117,6 +117,7 @@ mod tests {
         assert_eq!(overs.each_ref().map(|(_, over)| over.is_shutdown()), [true, false, false]);
         let Err(error) = old.check() else { panic!("it may speak") };
         assert!(!error.is_permanent() && error.to_string().contains("2 has been accepted"), "{error}");
+        assert!(fence.enter(Epoch(1), &ShutdownSignal::new()).check().is_err(), "nor one that comes late");
         // An older one changes nothing; one that cannot be written down silences all the same, and ends nothing.
         fence.accept(Epoch(1), || Ok(())).unwrap();
         assert!(new.check().is_ok());

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::ack_lane::{AckLane, WakeReaders};
 use crate::backoff::Backoff;
+use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower_shard::FollowerShard;
 use crate::limits::MAX_PATIENCE_MS;
@@ -123,7 +124,7 @@ impl Receiver {
         }
         let Connection { peer, mut sender, mut receiver, closer } = self.own.node.connect()?;
         let close_at_stop = over.on_shutdown(move || closer.close());
-        let info = self.shake_hands(&peer, sender.as_mut(), receiver.as_mut())?;
+        let (info, under) = self.shake_hands(&peer, (sender.as_mut(), receiver.as_mut()), over)?;
         self.own.awaits_leader = false;
         if info.session_kind != SessionKind::Rebuild {
             self.own.ensure_applier()?;
@@ -134,7 +135,8 @@ impl Receiver {
         receiver.set_timeout(Some(self.own.node.options.peer_timeout.max(slowest)))?;
         let intake = match info.session_kind {
             SessionKind::Rebuild => {
-                let taken = Intake::take_on(&mut self.own, &info, (sender.as_mut(), receiver.as_mut()), over);
+                let (own, both) = (&mut self.own, (over, &under));
+                let taken = Intake::take_on(own, &info, (sender.as_mut(), receiver.as_mut()), both);
                 Some(Box::new(taken?))
             }
             SessionKind::KeepUp => {
@@ -152,7 +154,7 @@ impl Receiver {
             info.head,
             info.epoch
         );
-        let lane = AckLane::new(&mut self.own, sender, &info, over);
+        let lane = AckLane::new(&mut self.own, sender, &info, under);
         let completion = intake.as_ref().map(|_| Completion::of(&self.own)).transpose();
         match lane.and_then(|lane| Ok((lane, completion?))) {
             Ok((lane, completion)) => {
@@ -185,13 +187,14 @@ impl Receiver {
         })
     }
 
-    /// Says where this log ends, and checks that what the leader will send continues it.
+    /// Says where this log ends, and checks that what the leader will send continues it. From then on the stream stands under
+    /// the leader's epoch.
     fn shake_hands(
         &mut self,
         peer: &str,
-        sender: &mut dyn FrameSender,
-        receiver: &mut dyn FrameReceiver,
-    ) -> Result<ShardInfo> {
+        (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
+        over: &ShutdownSignal,
+    ) -> Result<(ShardInfo, StreamUnder)> {
         let node = Arc::clone(&self.own.node);
         let manifest = node.manifest();
         let is_incomplete = self.own.is_incomplete()?;
@@ -232,9 +235,12 @@ impl Receiver {
         node.check_topology(peer, &info)?;
         // Persisted before anything is done under it.
         node.accept_epoch(info.epoch).map_err(|error| stale_answer(peer, error))?;
+        // Another stream may have met a newer one since, and nothing is changed here on this leader's word then.
+        let under = node.fence.enter(info.epoch, over);
+        under.check()?;
         self.own.gives_way = told.is_some_and(|told| told.gives_way_to(info.epoch));
         if info.session_kind == SessionKind::Rebuild && info.start == Lsn::ZERO {
-            return Ok(info);
+            return Ok((info, under));
         }
         if is_incomplete && (info.session_kind != SessionKind::Rebuild || kept == 0) {
             return Err(Error::protocol(peer, "it would go on with the log, but the target has no base to put it on"));
@@ -259,7 +265,7 @@ impl Receiver {
                 ),
             ));
         }
-        Ok(info)
+        Ok((info, under))
     }
 
     /// Takes in frames until the stream ends.

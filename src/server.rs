@@ -495,7 +495,7 @@ impl Server {
             }
             for shard in self.all_shards() {
                 shard.log.depose(self.led, epoch);
-                // Their shippers leave; whoever only listens need not.
+                // Shippers to those who only read the log notice by themselves.
                 shard.host.streams().iter().for_each(ShutdownSignal::shutdown);
             }
         }
@@ -555,8 +555,7 @@ impl Server {
         let forgotten = shard.host.retention().registry().retain(|known| known != node);
         for shard in self.all_shards() {
             // Its stream is over before its marks go: then it cannot bring them back.
-            shard.host.forget(node);
-            shard.commits.acknowledged().forget(node);
+            shard.host.forget(node, || shard.commits.acknowledged().forget(node));
             shard.host.retention().poke();
         }
         forgotten

@@ -188,8 +188,11 @@ impl Shipper {
                 return Self::say_superseded(&mut lane);
             }
             if is_awaited && self.draining.is_shutdown() {
-                // Of a rebuild that nobody has taken on yet, nothing is pending.
-                return lane.sender.finish();
+                // Of a rebuild that nobody has taken on yet, nothing is pending, and what the follower says meanwhile is that it
+                // lives.
+                lane.sender.finish()?;
+                self.stream_over.shutdown();
+                return Ok(());
             }
             let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node. Nor does a deposed leader's.

@@ -410,14 +410,16 @@ impl Host {
         self.settle();
     }
 
-    /// A follower that is not waited for any longer: it leaves the assignment, and its stream ends.
-    pub(crate) fn forget(&self, node: NodeId) {
+    /// A follower that is not waited for any longer: it leaves the assignment, its stream ends, and then `forget` has the rest
+    /// go, before it can come again.
+    pub(crate) fn forget(&self, node: NodeId, forget: impl FnOnce()) {
         let mut state = self.state.lock();
         let before = state.assignment.replicas.len();
         state.assignment.replicas.retain(|replica| replica.node != node);
         if state.assignment.replicas.len() != before {
             self.deliver_assignment(&mut state);
         }
+        forget();
         drop(state);
         self.settle();
     }

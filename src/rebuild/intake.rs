@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::ack_lane::AckLane;
+use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, Result};
 use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
@@ -92,9 +93,11 @@ impl Intake {
         own: &mut FollowerShard,
         info: &ShardInfo,
         (sender, receiver): (&mut dyn FrameSender, &mut dyn FrameReceiver),
-        over: &ShutdownSignal,
+        (over, under): (&ShutdownSignal, &StreamUnder),
     ) -> Result<Intake> {
         let start = await_start(info, sender, receiver)?;
+        // Its turn may have been long in coming: what is here is not given up for a leader that has been succeeded.
+        under.check()?;
         let base = BaseInfo { base_lsn: start.base_lsn, block_len: start.block_len, block_count: start.block_count };
         let contract = RebuildContract { session: info.session, epoch: info.epoch, target: info.target, base };
         let goes_on = info.start != Lsn::ZERO && start.log_start == info.start;

@@ -51,7 +51,12 @@ pub(super) struct GivenUp {
     aside: Vec<(Arc<Segment>, PathBuf)>,
     /// The first LSN of the segment that is synced now, or was last.
     syncing: Lsn,
+    /// What went before it was synced, oldest first: from here to there, with syncs in between.
+    unsynced: Vec<(Lsn, Lsn)>,
 }
+
+/// So many stretches that went unsynced are told apart; of more, the oldest two count as one with what lies between them.
+const MOST_UNSYNCED: usize = 64;
 
 /// What to do with the oldest segment.
 enum Fate {
@@ -118,9 +123,9 @@ impl Log {
             match self.fate(&given_up, lsn, unsynced) {
                 Fate::Stays => return Ok(count),
                 Fate::IsSetAside => {
-                    self.note_unsynced(&oldest);
                     let path = self.directory.join(format!("{ASIDE_PREFIX}{}", oldest.id()));
                     std::fs::rename(oldest.path(), &path).map_err(Error::io("rename", oldest.path()))?;
+                    self.note_unsynced(&mut given_up, &oldest);
                     self.segments.write().remove(0);
                     given_up.aside.push((Arc::clone(&oldest), path));
                     log::info!(
@@ -134,7 +139,7 @@ impl Log {
                     if matches!(fate, Fate::Goes) {
                         self.tidy_aside(&mut given_up);
                     }
-                    self.note_unsynced(&oldest);
+                    self.note_unsynced(&mut given_up, &oldest);
                     self.segments.write().remove(0);
                     let (id, path) = (oldest.id(), oldest.path().to_owned());
                     if let Err(error) = self.remove(oldest, path.clone()) {
@@ -171,24 +176,29 @@ impl Log {
         }
     }
 
-    /// Notes what of a segment about to go was not synced yet. Under the lock of `given_up`, and before the segment goes:
-    /// whoever moves the synced mark past it has found it gone.
-    fn note_unsynced(&self, segment: &Segment) {
+    /// Notes what of a segment that goes was not synced yet. Before it is out of the list: whoever moves the synced mark past
+    /// it has found it gone.
+    fn note_unsynced(&self, given_up: &mut GivenUp, segment: &Segment) {
         let synced = self.synced().load();
         let Some(last) = segment.sealed_last_lsn().filter(|last| *last > synced) else { return };
-        let through = Lsn(self.unsynced_through.load(Ordering::Relaxed));
-        // What went before it goes on here, unless there was a sync in between.
-        if through < synced || through == Lsn::ZERO {
-            self.unsynced_from.store(synced.next().0, Ordering::Relaxed);
+        match given_up.unsynced.last_mut().filter(|(_, through)| *through >= synced) {
+            // Nothing was synced in between.
+            Some((_, through)) => *through = last,
+            None => given_up.unsynced.push((synced.next(), last)),
+        }
+        if given_up.unsynced.len() > MOST_UNSYNCED {
+            // What lies between them is gone too, though it was synced before it went.
+            let (from, _) = given_up.unsynced.remove(0);
+            given_up.unsynced[0].0 = from;
         }
         self.unsynced_through.store(last.0, Ordering::Release);
     }
 
-    /// Whether a record was given up before it was on stable storage: one that the synced mark has passed. Of what went so
-    /// with syncs in between, only the newest stretch is known.
+    /// Whether a record was given up before it was on stable storage: one that the synced mark has passed.
     #[inline]
     pub(super) fn went_unsynced(&self, lsn: Lsn) -> bool {
-        lsn.0 <= self.unsynced_through.load(Ordering::Acquire) && lsn.0 >= self.unsynced_from.load(Ordering::Relaxed)
+        lsn.0 <= self.unsynced_through.load(Ordering::Acquire)
+            && self.given_up.lock().unsynced.iter().any(|(from, through)| (*from..=*through).contains(&lsn))
     }
 
     /// Removes what was set aside and is not needed any more: all of it if the log begins with a durable segment, else
@@ -449,9 +459,17 @@ mod tests {
         assert!(log.went_unsynced(first) && log.went_unsynced(gone));
         assert!(!log.went_unsynced(first.previous()) && !log.went_unsynced(gone.next()));
         log.wait_synced(log.head(), None).unwrap();
-        let (next, gone) = append_and_drop(false);
-        assert!(next > first && log.went_unsynced(next) && log.went_unsynced(gone));
+        let (next, newest) = append_and_drop(false);
+        assert!(next > first && log.went_unsynced(next) && log.went_unsynced(newest));
         assert!(!log.went_unsynced(next.previous()));
+        assert!(log.went_unsynced(first) && log.went_unsynced(gone), "whatever was synced since");
+        // The oldest become one.
+        for _ in 0..MOST_UNSYNCED {
+            log.wait_synced(log.head(), None).unwrap();
+            let (next, newest) = append_and_drop(false);
+            assert!(log.went_unsynced(next) && log.went_unsynced(newest) && log.went_unsynced(first));
+        }
+        assert_eq!(log.given_up.lock().unsynced.len(), MOST_UNSYNCED);
     }
 
     #[test]

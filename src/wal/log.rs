@@ -70,9 +70,7 @@ pub struct Log {
     pub(super) releasing: Mutex<()>,
     /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
     pub(super) named: AtomicU64,
-    /// What was given up before it was synced, or the newest stretch of it: from here to there. Moved under the lock of
-    /// `given_up`.
-    pub(super) unsynced_from: AtomicU64,
+    /// Up to where anything was given up before it was synced. Moved under the lock of `given_up`, which has what it was.
     pub(super) unsynced_through: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Arc<Spares>,
@@ -129,7 +127,6 @@ impl Log {
             given_up: Mutex::default(),
             releasing: Mutex::default(),
             named: AtomicU64::new(0),
-            unsynced_from: AtomicU64::new(Lsn::FIRST.0),
             unsynced_through: AtomicU64::new(0),
             end_reason: OnceLock::new(),
             spares,

@@ -206,7 +206,9 @@ impl World {
         }
         self.accept_epoch(id, info.epoch);
         let node = self.node(id);
-        node.refused_since = None;
+        if info.session_kind != SessionKind::Rebuild {
+            node.refused_since = None;
+        }
         let Some(stream) = &mut node.following.stream else { return Ok(()) };
         stream.info = Some(info);
         let told = stream.told;
@@ -292,6 +294,7 @@ impl World {
         let contract = RebuildContract { session: control.session, epoch: control.epoch, target: control.target, base };
         let mut session = RebuildSession::new(SHARD, Arc::new(node.blocks.clone()));
         session.start(contract).map_err(|error| error.to_string())?;
+        node.refused_since = None;
         node.disk.manifest.recovering = true;
         node.opened_with = control.base_lsn;
         node.log = Log::begin_at(&mut node.disk, control.log_start, control.epoch).planted_as(&node.log);

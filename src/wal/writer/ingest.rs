@@ -31,8 +31,9 @@ impl LogWriter {
                 due.1, due.0
             )));
         }
-        if self.header_due && self.reserved.is_none() {
-            // Now, and not when the page has been checked: that is done under a lock that acknowledgements need.
+        if self.open.is_none() && self.reserved.is_none() {
+            // Now, and not when the page has been checked: that is done under a lock that acknowledgements need. Behind an empty
+            // segment the page is most often that one's again.
             self.log.spares().set_long(false);
             self.reserved = Some(self.log.spares().take()?);
         }
