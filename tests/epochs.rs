@@ -14,7 +14,7 @@ use common::raw::{ask, follow_request, refused};
 use common::{append, catch_up, directories, until, writers};
 use parking_lot::Mutex;
 use towline::tail::ask_topology;
-use towline::target::LogOnly;
+use towline::target::{FixedStore, FixedStoreOptions, LogOnly, ReplicationTarget};
 use towline::transport::{Closer, Connection, Listener, Transport};
 use towline::wire::Message;
 use towline::{Epoch, Error, Follower, Leader, NodeId, Outcome, RefusalCode, Result, ShardId};
@@ -40,9 +40,9 @@ impl Switch {
         *self.to.lock() = Box::new(move |_| address.to_owned());
     }
 
-    fn follow(self: &Arc<Self>, directory: &Path) -> Follower {
+    fn follow(self: &Arc<Self>, directory: &Path, target: Arc<dyn ReplicationTarget>) -> Follower {
         let node = common::quick(towline::Node::builder(directory)).transport(Arc::clone(self) as Arc<dyn Transport>);
-        node.node_id(NodeId(1)).follow("whoever leads", Arc::new(LogOnly)).unwrap()
+        node.node_id(NodeId(1)).follow("whoever leads", target).unwrap()
     }
 }
 
@@ -84,7 +84,7 @@ fn who_has_accepted_an_epoch_acknowledges_nothing_under_an_older_one() {
     let old = net.node(&a).shards(2).lead("old").unwrap();
     let copy = net.node(&b).node_id(NodeId(2)).follow("old", Arc::new(LogOnly)).unwrap();
     let switch = Switch::new(&net, |_| "old".to_owned());
-    let follower = switch.follow(&parent.path().join("c"));
+    let follower = switch.follow(&parent.path().join("c"), Arc::new(LogOnly));
     let mut writers = writers(&old);
     for writer in &mut writers {
         append(writer, 5);
@@ -103,6 +103,46 @@ fn who_has_accepted_an_epoch_acknowledges_nothing_under_an_older_one() {
         let outcome = old.wait(shard, lsn, "durable:1".parse().unwrap(), Some(Instant::now())).unwrap();
         assert_eq!(outcome, Outcome::TimedOut, "shard {shard}");
     }
+    follower.shutdown().unwrap();
+}
+
+#[test]
+fn a_rebuild_that_waits_for_its_turn_ends_when_another_stream_meets_a_newer_leader() {
+    const STORE: FixedStoreOptions = FixedStoreOptions { key_len: 8, value_len: 1000, shard_count: 2, prefix_bits: 1 };
+    let net = Net::in_process();
+    let (parent, a, b) = directories();
+    let store = |name: &str| Arc::new(FixedStore::open(parent.path().join(name), &STORE).unwrap());
+    let of_old = store("store-a");
+    let node = net.node(&a).shards(2).segment_size(common::SEGMENT).max_rebuilds(1);
+    let old = node.target(Arc::clone(&of_old) as Arc<dyn ReplicationTarget>).lead("old").unwrap();
+    let copy = net.node(&b).node_id(NodeId(2)).follow("old", store("store-b")).unwrap();
+    let mut writers = writers(&old);
+    for key in 0..400_u64 {
+        let key = key.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+        of_old.propose_put(&key, &[7; 1000], |shard, record| writers[usize::from(shard.0)].append(record)).unwrap();
+    }
+    catch_up(&old, &copy);
+    copy.shutdown().unwrap();
+    for shard in common::shards(2) {
+        let log = old.log(shard).unwrap();
+        common::reach(old.applied(shard).unwrap().unwrap(), log.head(), "applying at the leader");
+        log.wait_synced(log.head(), Some(common::deadline())).unwrap();
+        of_old.sync(shard).unwrap();
+        assert!(log.release_through(log.head(), "test").unwrap() > 0);
+    }
+    // Somebody has the one place, and does nothing with it.
+    let mut idle = net.transport.connect("old", common::PATIENCE).unwrap();
+    ask(&mut idle, follow_request(&old.manifest(), 77, S0)).unwrap();
+    let new = net.node(&b).epoch(Epoch(2)).target(store("store-b")).lead("new").unwrap();
+
+    let switch = Switch::new(&net, |_| "old".to_owned());
+    let follower = switch.follow(&parent.path().join("c"), store("store-c"));
+    until("both shards wait for a rebuild", || is_with(&old, 0) && is_with(&old, 1));
+    switch.goes_to("new");
+    switch.closers.lock().last().unwrap().close();
+    until("both streams go to the new leader", || is_with(&new, 0) && is_with(&new, 1));
+    catch_up(&new, &follower);
+    assert_eq!(follower.manifest().epoch, Epoch(2));
     follower.shutdown().unwrap();
 }
 
@@ -136,7 +176,7 @@ fn an_answer_of_an_older_epoch_ends_the_stream_and_not_the_follower() {
             "new".to_owned()
         }
     });
-    let follower = switch.follow(&parent.path().join("c"));
+    let follower = switch.follow(&parent.path().join("c"), Arc::new(LogOnly));
     until("the newer epoch is accepted", || follower.manifest().epoch == Epoch(2));
     switch.goes_to("new");
     let_go.send(()).unwrap();
