@@ -41,8 +41,12 @@ impl Switch {
     }
 
     fn follow(self: &Arc<Self>, directory: &Path, target: Arc<dyn ReplicationTarget>) -> Follower {
-        let node = common::quick(towline::Node::builder(directory)).transport(Arc::clone(self) as Arc<dyn Transport>);
-        node.node_id(NodeId(1)).follow("whoever leads", target).unwrap()
+        // No time-out ends a stream in place of what should.
+        let node = common::quick(towline::Node::builder(directory)).peer_timeout(common::PATIENCE * 10);
+        node.transport(Arc::clone(self) as Arc<dyn Transport>)
+            .node_id(NodeId(1))
+            .follow("whoever leads", target)
+            .unwrap()
     }
 }
 
@@ -81,7 +85,7 @@ fn is_with(leader: &Leader, shard: u16) -> bool {
 fn who_has_accepted_an_epoch_acknowledges_nothing_under_an_older_one() {
     let net = Net::in_process();
     let (parent, a, b) = directories();
-    let old = net.node(&a).shards(2).lead("old").unwrap();
+    let old = net.node(&a).shards(2).peer_timeout(common::PATIENCE * 10).lead("old").unwrap();
     let copy = net.node(&b).node_id(NodeId(2)).follow("old", Arc::new(LogOnly)).unwrap();
     let switch = Switch::new(&net, |_| "old".to_owned());
     let follower = switch.follow(&parent.path().join("c"), Arc::new(LogOnly));
@@ -113,7 +117,7 @@ fn a_rebuild_that_waits_for_its_turn_ends_when_another_stream_meets_a_newer_lead
     let (parent, a, b) = directories();
     let store = |name: &str| Arc::new(FixedStore::open(parent.path().join(name), &STORE).unwrap());
     let of_old = store("store-a");
-    let node = net.node(&a).shards(2).segment_size(common::SEGMENT).max_rebuilds(1);
+    let node = net.node(&a).shards(2).segment_size(common::SEGMENT).max_rebuilds(1).peer_timeout(common::PATIENCE * 10);
     let old = node.target(Arc::clone(&of_old) as Arc<dyn ReplicationTarget>).lead("old").unwrap();
     let copy = net.node(&b).node_id(NodeId(2)).follow("old", store("store-b")).unwrap();
     let mut writers = writers(&old);
