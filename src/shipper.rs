@@ -187,14 +187,14 @@ impl Shipper {
             if self.superseded.is_shutdown() {
                 return Self::say_superseded(&mut lane);
             }
-            if is_awaited && self.draining.is_shutdown() {
+            let draining = self.draining.is_shutdown();
+            if draining && is_awaited {
                 // Of a rebuild that nobody has taken on yet, nothing is pending, and what the follower says meanwhile is that it
                 // lives.
                 lane.sender.finish()?;
                 self.stream_over.shutdown();
                 return Ok(());
             }
-            let draining = self.draining.is_shutdown();
             // A closed log grows no more: another has taken its place on this node. Nor does a deposed leader's.
             if (draining && log.written().load() <= lane.shipped) || log.is_closed() || log.is_deposed() {
                 return lane.sender.finish();

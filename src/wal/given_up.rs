@@ -15,10 +15,11 @@
 //!
 //! What was called synced is safe with that: a record that was is in the log that is opened, or had been given up before
 //! a newer one was called synced. Whoever waits for the sync of a record that is given up before it was synced is told so:
-//! the [`synced`](Log::synced) mark passes it, but it is on no device. The file set aside holds the newest record called synced, or the one before the oldest
-//! of the log. Syncing goes on with the oldest segment that is left, and that one is not removed before it is done, but
-//! set aside in its turn: a device that is slower than the writer syncs a segment now and then, and no waiter waits for
-//! ever.
+//! the [`synced`](Log::synced) mark passes it, but it is on no device.
+//!
+//! The file set aside holds the newest record called synced, or the one before the oldest of the log. Syncing goes on with
+//! the oldest segment that is left, and that one is not removed before it is done, but set aside in its turn: a device
+//! that is slower than the writer syncs a segment now and then, and no waiter waits for ever.
 //!
 //! Of several removals a power cut may leave any subset, and a log without one of its middle segments is refused. What
 //! nobody needs therefore goes one file at a time, each removal durable before the next. Where the log has outgrown its

@@ -7,7 +7,8 @@
 //! the last sync can be missing, half there, or there as a whole behind others that are not. Where a segment's file was one
 //! of this log before, what it held then may stand there instead, its header page included: records with lower LSNs than
 //! any that could be due. They are cut like any others, and counted in what is told of a cut, even where nothing that was
-//! written is missing. None of that is damage: nobody was told that those records were safe. Damage is when something is missing that *was* synced.
+//! written is missing. None of that is damage: nobody was told that those records were safe. Damage is when something is
+//! missing that *was* synced.
 //!
 //! # The rule
 //!

@@ -101,6 +101,7 @@ pub(super) struct Spares {
     ended: Condvar,
 }
 
+#[derive(Default)]
 struct State {
     ready: VecDeque<Prepared>,
     /// More are being made until as many are ready as are kept.
@@ -137,30 +138,6 @@ struct State {
 }
 
 impl State {
-    fn new(old: OldFiles, next_name: u64) -> State {
-        State {
-            ready: VecDeque::new(),
-            refilling: false,
-            old,
-            preparing: false,
-            filling: None,
-            helpers: 0,
-            waiting: false,
-            awaited: 0,
-            failure: None,
-            failed: false,
-            outrun: false,
-            populate: None,
-            populated: (Lsn::ZERO, 0),
-            taken: 0,
-            syncs: 0,
-            next_name,
-            running: false,
-            start_failed: false,
-            stopped: false,
-        }
-    }
-
     /// Spares that are ready or being prepared.
     fn spares(&self) -> usize {
         self.ready.len() + usize::from(self.preparing)
@@ -197,7 +174,7 @@ impl Spares {
             segment_size: identity.segment_size,
             keep,
             populate_ahead: options.populate_ahead,
-            state: Mutex::new(State::new(old, next_name)),
+            state: Mutex::new(State { old, next_name, ..State::default() }),
             sync_waited: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
             in_bulk: AtomicBool::new(false),

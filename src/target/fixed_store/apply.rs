@@ -56,7 +56,8 @@ pub(super) struct Writer {
     ahead: HashMap<Lsn, u64>,
     plans: Plans,
     marked_clean: bool,
-    image: Vec<u8>,
+    /// What a slot is to hold.
+    pub(super) image: Vec<u8>,
     /// What a proposed record is put together in.
     record: Vec<u8>,
     pub(super) front: Vec<u8>,
@@ -380,7 +381,7 @@ impl Shard {
     }
 
     /// Replaces a slot by `writer.image`.
-    fn write_image(&self, writer: &mut Writer, slot: u64) -> Result<()> {
+    pub(super) fn write_image(&self, writer: &mut Writer, slot: u64) -> Result<()> {
         match &mut writer.arriving {
             Some(arriving) if slot >= self.map.slot_count() => self.write_unmapped(arriving, slot, &writer.image),
             _ => self.write_mapped(&mut writer.slots, slot, &writer.image),

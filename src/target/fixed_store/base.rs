@@ -207,10 +207,8 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
                         arriving.found.note(shard, &arriving.held, slot, &found)?;
                     }
                     if found.lsn() > applied {
-                        match &mut writer.arriving {
-                            Some(arriving) if slot >= mapped => shard.write_unmapped(arriving, slot, &bytes)?,
-                            _ => shard.write_mapped(&mut writer.slots, slot, &bytes)?,
-                        }
+                        writer.image.clone_from(&bytes);
+                        shard.write_image(writer, slot)?;
                     }
                 }
                 Err(_) => {

@@ -32,6 +32,7 @@ pub(super) enum Origin {
 }
 
 /// The files of one log that can be filled again.
+#[derive(Default)]
 pub(super) struct OldFiles {
     /// Spares that are kept ready.
     keep: usize,
@@ -65,7 +66,7 @@ impl OldFiles {
     /// As many of those left over as spares are kept. Gives the others too, which are to be removed.
     pub(super) fn new(mut left_over: Vec<PathBuf>, keep: usize) -> (OldFiles, Vec<PathBuf>) {
         let surplus = left_over.split_off(keep.min(left_over.len()));
-        (OldFiles { keep, left_over, used: Vec::new(), returning: 0, taken_before: 0, burst: 0 }, surplus)
+        (OldFiles { keep, left_over, ..OldFiles::default() }, surplus)
     }
 
     /// How many there are, those on their way included.
