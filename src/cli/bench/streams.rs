@@ -1,8 +1,9 @@
 //! The bare limits on loopback TCP: blocking sockets, large writes, no protocol.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
@@ -236,6 +237,56 @@ impl Drop for RelayedPingPong {
         for thread in self.threads.drain(..).chain(self.server.take()) {
             let _ = thread.join();
         }
+    }
+}
+
+/// A server that makes durable whatever it is sent in one piece, and then answers with 32 bytes.
+pub(super) struct DurableStream {
+    client: TcpStream,
+    server: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl DurableStream {
+    /// Into a new file with room for `len` bytes.
+    pub(super) fn start(path: &Path, len: usize) -> io::Result<DurableStream> {
+        let (client, far) = connect()?;
+        let file = limits::zeroed_file(path, len)?;
+        let server = std::thread::spawn(move || serve_pieces(&far, &file));
+        Ok(DurableStream { client, server: Some(server) })
+    }
+
+    /// One at a time.
+    pub(super) fn exchange(&self, bytes: &[u8]) -> io::Result<()> {
+        let len = u32::try_from(bytes.len()).map_err(io::Error::other)?.to_le_bytes();
+        let mut stream = &self.client;
+        let sent = stream.write_vectored(&[IoSlice::new(&len), IoSlice::new(bytes)])?;
+        if let Some(rest) = bytes.get(sent.saturating_sub(len.len())..) {
+            stream.write_all(rest)?;
+        }
+        stream.read_exact(&mut [0; ACK])
+    }
+}
+
+impl Drop for DurableStream {
+    fn drop(&mut self) {
+        let _ = self.client.shutdown(Shutdown::Both);
+        let _ = self.server.take().map(JoinHandle::join);
+    }
+}
+
+fn serve_pieces(mut stream: &TcpStream, file: &File) -> io::Result<()> {
+    let (mut len, mut piece, mut end) = ([0; 4], Vec::new(), 0);
+    loop {
+        match stream.read_exact(&mut len) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            other => other?,
+        }
+        piece.resize(u32::from_le_bytes(len) as usize, 0);
+        stream.read_exact(&mut piece)?;
+        limits::write_at(file, &piece, end)?;
+        file.sync_data()?;
+        end += piece.len() as u64;
+        stream.write_all(&[1; ACK])?;
     }
 }
 
