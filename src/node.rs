@@ -438,8 +438,8 @@ impl NodeBuilder {
         // A target that is ahead of its log, or further back than the log reaches, cannot be continued from it.
         if applied > log.head() || applied.next() < log.tail() {
             return Err(Error::invalid(format!(
-                "the target of shard {} has applied LSN {applied}, but the log holds LSN {} to {}; \
-                 directory and target do not belong together",
+                "the target of shard {} has applied LSN {applied}, but the log holds LSN {} to {}; directory and target do \
+                 not belong together, or a power cut took from the log what the target was given before it was durable",
                 log.shard(),
                 log.tail(),
                 log.head()

@@ -27,9 +27,11 @@ use crate::wal::{Batch, Record};
 ///
 /// # The write-ahead rule
 ///
-/// What has been applied may reach the disk at any moment. A target that overwrites in place must therefore not be
-/// given a record that a crash could still take out of the local log: it says so with
-/// [`needs_durable_log`](ReplicationTarget::needs_durable_log), and is then fed what is durable, not what is received.
+/// What has been applied may reach the disk at any moment: where a target overwrites in place, and where it makes state and
+/// position durable in one step. So it must not be given a record that a power cut could still take out of the local log:
+/// the target would then be ahead of its log, and the node would refuse to start, or another record would come under the same
+/// LSN. Therefore targets are fed what is durable, not what is received, unless they say that they
+/// [do not need that](ReplicationTarget::needs_durable_log), because what they keep is gone with the process, say.
 ///
 /// ```
 /// use std::sync::Mutex;
@@ -104,9 +106,10 @@ pub trait ReplicationTarget: Send + Sync {
     }
 
     /// Whether this target must only be given records that are durable in the local log (the
-    /// [write-ahead rule](#the-write-ahead-rule)).
+    /// [write-ahead rule](#the-write-ahead-rule)): unless told otherwise, if it [keeps state](Self::keeps_state). A target in
+    /// memory may say `false`, and is given records as soon as they are received.
     fn needs_durable_log(&self) -> bool {
-        false
+        self.keeps_state()
     }
 
     /// Whether records have to be handed to this target. Where not, what is received counts as applied at once, and nobody

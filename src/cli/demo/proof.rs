@@ -155,4 +155,9 @@ impl ReplicationTarget for Checking {
     fn sync(&self, _shard: ShardId) -> towline::Result<()> {
         Ok(())
     }
+
+    /// It is gone with the process.
+    fn needs_durable_log(&self) -> bool {
+        false
+    }
 }
