@@ -162,6 +162,23 @@ fn a_leader_that_lost_records_never_wipes_a_follower() {
 }
 
 #[test]
+fn a_leader_that_has_nothing_says_so_and_wipes_nobody() {
+    let net = Net::in_process();
+    let (parent, leader_dir, follower_dir) = directories();
+    drop(net.lead(&leader_dir, 1));
+    let backup = parent.path().join("backup");
+    copy(&leader_dir, &backup);
+    pair_with(&net, &leader_dir, &follower_dir, 40);
+    let leader = net.lead(&backup, 1);
+    let follower = net.follow(&follower_dir, 1, &Checked::forgetful(1));
+    let error = reason_of_end(&follower);
+    assert!(matches!(error, Error::Refused { code: RefusalCode::LeaderBehind, .. }), "{error}");
+    assert_says(&error.to_string(), &["shard 0 of this leader is empty", "up to LSN 40", "nothing is overwritten"]);
+    drop((leader, follower));
+    assert_identical(&leader_dir, &follower_dir, &[40]);
+}
+
+#[test]
 fn a_follower_whose_place_is_gone_is_told_what_is_left() {
     let net = Net::in_process();
     let (_parent, leader_dir, follower_dir) = directories();

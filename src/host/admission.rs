@@ -219,6 +219,15 @@ impl Host {
     ) -> Declined {
         let shard = self.shard;
         match refusal {
+            Some(Refusal::LeaderBehind) if head == Lsn::ZERO => Declined(
+                RefusalCode::LeaderBehind,
+                format!(
+                    "shard {shard} of this leader is empty, and you have it up to LSN {}: nothing proves that the two were \
+                     one log, and nothing is overwritten. Make the node that has the records the leader; or, if nobody \
+                     needs them, start yours with an empty directory, or again once this leader has more records there",
+                    request.received.max(request.applied)
+                ),
+            ),
             Some(Refusal::LeaderBehind) if request.received > head || request.durable.max(request.applied) > head => {
                 Declined(
                     RefusalCode::LeaderBehind,
