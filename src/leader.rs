@@ -33,7 +33,7 @@ use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
-use crate::types::{Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogWriter, Wal};
 use crate::watermark::Watermark;
 
@@ -261,6 +261,10 @@ impl Leader {
     /// Keeps a shard's log from `lsn` on for as long as the pin lives, within the shard's bound. Owner and reason are for
     /// those who look at the status.
     ///
+    /// A pin lives no longer than its node. Between the start of the next one and its first pins, what is kept for nobody
+    /// ([`min_wal_bytes`](crate::NodeBuilder::min_wal_bytes)) is all that is sure to be there; what must not be lost needs a
+    /// [target](crate::NodeBuilder::target).
+    ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if there is no such shard; [`Error::NotRetained`] if `lsn` has been given up already.
@@ -278,6 +282,40 @@ impl Leader {
         self.server.forget_follower(node)
     }
 
+    /// Steps down because another node leads under `newer`, or is about to: nothing is appended any more, whoever waits is
+    /// told [`Outcome::Deposed`], followers' streams end, and this directory leads again only under a higher epoch that it is
+    /// given. Records that no follower has may be cut when it comes back as a follower.
+    ///
+    /// A leader that is not told, because it is cut off say, goes on until a node that has accepted `newer` connects to it:
+    /// what it answers as [synced](Commit::SYNCED) meanwhile is on its own disk alone.
+    ///
+    /// ```
+    /// # use towline::{Epoch, Node, Outcome, ShardId};
+    /// # let directory = tempfile::tempdir()?;
+    /// let leader = Node::builder(directory.path()).segment_size(1 << 20).lead("127.0.0.1:0")?;
+    /// let mut writer = leader.writer(ShardId(0))?;
+    /// let lsn = writer.append(b"record")?;
+    /// leader.depose(Epoch(2))?;
+    /// assert!(writer.append(b"another").is_err());
+    /// assert_eq!(leader.wait(ShardId(0), lsn, "durable:1".parse()?, None)?, Outcome::Deposed);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StaleEpoch`] unless `newer` is higher than the epoch that it leads under; [`Error::Invalid`] for the last epoch
+    /// there is; [`Error::Io`] if it could not be written down: then it leads on.
+    pub fn depose(&self, newer: Epoch) -> Result<()> {
+        let led = self.server.led();
+        if newer <= led {
+            return Err(Error::StaleEpoch { offered: newer, accepted: led });
+        }
+        if newer == Epoch(u64::MAX) {
+            return Err(Error::invalid(format!("epoch {newer} has no successor")));
+        }
+        self.server.depose(newer)
+    }
+
     /// What the node says about itself now.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -288,7 +326,8 @@ impl Leader {
     ///
     /// # Errors
     ///
-    /// [`Error::Poisoned`] if something written is not on stable storage.
+    /// [`Error::Poisoned`] if something written is not on stable storage; [`Error::StaleEpoch`] if that is because the node was
+    /// deposed.
     pub fn shutdown(mut self) -> Result<()> {
         self.stop()
     }

@@ -44,7 +44,7 @@ impl Node {
         NodeBuilder {
             directory: directory.as_ref().to_owned(),
             node: None,
-            region: RegionId(0),
+            region: None,
             shards: None,
             segment_size: None,
             epoch: None,
@@ -115,7 +115,7 @@ impl NodeOptions {
 pub struct NodeBuilder {
     pub(crate) directory: PathBuf,
     node: Option<NodeId>,
-    region: RegionId,
+    region: Option<RegionId>,
     shards: Option<u16>,
     segment_size: Option<u64>,
     pub(crate) epoch: Option<Epoch>,
@@ -137,10 +137,11 @@ impl NodeBuilder {
         self
     }
 
-    /// Where the log originates, for a new leader. Default: region 0.
+    /// Where the log originates. Fixed when the directory is made: opening it with another region is refused. Default: what
+    /// the directory says, else region 0. A follower takes its leader's.
     #[must_use]
     pub fn region(mut self, region: RegionId) -> Self {
-        self.region = region;
+        self.region = Some(region);
         self
     }
 
@@ -194,7 +195,8 @@ impl NodeBuilder {
         self
     }
 
-    /// A peer from which no byte came for this long is gone. Default: 10 s.
+    /// A peer from which no byte came for this long is gone: several of its heartbeats. Default: 10 s; a follower gives a
+    /// leader that beats more slowly three of its heartbeats at least.
     #[must_use]
     pub fn peer_timeout(mut self, timeout: Duration) -> Self {
         self.options.peer_timeout = timeout;
@@ -325,13 +327,19 @@ impl NodeBuilder {
     }
 
     /// Makes a leader apply its own log to a target too, on one thread a shard. Default: it keeps the log only.
+    ///
+    /// The target is given records once they are written, or once they are synced here where it
+    /// [needs that](ReplicationTarget::needs_durable_log): not once they are committed. So it can show what a failover takes
+    /// back. What it has not applied yet when the node starts is applied after [`lead`](Self::lead) has returned: it is up to
+    /// date once [`Leader::applied`] has reached the head of the log.
     #[must_use]
     pub fn target(mut self, target: Arc<dyn ReplicationTarget>) -> Self {
         self.target = Some(target);
         self
     }
 
-    /// Gives a signal that stops the node, also while it still waits for a leader to come up.
+    /// Gives a signal that stops a follower, also while it still waits for a leader to come up. On a leader it ends listener
+    /// and streams, once what is pending was sent; its writers write on until [`Leader::shutdown`].
     #[must_use]
     pub fn stop_signal(mut self, stop: ShutdownSignal) -> Self {
         self.stop = stop;
@@ -350,6 +358,7 @@ impl NodeBuilder {
     /// [`Error::StaleEpoch`], [`Error::Network`] for the address, [`Error::Io`]. [`Error::Invalid`] for settings that have no
     /// meaning, and for a target that does not belong to this log or whose rebuild was interrupted.
     pub fn lead(self, address: &str) -> Result<Leader> {
+        self.check_meaning()?;
         Leader::start(self, address)
     }
 
@@ -361,6 +370,7 @@ impl NodeBuilder {
     /// As [`lead`](Self::lead); [`Error::Refused`] if the leader will not have it; [`Error::ShutDown`] if it was stopped
     /// before the leader was reached.
     pub fn follow(self, address: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
+        self.check_meaning()?;
         Follower::start(self, address, target)
     }
 
@@ -380,7 +390,7 @@ impl NodeBuilder {
                 Manifest {
                     cluster: ClusterId((u128::from(random()) << 64 | u128::from(random())).max(1)),
                     node: self.node_id_or_random(),
-                    region: self.region,
+                    region: self.region.unwrap_or(RegionId(0)),
                     shard_count: self.shards.unwrap_or(1),
                     segment_size: self.segment_size.unwrap_or(DEFAULT_SEGMENT_SIZE),
                     epoch: self.epoch.unwrap_or(Epoch::FIRST),
@@ -402,18 +412,34 @@ impl NodeBuilder {
             )
             .into(),
         };
-        match (self.shards, self.segment_size, self.node) {
-            (Some(asked), _, _) if asked != manifest.shard_count => {
-                Err(differs("shard count", asked.to_string(), manifest.shard_count.to_string()))
-            }
-            (_, Some(asked), _) if asked != manifest.segment_size => {
-                Err(differs("segment size", asked.to_string(), manifest.segment_size.to_string()))
-            }
-            (_, _, Some(asked)) if asked != manifest.node => {
-                Err(differs("node id", asked.to_string(), manifest.node.to_string()))
-            }
-            _ => Ok(()),
-        }
+        let fixed = [
+            ("shard count", self.shards.map(u64::from), u64::from(manifest.shard_count)),
+            ("segment size", self.segment_size, manifest.segment_size),
+            ("node id", self.node.map(|node| node.0), manifest.node.0),
+            ("region", self.region.map(|region| u64::from(region.0)), u64::from(manifest.region.0)),
+        ];
+        let other =
+            fixed.into_iter().find_map(|(what, asked, found)| Some((what, asked.filter(|&it| it != found)?, found)));
+        other.map_or(Ok(()), |(what, asked, found)| Err(differs(what, asked.to_string(), found.to_string())))
+    }
+
+    /// Refuses settings that have no meaning.
+    pub(crate) fn check_meaning(&self) -> Result<()> {
+        let options = &self.options;
+        let counts = [
+            ("max_connections", options.max_connections),
+            ("max_connections_per_address", options.max_connections_per_address.unwrap_or(1)),
+            ("max_rebuilds", options.max_rebuilds),
+        ];
+        let times = [
+            ("heartbeat", options.heartbeat),
+            ("peer_timeout", options.peer_timeout),
+            ("handshake_timeout", options.handshake_timeout),
+        ];
+        let counts = counts.into_iter().filter_map(|(name, count)| (count == 0).then_some(name));
+        let times = times.into_iter().filter_map(|(name, time)| time.is_zero().then_some(name));
+        let nothing = counts.chain(times).next();
+        nothing.map_or(Ok(()), |name| Err(Error::invalid(format!("{name} of 0: a node needs more than none"))))
     }
 
     /// Where applying begins: what the target knows of itself, else what the checkpoint says. A target whose rebuild was

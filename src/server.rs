@@ -487,19 +487,30 @@ impl Server {
             return Err(Refusal(RefusalCode::ProtocolViolation, format!("epoch {epoch} has no successor")));
         }
         if epoch > self.led {
-            // So that it does not lead again under its old epoch after a restart. One that is older than another seen is
-            // nothing new.
-            let accepted = self.directory.accept_epoch(epoch);
-            if !matches!(accepted, Err(Error::StaleEpoch { .. })) {
-                accepted.map_err(internal)?;
-            }
-            for shard in self.all_shards() {
-                shard.log.depose(self.led, epoch);
-                // Shippers to those who only read the log notice by themselves.
-                shard.host.streams().iter().for_each(ShutdownSignal::shutdown);
-            }
+            self.depose(epoch).map_err(internal)?;
         }
         self.check_deposed()
+    }
+
+    /// A leader steps down before a newer epoch than it leads under.
+    pub(crate) fn depose(&self, epoch: Epoch) -> Result<()> {
+        // So that it does not lead again under its old epoch after a restart. One that is older than another seen is
+        // nothing new.
+        match self.directory.accept_epoch(epoch) {
+            Ok(()) | Err(Error::StaleEpoch { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        for shard in self.all_shards() {
+            shard.log.depose(self.led, epoch);
+            // Shippers to those who only read the log notice by themselves.
+            shard.host.streams().iter().for_each(ShutdownSignal::shutdown);
+        }
+        Ok(())
+    }
+
+    /// The epoch that it leads under.
+    pub(crate) fn led(&self) -> Epoch {
+        self.led
     }
 
     fn check_deposed(&self) -> Result<(), Refusal> {

@@ -234,3 +234,30 @@ fn who_cannot_follow_deposes_nobody() {
     append(&mut leader.writer(S0).unwrap(), 1);
     assert_eq!(leader.manifest().epoch, Epoch(1));
 }
+
+#[test]
+fn a_leader_that_is_told_of_a_newer_one_steps_down_at_once_and_for_good() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let old = net.node(&a).lead("old").unwrap();
+    let mut writer = old.writer(S0).unwrap();
+    let copy = net.node(&b).node_id(NodeId(2)).follow("old", Arc::new(LogOnly)).unwrap();
+    append(&mut writer, 5);
+    catch_up(&old, &copy);
+    copy.shutdown().unwrap();
+    let new = net.node(&b).epoch(Epoch(2)).lead("new").unwrap();
+    let lsn = writer.append(b"nobody else has it").unwrap();
+    for stale in [1, u64::MAX] {
+        assert!(old.depose(Epoch(stale)).is_err(), "epoch {stale}");
+    }
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| old.wait(S0, lsn, "durable:1".parse().unwrap(), None).unwrap());
+        old.depose(Epoch(2)).unwrap();
+        assert_eq!(waiting.join().unwrap(), Outcome::Deposed);
+    });
+    assert!(matches!(writer.append(b"record"), Err(Error::StaleEpoch { .. })));
+    drop((writer, old));
+    assert!(matches!(net.node(&a).lead("old"), Err(Error::Mismatch { .. })), "epoch 2 is another's");
+    let back = net.node(&a).follow("new", Arc::new(LogOnly)).unwrap();
+    until("what nobody else has is cut", || back.log(S0).unwrap().head() == new.log(S0).unwrap().head());
+}

@@ -15,7 +15,7 @@ use common::{
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::wal::Record;
 use towline::wire::{Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
-use towline::{Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeId, RefusalCode, ShardId};
+use towline::{Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeId, RefusalCode, RegionId, ShardId};
 
 const S0: ShardId = ShardId(0);
 
@@ -60,6 +60,7 @@ fn a_directory_stays_what_it_was_made_as() {
     assert_says(&refusal(make().shards(4)), &[named, "shard count 3, not 4", "leave the setting out"]);
     assert_says(&refusal(make().segment_size(2 * SEGMENT)), &[named, "segment size 65536, not 131072"]);
     assert_says(&refusal(Node::builder(&directory).node_id(NodeId(6))), &[named, "node id 5, not 6"]);
+    assert_says(&refusal(make().region(RegionId(7))), &[named, "region 0, not 7"]);
     let leader = make().epoch(Epoch(3)).lead("127.0.0.1:0").unwrap();
     leader.shutdown().unwrap();
     assert_says(&refusal(make().epoch(Epoch(2))), &["epoch 2 is over", "epoch 3 has been accepted"]);
@@ -69,6 +70,14 @@ fn a_directory_stays_what_it_was_made_as() {
     for odd in [0, 2000] {
         assert_says(&refusal(Node::builder(&other).shards(odd)), &[&format!("{odd} shards"), "1024"]);
     }
+    let new = || Node::builder(&other);
+    assert_says(&refusal(new().max_connections(0)), &["max_connections of 0"]);
+    assert_says(&refusal(new().max_connections_per_address(0)), &["max_connections_per_address of 0"]);
+    assert_says(&refusal(new().max_rebuilds(0)), &["max_rebuilds of 0"]);
+    assert_says(&refusal(new().heartbeat(Duration::ZERO)), &["heartbeat of 0"]);
+    assert_says(&refusal(new().peer_timeout(Duration::ZERO)), &["peer_timeout of 0"]);
+    assert_says(&refusal(new().handshake_timeout(Duration::ZERO)), &["handshake_timeout of 0"]);
+    assert!(!other.exists());
 
     // Nothing of that has changed anything.
     let leader = make().shards(3).segment_size(SEGMENT).lead("127.0.0.1:0").unwrap();
