@@ -111,6 +111,43 @@ impl NodeOptions {
 }
 
 /// Settings of a node, each with a default that suits a first try.
+///
+/// | setting | default | for |
+/// |---|---|---|
+/// | [`node_id`](Self::node_id) | the directory's, at first a random one | both; fixed with the directory |
+/// | [`shards`](Self::shards), [`segment_size`](Self::segment_size), [`region`](Self::region) | the directory's, at first 1, 16 MiB and 0 | leaders; fixed with the directory |
+/// | [`epoch`](Self::epoch) | the one that the directory has led under, at first 1 | leaders |
+/// | [`commit`](Self::commit) | `synced` | leaders |
+/// | [`target`](Self::target) | none | leaders; a follower's is given to [`follow`](Self::follow) |
+/// | [`followers`](Self::followers) | whoever of the cluster asks | leaders |
+/// | [`wal`](Self::wal) | [`WalOptions::default`] | both |
+/// | [`max_wal_bytes`](Self::max_wal_bytes), [`min_wal_bytes`](Self::min_wal_bytes) | 1 GiB and 128 MiB for each shard | both |
+/// | [`heartbeat`](Self::heartbeat), [`peer_timeout`](Self::peer_timeout), [`handshake_timeout`](Self::handshake_timeout) | 1 s, 10 s, 5 s | both |
+/// | [`reconnect`](Self::reconnect) | 1 s, doubling to 30 s | followers |
+/// | [`drain_timeout`](Self::drain_timeout) | 5 s | leaders |
+/// | [`session_limits`](Self::session_limits) | [`SessionLimits::default`] | leaders |
+/// | [`max_rebuilds`](Self::max_rebuilds) | 2 | leaders |
+/// | [`max_connections`](Self::max_connections), [`max_connections_per_address`](Self::max_connections_per_address) | 4096, seven eighths of all | whoever listens |
+/// | [`scrub`](Self::scrub) | [`ScrubOptions::default`]: once a day | both |
+/// | [`transport`](Self::transport), [`allow_plaintext`](Self::allow_plaintext) | TCP, on this machine only | both |
+/// | [`listen`](Self::listen) | does not | followers |
+/// | [`on_projection`](Self::on_projection), [`stop_signal`](Self::stop_signal) | none | both |
+///
+/// ```
+/// use std::time::Duration;
+/// use towline::wal::{SyncPolicy, WalOptions};
+/// use towline::{Commit, Node};
+///
+/// # let directory = tempfile::tempdir()?;
+/// let leader = Node::builder(directory.path())
+///     .shards(4)
+///     .commit("durable:1".parse()?)
+///     .max_wal_bytes(4 << 30)
+///     .wal(WalOptions { sync: SyncPolicy::Interval(Duration::from_millis(100)), ..WalOptions::default() })
+///     .lead("127.0.0.1:0")?;
+/// assert_eq!(leader.commits(towline::ShardId(3))?.policy(), "durable:1".parse::<Commit>()?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct NodeBuilder {
     pub(crate) directory: PathBuf,

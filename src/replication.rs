@@ -1,8 +1,9 @@
 //! How far each shard has been applied and synced, and the checkpoint that remembers it.
 //!
-//! A node keeps one [`ReplicationState`]: the applier of a shard moves its applied mark, the syncer its synced mark,
-//! and everyone else reads or waits. Now and then, and when it stops, the node writes a [`Checkpoint`], so that after a
-//! restart recovery knows which part of the log was on stable storage, and the applier where to go on.
+//! Now and then, and when it stops, a node writes a [`Checkpoint`], so that after a restart recovery knows which part of the
+//! log was on stable storage, and the applier where to go on. [`ReplicationState`] holds the same marks while they move, for
+//! programs that run logs and appliers of their own: whoever applies a shard moves its applied mark, whoever syncs it its synced
+//! mark, and everyone else reads or waits.
 //!
 //! # Format of a checkpoint, version 1
 //!

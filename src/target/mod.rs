@@ -2,7 +2,18 @@
 //!
 //! [`ReplicationTarget`] has two halves. The *apply half* takes records in order and says how far they are durable. The
 //! *base half* gives and takes images of the state, for followers that the log cannot bring back. [`FixedStore`] is the
-//! built-in target, and the one to read before writing another.
+//! built-in target; `tests/redb_target.rs` puts a log into another crate's database in a hundred lines.
+//!
+//! | so that a node can … | its target has |
+//! |---|---|
+//! | follow, and go on after a restart | [`durable_applied`](ReplicationTarget::durable_applied), [`apply`](ReplicationTarget::apply), [`sync`](ReplicationTarget::sync) |
+//! | give its state to others | also [`open_base`](ReplicationTarget::open_base) |
+//! | be rebuilt where the log that it needs is gone, or where it has applied what no leader has any more, as one that was deposed may have | also [`begin_base`](ReplicationTarget::begin_base), [`give_up`](ReplicationTarget::give_up), [`is_rebuilding`](ReplicationTarget::is_rebuilding) |
+//! | apply the log while a base comes | also [`blocks_of`](ReplicationTarget::blocks_of): else the base is a snapshot, and the log is applied after it |
+//! | go on with a rebuild that was interrupted | also [`resumes_bases`](ReplicationTarget::resumes_bases), [`resume_base`](ReplicationTarget::resume_base) |
+//!
+//! The leader's target gives, the follower's takes. Where either does not, the follower is told so, and has to start with an
+//! empty directory.
 
 pub mod fixed_store;
 mod log_only;
@@ -157,7 +168,7 @@ pub trait ReplicationTarget: Send + Sync {
     ///
     /// [`Error::Invalid`] if the target gives no bases, or is being rebuilt itself.
     fn open_base(&self, shard: ShardId) -> Result<Box<dyn BaseSource>> {
-        Err(Error::invalid(format!("the target cannot give a base of shard {shard}")))
+        Err(Error::invalid(format!("the target of this node gives no base of shard {shard}: it has no `open_base`")))
     }
 
     /// Follower side: begins to replace the shard's state. A durable mark is set first; until
@@ -172,7 +183,7 @@ pub trait ReplicationTarget: Send + Sync {
     /// case nothing has changed. [`Error::Mismatch`] if the image does not fit.
     fn begin_base(&self, shard: ShardId, info: BaseInfo) -> Result<Box<dyn BaseSink>> {
         let _ = info;
-        Err(Error::invalid(format!("the target cannot take a base of shard {shard}")))
+        Err(Error::invalid(format!("the target takes no base of shard {shard}: it has no `begin_base`")))
     }
 
     /// Follower side: the shard's state is of a history that is over, and gives way to a base whatever its LSN. Sets the
