@@ -3,7 +3,9 @@
 //! Who leads under an epoch was chosen by what nodes had when they accepted it. A node that has accepted one therefore says
 //! nothing more to a leader of an older one, on whichever of its streams: what such a leader is told then could be missing in
 //! the new leader's log. The fence is raised before the epoch is written down, and each stream looks at it before it sends
-//! anything; then streams under older epochs end, and begin anew with whoever leads now.
+//! anything; then streams under older epochs end, and begin anew with whoever leads now. A request to follow counts at its
+//! leader like an acknowledgement: none is made under an older epoch than the fence's, so where that is not written down yet,
+//! it is first.
 //!
 //! An acknowledgement that is on its way while the fence is raised is of what the log had before: whoever looks at the log
 //! after the epoch was accepted finds it there.
@@ -40,7 +42,8 @@ impl EpochFence {
         Arc::new(EpochFence { accepted: AtomicU64::new(accepted.0), streams: Mutex::default() })
     }
 
-    fn accepted(&self) -> Epoch {
+    /// The epoch of the fence, written down or not.
+    pub(crate) fn accepted(&self) -> Epoch {
         Epoch(self.accepted.load(Ordering::SeqCst))
     }
 

@@ -196,6 +196,12 @@ impl Receiver {
         over: &ShutdownSignal,
     ) -> Result<(ShardInfo, StreamUnder)> {
         let node = Arc::clone(&self.own.node);
+        // What another stream has met may still be on its way to the disk, or may not have got there. What is asked here tells
+        // what the log has, and a leader of an older epoch would count that.
+        let met = node.fence.accepted();
+        if met > node.manifest().epoch {
+            node.accept_epoch(met).map_err(|error| stale_answer(peer, error))?;
+        }
         let manifest = node.manifest();
         let is_incomplete = self.own.is_incomplete()?;
         let kept = self.own.find_interrupted()?.map_or(0, |_| SyncRequest::REBUILD_KEPT);

@@ -110,6 +110,47 @@ fn who_has_accepted_an_epoch_acknowledges_nothing_under_an_older_one() {
     follower.shutdown().unwrap();
 }
 
+/// What breaks: the disk, which does not take the newer epoch. What would be lost: a record that an old leader calls committed
+/// because of what it is told by the request that begins the stream anew.
+#[test]
+fn who_cannot_write_an_epoch_down_asks_nobody_under_an_older_one() {
+    let net = Net::in_process();
+    let (parent, a, b) = directories();
+    let (_old, new) = old_and_new(&net, &a, &b);
+    let switch = Switch::new(&net, |_| "old".to_owned());
+    let c = parent.path().join("c");
+    let follower = switch.follow(&c, Arc::new(LogOnly));
+    until("it follows the old leader", || switch.count.load(Ordering::SeqCst) >= 3);
+    catch_up(&new, &follower);
+    // The manifest cannot be replaced as long as this is there.
+    let in_the_way = c.join("MANIFEST.tmp");
+    std::fs::create_dir(&in_the_way).unwrap();
+    // Whoever is met after the new leader hears no request.
+    let elsewhere: Arc<dyn Listener> = Arc::from(net.transport.listen("elsewhere").unwrap());
+    let (listener, asked) = (Arc::clone(&elsewhere), Arc::new(Mutex::new(Vec::new())));
+    let requests = Arc::clone(&asked);
+    let listens = std::thread::spawn(move || {
+        while let Ok(mut connection) = listener.accept() {
+            if let Ok(Message::SyncRequest(request)) = connection.receiver.receive_message() {
+                requests.lock().push(request.epoch);
+            }
+        }
+    });
+    let met = switch.count.load(Ordering::SeqCst);
+    *switch.to.lock() = Box::new(move |count| if count == met { "new" } else { "elsewhere" }.to_owned());
+    switch.closers.lock().last().unwrap().close();
+    until("it has tried again and again", || switch.count.load(Ordering::SeqCst) > met + 6);
+    assert_eq!((asked.lock().as_slice(), follower.manifest().epoch), (&[][..], Epoch(1)));
+    std::fs::remove_dir(&in_the_way).unwrap();
+    until("the newer epoch is accepted", || follower.manifest().epoch == Epoch(2));
+    switch.goes_to("new");
+    until("both streams go to the new leader", || is_with(&new, 0) && is_with(&new, 1));
+    assert!(asked.lock().iter().all(|epoch| *epoch == Epoch(2)));
+    follower.shutdown().unwrap();
+    elsewhere.close();
+    listens.join().unwrap();
+}
+
 #[test]
 fn a_rebuild_that_waits_for_its_turn_ends_when_another_stream_meets_a_newer_leader() {
     const STORE: FixedStoreOptions = FixedStoreOptions { key_len: 8, value_len: 1000, shard_count: 2, prefix_bits: 1 };
