@@ -172,7 +172,9 @@ impl Host {
                 head,
                 chain_at_received: place.map(|_| request.chain),
                 common: common.map(|place| place.lsn),
-                cut_possible: parting.is_some_and(|parting| parting.cut_possible),
+                // Nor is one to cut a log for.
+                cut_possible: parting.is_some_and(|parting| parting.cut_possible)
+                    && common.is_some_and(|place| place.segment >= tail),
             },
         };
         self.apply(state, &Event::SyncAckReceived(facts));
@@ -298,7 +300,7 @@ mod tests {
     use crate::protocol::{Role, SessionLimits};
     use crate::registry::Registry;
     use crate::retention::{RetentionOptions, ShardRetention};
-    use crate::types::{ClusterId, RegionId, ShardId};
+    use crate::types::{Chain, ClusterId, RegionId, ShardId};
     use crate::wal::{LogIdentity, LogWriter, Wal, WalOptions};
     use crate::watermark::Watermark;
     use crate::wire::{PROTOCOL_VERSIONS, Purpose};
@@ -390,6 +392,33 @@ mod tests {
         assert_eq!(admitted.session.kind, SessionKind::CatchUp, "all that it needs stays");
         assert!(!scene.host.has_lost_place(FOLLOWER));
         assert_eq!(admitted.place.unwrap().segment, tail);
+    }
+
+    #[test]
+    fn no_log_is_cut_to_go_on_in_a_file_that_goes() {
+        let scene = Scene::new();
+        scene.host.assign(Role::Leader, Epoch(2));
+        let (log, tail) = (scene.wal.log(), scene.later_segments()[1]);
+        // Before the batch that seals the segment before that.
+        let last = log.reader_from(tail.previous()).unwrap().next(u64::MAX).unwrap().unwrap();
+        let chain = last.batches().next().unwrap().header.crc;
+        let common = log.position_after(tail.previous(), chain).unwrap();
+        assert!(common.is_some_and(|place| place.segment < tail), "{common:?}");
+        let request = SyncRequest {
+            received: tail,
+            durable: tail,
+            applied: Lsn(1),
+            chain: Chain(chain.0 ^ 1),
+            ..scene.request(tail.next())
+        };
+        let parting = Parting { tail_epoch: Epoch(1), common, cut_possible: true };
+        let admit = || {
+            let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
+            scene.host.admit(&request, Some(&parting), "somewhere", &signals).unwrap().session
+        };
+        assert_eq!(admit().cut, Some(tail.previous()), "it is there");
+        scene.retention.give_up_before(tail);
+        assert_eq!(admit().kind, SessionKind::Rebuild, "what comes next in its log does not");
     }
 
     #[test]
