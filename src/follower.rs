@@ -90,8 +90,11 @@ impl Following {
         Ok(())
     }
 
-    /// The leader must still be the one that the directory was made for.
+    /// The leader must still be the one that the directory was made for, and lead under an epoch that can be followed.
     pub(crate) fn check_topology(&self, peer: &str, info: &ShardInfo) -> Result<()> {
+        if !info.epoch.has_successor() {
+            return Err(Error::protocol(peer, format!("it leads under epoch {}, which has no successor", info.epoch)));
+        }
         let manifest = self.manifest();
         let own = (manifest.cluster, manifest.region, manifest.shard_count, manifest.segment_size);
         let offered = (info.cluster, info.region, info.shard_count, info.segment_size);
@@ -477,7 +480,8 @@ fn meet_leader(builder: &NodeBuilder, transport: &dyn Transport, address: &str) 
 /// A follower's manifest by what its leader said, which is checked: it decides how much is allocated here.
 fn manifest_for(peer: &str, info: &ShardInfo, node: crate::types::NodeId) -> Result<Manifest> {
     check_shard_count(info.shard_count).map_err(|error| Error::protocol(peer, error.to_string()))?;
-    if !segment::is_valid_size(info.segment_size) || info.cluster == ClusterId::UNKNOWN || info.epoch == Epoch::ZERO {
+    let is_epoch = info.epoch != Epoch::ZERO && info.epoch.has_successor();
+    if !segment::is_valid_size(info.segment_size) || info.cluster == ClusterId::UNKNOWN || !is_epoch {
         return Err(Error::protocol(
             peer,
             format!(

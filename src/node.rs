@@ -420,6 +420,9 @@ impl NodeBuilder {
     /// Opens the directory, or makes it as a new leader's. It does not lead under any epoch yet.
     pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
         check_shard_count(self.shards.unwrap_or(1))?;
+        if let Some(epoch) = self.epoch.filter(|epoch| !epoch.has_successor()) {
+            return Err(Error::invalid(format!("epoch {epoch} has no successor, so nobody leads under it")));
+        }
         let directory = match DataDir::open(&self.directory)? {
             Some(directory) => directory,
             None => DataDir::create(

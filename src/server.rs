@@ -483,7 +483,7 @@ impl Server {
 
     /// A leader that learns of a newer epoch is deposed: nothing is appended any more, and its streams end.
     fn check_epoch(&self, epoch: Epoch) -> Result<(), Refusal> {
-        if epoch == Epoch(u64::MAX) {
+        if !epoch.has_successor() {
             return Err(Refusal(RefusalCode::ProtocolViolation, format!("epoch {epoch} has no successor")));
         }
         if epoch > self.led {

@@ -126,6 +126,11 @@ impl Epoch {
     pub const fn next(self) -> Epoch {
         Epoch(self.0.saturating_add(1))
     }
+
+    /// Whether there is a later one: from a leader under the last one nobody could ever take over.
+    pub(crate) const fn has_successor(self) -> bool {
+        self.0 < u64::MAX
+    }
 }
 
 impl Chain {

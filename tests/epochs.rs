@@ -301,4 +301,34 @@ fn a_leader_that_is_told_of_a_newer_one_steps_down_at_once_and_for_good() {
     assert!(matches!(net.node(&a).lead("old"), Err(Error::Mismatch { .. })), "epoch 2 is another's");
     let back = net.node(&a).follow("new", Arc::new(LogOnly)).unwrap();
     until("what nobody else has is cut", || back.log(S0).unwrap().head() == new.log(S0).unwrap().head());
+
+fn nobody_leads_under_the_last_epoch_and_nobody_follows_under_it() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let last = Epoch(u64::MAX);
+    let refused = net.node(&a).epoch(last).lead("leader").unwrap_err();
+    assert!(matches!(refused, Error::Invalid { .. }), "{refused}");
+    let leader = net.node(&a).shards(1).lead("leader").unwrap();
+    assert_eq!(leader.manifest().epoch, Epoch(1), "nothing has come of that");
+    // Whoever says so all the same is not believed.
+    let between = net.transport.listen("between").unwrap();
+    let inner = Arc::clone(&net.transport);
+    let forwards = std::thread::spawn(move || {
+        let mut connection = between.accept().unwrap();
+        let Message::SyncRequest(request) = connection.receiver.receive_message().unwrap() else {
+            panic!("no request")
+        };
+        let mut info = ask(&mut inner.connect("leader", common::PATIENCE).unwrap(), request).unwrap();
+        info.epoch = last;
+        connection.sender.send_message(&Message::ShardInfo(info)).unwrap();
+        while connection.receiver.receive_message().is_ok() {}
+    });
+    // The first one asks for the topology.
+    let switch = Switch::new(&net, |count| if count == 1 { "between" } else { "leader" }.to_owned());
+    let follower = switch.follow(&b, Arc::new(LogOnly));
+    append(&mut leader.writer(S0).unwrap(), 5);
+    forwards.join().unwrap();
+    catch_up(&leader, &follower);
+    assert_eq!(follower.manifest().epoch, Epoch(1));
+    follower.shutdown().unwrap();
 }
