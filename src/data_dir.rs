@@ -254,11 +254,7 @@ impl DataDir {
     pub fn create(path: &Path, manifest: Manifest) -> Result<DataDir> {
         manifest.check().map_err(Error::invalid)?;
         create_directory(path)?;
-        // Whoever made the directory may have been killed before its name was durable. Others have made it who may.
-        match sync_parent(path) {
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {}
-            result => result?,
-        }
+        sync_own_name(path)?;
         if !exists(&path.join(LOCK))? {
             refuse_foreign_content(path)?;
         }
@@ -268,7 +264,7 @@ impl DataDir {
         remove_temporary_files(path)?;
         let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
         for shard in (0..manifest.shard_count).map(ShardId) {
-            create_directory(&directory.shard_path(shard))?;
+            make_directory(&directory.shard_path(shard))?;
         }
         sync_directory(path).map_err(Error::io("sync", path))?;
         atomic_file::replace(&path.join(MANIFEST), &manifest.encode())?;
@@ -457,19 +453,35 @@ pub(crate) fn exists(path: &Path) -> Result<bool> {
     path.try_exists().map_err(Error::io("look for", path))
 }
 
-/// Makes a directory and its missing parents, durably.
+/// Makes a directory and its missing parents, durably, and before that the name of the one in which they are made: each is
+/// durable before the next is made, so of what an earlier run has left that may be the one that is not.
 pub(crate) fn create_directory(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         create_directory(parent)?;
+        sync_own_name(parent)?;
     }
+    make_directory(path)
+}
+
+/// Makes a directory in one that is there, durably.
+fn make_directory(path: &Path) -> Result<()> {
     match std::fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
         result => result.map_err(Error::io("create", path))?,
     }
     sync_parent(path)
+}
+
+/// Makes the name of a directory durable that was there: whoever made it may have been killed before it was. Others have made
+/// it who may.
+fn sync_own_name(path: &Path) -> Result<()> {
+    match sync_parent(path) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        result => result,
+    }
 }
 
 /// Makes the name of a file or directory durable.

@@ -29,17 +29,19 @@ const MANIFEST: Manifest = Manifest {
     own_epoch: true,
 };
 
-/// Makes a directory where another run was killed after it had made the name, and before that was durable.
+/// Makes a directory where another run was killed after it had made the name, or that of the one above, and before that was
+/// durable.
 pub fn make_again() {
     let mut random = Random::new();
-    let observed = Observed::new();
-    let path = observed.path().join("node");
-    std::fs::create_dir(&path).unwrap();
-    drop(DataDir::create(&path, MANIFEST).unwrap());
-    let moment = observed.disk.moment();
-    for _ in 0..20 {
-        let left = Observed::with(&moment.image(&mut random));
-        assert!(DataDir::open(&left.path().join("node")).unwrap().is_some(), "it was made, and is gone");
+    for (made, node) in [("node", "node"), ("above", "above/node"), ("above", "above/more/node")] {
+        let observed = Observed::new();
+        std::fs::create_dir(observed.path().join(made)).unwrap();
+        drop(DataDir::create(&observed.path().join(node), MANIFEST).unwrap());
+        let moment = observed.disk.moment();
+        for _ in 0..20 {
+            let left = Observed::with(&moment.image(&mut random));
+            assert!(DataDir::open(&left.path().join(node)).unwrap().is_some(), "{node} was made, and is gone");
+        }
     }
 }
 
