@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Host, Open, State, StreamKey};
+use super::{Host, Member, Open, State, StreamKey};
 use crate::error::{Error, RefusalCode};
 use crate::parting::Parting;
 use crate::protocol::{
@@ -197,6 +197,8 @@ impl Host {
         let known = self.retention.registry().add(node);
         let known = known.map_err(|error| Declined(full(&error), error.to_string()))?;
         state.assignment.replicas.push(ReplicaInfo { node, endpoint: endpoint.to_owned() });
+        // Not looked up again: if it is forgotten meanwhile, it stays a member until that comes here, and its stream ends then.
+        state.members.push(Member { known: Arc::clone(&known), stream: None, pins: Vec::new() });
         self.deliver_assignment(state);
         Ok(known)
     }
@@ -419,6 +421,32 @@ mod tests {
         assert_eq!(admit().cut, Some(tail.previous()), "it is there");
         scene.retention.give_up_before(tail);
         assert_eq!(admit().kind, SessionKind::Rebuild, "what comes next in its log does not");
+    }
+
+    /// What breaks: somebody has the leader forget a follower between its place in the list and its stream.
+    #[test]
+    fn who_is_forgotten_while_it_is_admitted_is_served_no_more() {
+        let scene = Scene::new();
+        let (request, registry) = (scene.request(Lsn(3)), scene.retention.registry());
+        for round in 0..100 {
+            let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
+            let admitted = std::thread::scope(|scope| {
+                let forgets = scope.spawn(|| {
+                    while registry.followers().is_empty() {
+                        std::hint::spin_loop();
+                    }
+                    // Comes as soon as the list is saved.
+                    registry.save().unwrap();
+                    registry.retain(|_| false).unwrap();
+                    scene.host.forget(FOLLOWER, || {});
+                });
+                let admitted = scene.host.admit(&request, None, "somewhere", &signals);
+                forgets.join().unwrap();
+                admitted
+            });
+            assert!(admitted.is_err() || signals.over.is_shutdown(), "round {round}");
+            assert!(scene.host.streams().is_empty(), "round {round}");
+        }
     }
 
     #[test]
