@@ -49,7 +49,7 @@ impl Applier {
                 return Ok(());
             }
             if self.stop.is_shutdown() {
-                return self.target.sync(self.shard);
+                return self.applied.sync(self.target.as_ref(), self.shard);
             }
             let more = Until { mark: self.log.written(), at_least: self.applied.load().next() };
             wait_any(&[more, self.stop.until()], WaitStrategy::Park, None);
@@ -62,7 +62,7 @@ impl Applier {
             let applied = self.applied.load().max(self.log.written().load());
             self.applied.publish(applied);
             if self.stop.is_shutdown() {
-                return self.target.sync(self.shard);
+                return self.applied.sync(self.target.as_ref(), self.shard);
             }
             wait_any(&[self.log.written().until(applied.next()), self.stop.until()], WaitStrategy::Park, None);
         }

@@ -201,7 +201,7 @@ impl Checkpointer {
             let mut applied = before.applied;
             if let Some((mark, target)) = &shard.applied {
                 let reached = mark.load();
-                let result = if reached == before.applied { Ok(()) } else { target.sync(id) };
+                let result = if reached == before.applied { Ok(()) } else { mark.sync(target.as_ref(), id) };
                 match result {
                     // A record that is applied here but not yet synced in the log would be ahead of it after a crash.
                     Ok(()) => applied = reached.min(synced),
@@ -236,12 +236,16 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
+    use crate::applier::Applier;
     use crate::types::{ClusterId, Epoch, RegionId};
     use crate::wal::{LogIdentity, LogWriter, Record, Wal, WalOptions};
 
-    /// Counts syncs, and fails every one.
+    /// Counts syncs, and fails every one, or the first.
     #[derive(Default)]
-    struct Failing(AtomicUsize);
+    struct Failing {
+        syncs: AtomicUsize,
+        once: bool,
+    }
 
     impl ReplicationTarget for Failing {
         fn durable_applied(&self, _: ShardId) -> Result<Option<Lsn>> {
@@ -251,8 +255,10 @@ mod tests {
             Ok(())
         }
         fn sync(&self, _: ShardId) -> Result<()> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            Err(Error::invalid("the device took it back"))
+            match self.syncs.fetch_add(1, Ordering::Relaxed) {
+                1.. if self.once => Ok(()),
+                _ => Err(Error::invalid("the device took it back")),
+            }
         }
     }
 
@@ -313,7 +319,32 @@ mod tests {
         checkpointer.finish();
         let entry = Checkpoint::load(&path).unwrap().unwrap().entries[&ShardId(0)];
         assert_eq!(entry, CheckpointEntry { applied: Lsn::ZERO, synced: lsn });
-        assert_eq!((target.0.load(Ordering::Relaxed), told.lock().len(), saved.load()), (1, 1, Lsn::ZERO));
+        assert_eq!((target.syncs.load(Ordering::Relaxed), told.lock().len(), saved.load()), (1, 1, Lsn::ZERO));
+    }
+
+    /// What breaks: the device, when an applier has its target sync for the last time. What would be lost: what is applied,
+    /// were the checkpoint to have it synced once more.
+    #[test]
+    fn what_an_applier_could_not_have_synced_is_not_said() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("log")).unwrap();
+        let (wal, mut writer) = open(directory.path());
+        let target = Arc::new(Failing { once: true, ..Failing::default() });
+        let applied = AppliedMark::new(Lsn::ZERO, Arc::default(), true);
+        let shard = CheckpointShard::new(Arc::clone(wal.log()), Some((Arc::clone(&applied), Arc::clone(&target) as _)));
+        let path = directory.path().join("checkpoint");
+        let (checkpointer, told) = checkpointer(path.clone(), shard);
+        let lsn = go_on(&mut writer, &applied);
+        let stop = ShutdownSignal::new();
+        stop.shutdown();
+        let (log, marks) = (Arc::clone(wal.log()), Arc::clone(&applied));
+        let applier =
+            Applier { shard: ShardId(0), log, target: Arc::clone(&target) as _, applied: marks, rebuild: None, stop };
+        assert!(applier.run().is_err());
+        checkpointer.finish();
+        let entry = Checkpoint::load(&path).unwrap().unwrap().entries[&ShardId(0)];
+        assert_eq!(entry, CheckpointEntry { applied: Lsn::ZERO, synced: lsn });
+        assert_eq!((target.syncs.load(Ordering::Relaxed), told.lock().len()), (1, 1));
     }
 
     #[test]

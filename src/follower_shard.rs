@@ -80,12 +80,15 @@ pub(crate) struct AppliedMark {
     /// rebuilt and serves nothing.
     told: Arc<Watermark>,
     is_told: AtomicBool,
+    /// Why a sync of the target has failed, if one has.
+    sync_failed: Mutex<Option<String>>,
 }
 
 impl AppliedMark {
     /// A mark at `applied`, told unless the target is being rebuilt.
     pub(crate) fn new(applied: Lsn, told: Arc<Watermark>, is_told: bool) -> Arc<AppliedMark> {
-        let mark = AppliedMark { own: Watermark::new(applied), told, is_told: AtomicBool::new(false) };
+        let own = Watermark::new(applied);
+        let mark = AppliedMark { own, told, is_told: AtomicBool::new(false), sync_failed: Mutex::default() };
         if is_told {
             mark.tell();
         }
@@ -103,6 +106,20 @@ impl AppliedMark {
 
     pub(crate) fn load(&self) -> Lsn {
         self.own.load()
+    }
+
+    /// Has the target make durable what it has applied: for appliers that end and for the checkpoint. Where a sync has failed
+    /// neither asks again, as another one may succeed although what has been applied is lost.
+    ///
+    /// # Errors
+    ///
+    /// The target's, and [`Error::Poisoned`] ever after.
+    pub(crate) fn sync(&self, target: &dyn ReplicationTarget, shard: ShardId) -> Result<()> {
+        let mut failed = self.sync_failed.lock();
+        if let Some(reason) = &*failed {
+            return Err(Error::Poisoned { shard, reason: reason.clone() });
+        }
+        target.sync(shard).inspect_err(|error| *failed = Some(format!("the target did not sync: {error}")))
     }
 
     /// Moves it. For the one who does.
@@ -412,7 +429,8 @@ impl FollowerShard {
     ///
     /// [`Error::Poisoned`] if something in the log is not on stable storage; what the target says that has no applier.
     pub(crate) fn close(&mut self) -> Result<()> {
-        let applied = if self.applies_at_once() { self.target().sync(self.shard) } else { Ok(()) };
+        let applied =
+            if self.applies_at_once() { self.applied.sync(self.target().as_ref(), self.shard) } else { Ok(()) };
         self.stop_applier();
         let Some((wal, writer)) = self.open.take() else { return applied };
         drop(writer);
