@@ -195,9 +195,8 @@ impl Wal {
             let file = File::options().read(true).write(true).open(&found.path);
             let file = file.map_err(Error::io("open", &found.path))?;
             let mapping = Mapping::new(&file, identity.segment_size).map_err(Error::io("map", &found.path))?;
-            if found.last_lsn > recovered.synced {
-                segment::rewrite_in_pages(&file, 0..found.published).map_err(Error::io("write", &found.path))?;
-            }
+            let unsynced = found.unsynced(recovered.synced);
+            segment::rewrite_in_pages(&file, unsynced).map_err(Error::io("write", &found.path))?;
             if !found.sealed {
                 // A power cut may have left holes where nothing had been written yet, and a store to a hole needs room:
                 // here that is a plain error.

@@ -40,10 +40,11 @@
 //!
 //! How the cut is made is told in [`carry_out`](super::carry_out).
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::limits::SEGMENT_HEADER_LEN;
+use crate::limits::{BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::Expected;
 use crate::wal::carry_out::Verdict;
@@ -79,6 +80,21 @@ pub(crate) struct RecoveredSegment {
     pub(crate) sealed: bool,
     /// The LSN of its last record; one before its first LSN where it has none.
     pub(crate) last_lsn: Lsn,
+}
+
+impl RecoveredSegment {
+    /// The bytes of which it is not known that they are on stable storage, where records up to `synced` are. All of them where
+    /// a record is not. The batch that seals holds no record: only a later one that is synced tells that it is.
+    pub(super) fn unsynced(&self, synced: Lsn) -> Range<u64> {
+        let from = if self.last_lsn > synced {
+            0
+        } else if self.sealed && self.last_lsn == synced {
+            self.published - BATCH_HEADER_LEN
+        } else {
+            self.published
+        };
+        from..self.published
+    }
 }
 
 /// A log that can be appended to.

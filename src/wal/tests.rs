@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::*;
+use crate::limits::BATCH_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
 use crate::wal::landmarks::LANDMARK_EVERY;
 use crate::wal::segment::SEGMENT_VERSION;
@@ -775,6 +776,43 @@ fn a_stream_for_the_next_record_can_begin_with_a_whole_segment() {
 }
 
 #[cfg(target_os = "linux")]
+/// A sync that fails leaves pages that the kernel takes for written, and a process that is started again reads them: what is not
+/// known to be synced is written again, so that the sync which opening the log ends with covers it.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_batch_that_seals_is_written_again_unless_something_behind_it_is_synced() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity(), options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    while wal.log().segments().len() < 2 {
+        wal.log().wait_synced(wal.log().head(), None).unwrap();
+        writer.append(&[7; 900]).unwrap();
+    }
+    let [first, second] = [0, 1].map(|at| Arc::clone(&wal.log().segments()[at]));
+    let (last, head) = (first.sealed_last_lsn().unwrap(), wal.log().head());
+    assert_eq!((wal.log().synced().load(), head), (last, last.next()), "of the first one all but the seal is synced");
+    let behind = second.published();
+    drop((wal, writer));
+
+    // As the kernel counts what this thread writes to files.
+    let written = || {
+        let account = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+        account.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap().parse::<u64>().unwrap()
+    };
+    let written_again = |synced| {
+        let known_synced = KnownSynced { lsn: synced, written_here: WrittenHere::Nothing };
+        let before = written();
+        let (wal, _writer) =
+            Wal::open_unprepared(directory.path(), identity(), WalOptions { known_synced, ..options }).unwrap();
+        assert_eq!(wal.log().head(), head);
+        written() - before
+    };
+    assert_eq!(written_again(last.previous()), first.published() + behind);
+    assert_eq!(written_again(last), BATCH_HEADER_LEN + behind);
+    assert_eq!(written_again(head), 0);
+}
+
 #[test]
 fn an_open_segment_with_holes_is_filled_before_it_is_written_to() {
     use std::os::unix::fs::MetadataExt;
