@@ -231,6 +231,9 @@ impl DataDir {
             return refuse_orphaned_logs(path).map(|()| None);
         }
         let manifest = DataDir::read_manifest(path)?;
+        // Whoever put what is found here in its place may have been killed before that was durable, and what is there already
+        // is not written again.
+        sync_directory(path).map_err(Error::io("sync", path))?;
         remove_temporary_files(path)?;
         let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
         for shard in (0..manifest.shard_count).map(ShardId) {

@@ -26,10 +26,10 @@
 //! written before the slots were synced; a header that tells of new slots written before the file's growth was synced. By
 //! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; how far a
 //! base has come noted before that was synced; a small file renamed before it was synced, or its name not synced; a
-//! manifest made before its shards' directories were durable; a directory's name that an earlier run had made left
-//! unsynced. Not noticed: the chain of a batch not compared, as long as cut bytes are zeroed and what a recycled file
-//! brings back has lower LSNs. Found in the code by these tests when they were new: the removals, the first segment's
-//! name, and a store whose directory had no durable name.
+//! manifest made before its shards' directories were durable; a directory's name that an earlier run had made, or a new
+//! manifest's, left unsynced. Not noticed: the chain of a batch not compared, as long as cut bytes are zeroed and what a
+//! recycled file brings back has lower LSNs. Found in the code by these tests when they were new: the removals, the first
+//! segment's name, and a store whose directory had no durable name.
 //!
 //! A failing run prints a seed, which gives the same choices again (threads in the background may still come at other
 //! moments), and leaves the directory that it had opened. `TOWLINE_CRASH_IMAGES` says how many images there are to be.
@@ -164,4 +164,9 @@ fn small_files_are_the_old_ones_or_the_new_ones() {
 #[test]
 fn a_directory_whose_name_an_earlier_run_has_made_keeps_it() {
     files::make_again();
+}
+
+#[test]
+fn an_epoch_that_an_earlier_run_has_put_into_the_manifest_stays_accepted() {
+    files::accept_again();
 }

@@ -45,6 +45,25 @@ pub fn make_again() {
     }
 }
 
+/// Accepts an epoch that another run had put into the manifest, and that run was killed before the new file's name was durable.
+pub fn accept_again() {
+    let mut random = Random::new();
+    let observed = Observed::new();
+    let path = observed.path().join("node");
+    drop(DataDir::create(&path, MANIFEST).unwrap());
+    let newer = Manifest { epoch: Epoch(2), own_epoch: false, ..MANIFEST };
+    std::fs::write(path.join("MANIFEST.tmp"), newer.encode()).unwrap();
+    std::fs::File::open(path.join("MANIFEST.tmp")).unwrap().sync_all().unwrap();
+    std::fs::rename(path.join("MANIFEST.tmp"), path.join("MANIFEST")).unwrap();
+    DataDir::open(&path).unwrap().unwrap().accept_epoch(newer.epoch).unwrap();
+    let moment = observed.disk.moment();
+    for _ in 0..20 {
+        let left = Observed::with(&moment.image(&mut random));
+        let manifest = DataDir::open(&left.path().join("node")).unwrap().unwrap().manifest();
+        assert_eq!(manifest, newer, "it was accepted, and is forgotten");
+    }
+}
+
 /// Crashes a directory while it is made, and while its epoch and its checkpoint move.
 pub fn run(seed: u64, count: &Count) {
     let mut random = Random(seed);
