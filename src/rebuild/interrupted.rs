@@ -89,13 +89,12 @@ impl Interrupted {
 /// Removes the file at `path`, durably; there need not be one.
 pub(crate) fn forget(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
-        Ok(()) => {
-            let directory = path.parent().unwrap_or(Path::new("."));
-            sync_directory(directory).map_err(Error::io("sync", directory))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io("remove", path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
+        _ => {}
     }
+    // Also where it is gone already: whoever removed it may not have come to this, or failed here.
+    let directory = path.parent().unwrap_or(Path::new("."));
+    sync_directory(directory).map_err(Error::io("sync", directory))
 }
 
 fn decode(bytes: &[u8]) -> Result<Interrupted, String> {
@@ -181,6 +180,14 @@ mod tests {
         forget(&path).unwrap();
         forget(&path).unwrap();
         assert_eq!(Interrupted::load(&path).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_gone_already_is_forgotten_only_once_that_is_durable() {
+        let directory = tempfile::tempdir().unwrap();
+        // This cannot be synced.
+        let path = directory.path().join("gone").join("rebuild-0003");
+        assert_eq!(matches!(forget(&path), Err(Error::Io { action: "sync", .. })), cfg!(unix));
     }
 
     #[test]
