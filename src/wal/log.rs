@@ -36,7 +36,7 @@ use crate::wal::health::{Health, ScrubStatus};
 use crate::wal::landmarks::Landmarks;
 use crate::wal::mapping::{LogRange, Segment, SegmentWriter};
 use crate::wal::reader::{LogPosition, LogReader};
-use crate::wal::segment::{HEADER_FIELDS, SegmentHeader, sync_directory, write_all_at};
+use crate::wal::segment::{HEADER_FIELDS, OpenDirectory, SegmentHeader, write_all_at};
 use crate::wal::spares::{Prepared, Spares};
 use crate::wal::sync_group::{SyncGroup, SyncWaits};
 use crate::wal::sync_line::SyncLine;
@@ -49,6 +49,8 @@ use crate::watermark::{Until, Waited, Watermark, wait_any};
 pub struct Log {
     identity: LogIdentity,
     pub(super) directory: PathBuf,
+    /// For whoever syncs: what can be tried again must not end as a sync that failed.
+    names: OpenDirectory,
     options: WalOptions,
     /// Oldest first. Written by the log writer (a new segment) and by retention (an old one goes); readers hold the
     /// lock for a look-up only.
@@ -108,11 +110,12 @@ impl Log {
         segments: Vec<Arc<Segment>>,
         head: Lsn,
         spares: Arc<Spares>,
-    ) -> Log {
+    ) -> Result<Log> {
         let opened = segments.last().map_or(Lsn::ZERO, |segment| segment.id().first_lsn);
         let next_sync = segments.first().map_or(head.next(), |segment| segment.id().first_lsn);
-        Log {
+        Ok(Log {
             identity,
+            names: OpenDirectory::open(directory).map_err(Error::io("open", directory))?,
             directory: directory.to_owned(),
             options,
             segments: RwLock::new(segments),
@@ -133,7 +136,7 @@ impl Log {
             syncer: Arc::default(),
             health: Health::default(),
             landmarks: Landmarks::default(),
-        }
+        })
     }
 
     /// What makes this log this log.
@@ -420,7 +423,7 @@ impl Log {
         }
         *open = None;
         if is_first {
-            sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+            self.sync_names()?;
         }
         let filled = prepared.filled;
         let (segment, mut writer) = Segment::new(header, path, prepared.file, prepared.mapping, 0, None);
@@ -437,6 +440,11 @@ impl Log {
         self.opened.advance(header.id.first_lsn);
         *open = Some(writer);
         Ok(())
+    }
+
+    /// Makes the names of its files durable.
+    fn sync_names(&self) -> Result<()> {
+        self.names.sync().map_err(Error::io("sync directory", &self.directory))
     }
 
     /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's,
@@ -658,7 +666,7 @@ impl Log {
                     self.spares.has_synced();
                 }
                 if position.offset == 0 {
-                    sync_directory(&self.directory).map_err(Error::io("sync directory", &self.directory))?;
+                    self.sync_names()?;
                     self.named.fetch_max(first_lsn.0, Ordering::AcqRel);
                 }
                 position.offset = end;

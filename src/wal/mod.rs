@@ -217,7 +217,7 @@ impl Wal {
             _ => (recovered.head.next(), 0),
         };
         let end = LogEnd { head: recovered.head, chain: recovered.chain, epoch: recovered.epoch, segment, offset };
-        let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares));
+        let log = Arc::new(Log::new(directory, identity, options, segments, recovered.head, spares)?);
         log.sync_all()?;
         given_up::remove_set_aside(directory)?;
         let wal = Self::start(&log, &lock);
@@ -265,7 +265,7 @@ impl Wal {
         segment::sync_directory(directory).map_err(Error::io("sync directory", directory))?;
         let spares = Spares::new(directory, &identity, &options, Vec::new());
         let head = next_lsn.previous();
-        let log = Arc::new(Log::new(directory, identity, options, Vec::new(), head, spares));
+        let log = Arc::new(Log::new(directory, identity, options, Vec::new(), head, spares)?);
         log.sync_all()?;
         let wal = Self::start(&log, &lock);
         let end = LogEnd { head, chain: identity.genesis(), epoch: Epoch::ZERO, segment: next_lsn, offset: 0 };

@@ -258,6 +258,33 @@ pub(crate) fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<
     std::os::windows::fs::FileExt::seek_read(file, bytes, offset)
 }
 
+/// A directory that is kept open, so that its names can be made durable also while no file can be opened, as where descriptors
+/// run out.
+#[derive(Debug)]
+pub(crate) struct OpenDirectory {
+    #[cfg(unix)]
+    file: File,
+}
+
+impl OpenDirectory {
+    pub(crate) fn open(directory: &std::path::Path) -> io::Result<OpenDirectory> {
+        #[cfg(unix)]
+        return Ok(OpenDirectory { file: File::open(directory)? });
+        #[cfg(not(unix))]
+        {
+            let _ = directory;
+            Ok(OpenDirectory {})
+        }
+    }
+
+    /// As [`sync_directory`].
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        #[cfg(unix)]
+        self.file.sync_all()?;
+        Ok(())
+    }
+}
+
 /// Makes the names in a directory durable. Systems that cannot sync a directory keep names durable by themselves.
 pub(crate) fn sync_directory(directory: &std::path::Path) -> io::Result<()> {
     #[cfg(unix)]

@@ -48,6 +48,23 @@ fn who_gives_way_notices_the_end_of_the_log() {
     drop(wal);
 }
 
+/// A descriptor for the directory is as little to be had when its name is gone as when there are none left.
+#[cfg(unix)]
+#[test]
+fn a_sync_opens_no_file() {
+    let parent = tempfile::tempdir().unwrap();
+    let [here, elsewhere] = ["here", "elsewhere"].map(|name| parent.path().join(name));
+    std::fs::create_dir(&here).unwrap();
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(&here, IDENTITY, options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    let lsn = writer.append(b"the first of a segment").unwrap();
+    std::fs::rename(&here, &elsewhere).unwrap();
+    wal.log().wait_synced(lsn, None).unwrap();
+    assert_eq!(wal.log().named.load(Ordering::Acquire), lsn.0);
+    std::fs::rename(&elsewhere, &here).unwrap();
+}
+
 /// Takes in the header page of the segment that begins with the next LSN.
 fn begin_segment(writer: &mut LogWriter, epoch: u64, chain_before: Chain) -> Result<Lsn> {
     let LogIdentity { cluster, region, shard, segment_size } = IDENTITY;
