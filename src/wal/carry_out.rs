@@ -3,9 +3,9 @@
 //!
 //! Later segments go first: they get names of spare files, the newest first and each durably. Then the segment with the stop
 //! is zeroed from there to its last byte that is not zero, and synced. A crash in between leaves less of what was to
-//! be cut, and the same decision. A segment that is left without any record goes the way of later segments, and so
-//! does one that a crash left empty, except that a log that begins past LSN 1 keeps its first one: that is where its
-//! position stands.
+//! be cut, and the same decision. A segment that is left without any record goes with them, as does one that a crash left
+//! empty, and its file is removed; except that a log that begins past LSN 1 keeps its first one: that is where its position
+//! stands.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -43,8 +43,8 @@ pub(crate) fn is_staged_name(name: &str) -> bool {
 pub(crate) struct Verdict {
     /// What is kept; its leftovers come of the deeds.
     pub(crate) recovered: Recovered,
-    /// Files that hold nothing of the log any more, in the order in which they go, and whether they have the right size
-    /// to become spares. The directory is synced behind them.
+    /// Files that hold nothing of the log any more, in the order in which they go, and whether they can become spares. The
+    /// directory is synced behind them.
     pub(crate) dropped: Vec<(PathBuf, bool)>,
     /// Ranges that become zeros, after that; each file is synced.
     pub(crate) zeroed: Vec<(PathBuf, Range<u64>)>,
@@ -91,9 +91,9 @@ impl Survey<'_> {
         let holds_position = self.segments.len() == 1 && self.next.first_lsn > Lsn::FIRST;
         let is_empty = |last: &mut RecoveredSegment| last.published == SEGMENT_HEADER_LEN && !holds_position;
         if let Some(empty) = self.segments.pop_if(is_empty) {
-            let is_short = self.short.iter().any(|(path, _)| *path == empty.path);
             self.short.retain(|(path, _)| *path != empty.path);
-            self.dropped.insert(0, (empty.path, !is_short));
+            // Whoever had the log open before may still read its header page.
+            self.dropped.insert(0, (empty.path, false));
         }
     }
 
@@ -126,15 +126,15 @@ impl Verdict {
                 torn.reason
             );
         }
-        for (path, has_right_size) in dropped {
-            if has_right_size {
+        for (path, can_be_spare) in dropped {
+            if can_be_spare {
                 spares += 1;
                 let spare = directory.join(format!("{SPARE_PREFIX}{spares}{SPARE_SUFFIX}"));
                 log::info!("{} holds nothing of the log any more; keeping the file as a spare", path.display());
                 std::fs::rename(&path, &spare).map_err(Error::io("rename", &path))?;
                 leftovers.push(spare);
             } else {
-                log::info!("removing {}, which holds nothing of the log and has a wrong size", path.display());
+                log::info!("removing {}, which holds nothing of the log any more", path.display());
                 std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
             // One by one: a crash that took only an older one along would leave a log that begins in its middle.

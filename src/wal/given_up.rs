@@ -73,7 +73,8 @@ enum Fate {
 impl Log {
     /// Gives up the segments whose records are all at or below `lsn`, and says why in the log output. The newest segment
     /// always stays, and so does every one whose successor is not yet durable by name and header: what is left must
-    /// open after a power cut. Files that nobody reads any more become spares. Returns how many segments went.
+    /// open after a power cut. Files that nobody reads any more become spares, if they were made since the log was opened.
+    /// Returns how many segments went.
     ///
     /// Waits for no sync of data, and never blocks appends.
     ///
@@ -217,10 +218,11 @@ impl Log {
         }
     }
 
-    /// Recycles the file of a segment, or removes it if the segment is still read: readers keep the mapping.
+    /// Recycles the file of a segment, or removes it if the segment is still read, or may be: readers keep the mapping.
     fn remove(&self, segment: Arc<Segment>, path: PathBuf) -> Result<()> {
         match Arc::try_unwrap(segment) {
-            Ok(last) => self.spares().recycle(path, last, self.retained_bytes()),
+            Ok(last) if self.has_made(&last) => self.spares().recycle(path, last, self.retained_bytes()),
+            Ok(last) => self.spares().discard(&path, last),
             Err(_held) => remove_file(&path),
         }
     }

@@ -52,6 +52,8 @@ pub struct Log {
     /// For whoever syncs: what can be tried again must not end as a sync that failed.
     names: OpenDirectory,
     options: WalOptions,
+    /// The first LSN of the newest segment that was there when the log was opened; zero if there was none.
+    found_through: Lsn,
     /// Oldest first. Written by the log writer (a new segment) and by retention (an old one goes); readers hold the
     /// lock for a look-up only.
     pub(super) segments: RwLock<Vec<Arc<Segment>>>,
@@ -118,6 +120,7 @@ impl Log {
             names: OpenDirectory::open(directory).map_err(Error::io("open", directory))?,
             directory: directory.to_owned(),
             options,
+            found_through: opened,
             segments: RwLock::new(segments),
             written: Watermark::new(head),
             synced: Watermark::new(Lsn::ZERO),
@@ -462,6 +465,12 @@ impl Log {
         self.named.fetch_min(open.segment().id().first_lsn.previous().0, Ordering::AcqRel);
         drop(given_up);
         self.give_turn(position);
+    }
+
+    /// Whether a segment was made since the log was opened. Others may be mapped by whoever read the log when it was open
+    /// before, in this process or another one.
+    pub(super) fn has_made(&self, segment: &Segment) -> bool {
+        segment.id().first_lsn > self.found_through
     }
 
     /// Whether a segment is (still) part of the log.

@@ -10,7 +10,8 @@
 //!    lose the process. A file that is still to be filled through the file itself ([`SegmentWriter::use_file_only`]) has
 //!    its length and may lack blocks: reading it gives zeros, and nothing is stored to its mapping.
 //! 2. **Below `published`, bytes never change** while the [`Segment`] lives. A file is recycled only by whoever holds
-//!    the last reference to its segment.
+//!    the last reference to its segment and has made it: one that was there when the log was opened may have another
+//!    [`Segment`], of whoever had the log open before. Such files are removed, or written again as they are.
 //! 3. **Above `published`, bytes belong to the one [`SegmentWriter`]** of the segment. It cannot be cloned, is made
 //!    together with its segment, and hands its bytes out through `&mut self` only.
 //!

@@ -392,11 +392,7 @@ impl Spares {
             (is_kept.then(|| spare_path(&self.directory, state.next_name)), surplus)
         };
         self.removed.remove(surplus);
-        let Some(renamed) = renamed else {
-            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-            self.removed.add(segment);
-            return Ok(());
-        };
+        let Some(renamed) = renamed else { return self.discard(&path, segment) };
         let result = std::fs::rename(&path, &renamed).map_err(Error::io("rename", &path));
         if result.is_ok() && self.removed.give_back(segment, renamed.clone()) {
             return Ok(());
@@ -404,6 +400,13 @@ impl Spares {
         self.state.lock().old.are_lost(1);
         result?;
         std::fs::remove_file(&renamed).map_err(Error::io("remove", &renamed))
+    }
+
+    /// Removes the file at `path` of a segment that nobody here reads any more. Does not wait for its mapping to go.
+    pub(super) fn discard(&self, path: &Path, segment: Segment) -> Result<()> {
+        std::fs::remove_file(path).map_err(Error::io("remove", path))?;
+        self.removed.add(segment);
+        Ok(())
     }
 
     /// Gives up used files beyond what is missing of the spares, or one: the log has grown into the room that they had.

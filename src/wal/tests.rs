@@ -410,6 +410,46 @@ fn segments_are_released_only_below_what_is_asked_and_are_used_again() {
     assert_holds(wal.log(), tail..=1600);
 }
 
+/// Nothing keeps a log from being opened again while ranges of it are read: they outlive the lock of its directory.
+#[test]
+fn what_is_read_of_a_closed_log_stays_when_the_log_is_opened_again_and_gives_it_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    append(&mut writer, 1..=300);
+    // Behind them a segment in which nothing is written.
+    let at = Expected { first_lsn: Lsn(301), chain: writer.end().chain, epoch: Epoch(1) };
+    let seal = batch::build(at, crate::types::HybridTimestamp::default(), Lsn(1), &[]);
+    let header = SegmentHeader {
+        id: crate::types::WalSegmentId { region: RegionId(0), shard: ShardId(3), first_lsn: Lsn(301) },
+        cluster: ClusterId(9),
+        epoch: Epoch(1),
+        chain_before: sink_chain(&seal),
+        segment_size: SEGMENT,
+        version: SEGMENT_VERSION,
+    };
+    for bytes in [seal, header.encode().to_vec()] {
+        let (segment, offset) = writer.ingest_position();
+        writer.ingest_window(segment, offset, bytes.len() as u64).unwrap().copy_from_slice(&bytes);
+        writer.ingest_filled(bytes.len() as u64).unwrap();
+    }
+    let ranges = wal.log().ranges_from(Lsn(1)).unwrap();
+    let before: Vec<_> = ranges.iter().map(|range| range.bytes().to_vec()).collect();
+    assert!(ranges.len() > 3 && ranges.last().unwrap().len() == SEGMENT_HEADER_LEN);
+    drop(writer);
+    wal.close().unwrap();
+
+    let (wal, mut writer) = open(directory.path());
+    wal.log().keep_used_files(1 << 30);
+    wal.log().release_through(Lsn(300), "test").unwrap();
+    for lsn in 301..=1000 {
+        append(&mut writer, lsn..=lsn);
+        wal.log().wait_synced(Lsn(lsn), None).unwrap();
+        wal.log().release_through(Lsn(lsn), "test").unwrap();
+    }
+    wal.log().wait_for_spares(None).unwrap();
+    assert!(ranges.iter().map(LogRange::bytes).eq(before.iter().map(Vec::as_slice)));
+}
+
 #[test]
 fn many_threads_wait_for_syncs_of_one_writer() {
     let directory = tempfile::tempdir().unwrap();
