@@ -6,6 +6,9 @@
 //! log with a bound on its size gives up what is not synced, and relies on names changing in order: for such a run, a
 //! beginning of the changes instead.
 //!
+//! A sync can fail, too: the kernel tells of that once, and takes the pages for written. Whoever is started again on the same
+//! machine finds them in the page cache, and no later sync puts them on the device unless they are written again.
+//!
 //! **How an image is made.** `calls.rs` sees every sync, rename and removal of this process; `disk.rs` keeps what was
 //! durable after each, and makes images of it and of what the files hold in the page cache. A run is a workload, cut off
 //! at random moments, also in the middle of a call; several images of each moment are opened, some of them while a trap
@@ -21,7 +24,8 @@
 //! begins in, left out of the sync; the directory not synced with a segment's first sync; a recycled segment not filled
 //! with zeros; a cut not carried out, with the chain compared or not; removals of several segments not made durable one
 //! by one; a recycled file renamed without a sync of the directory; a log's first segment named and not made durable
-//! before the second; a segment released before its successor was durable; a torn tail not told. By the test of the
+//! before the second; a segment released before its successor was durable; a torn tail not told. By the test
+//! of syncs that fail: what was found not written again, or all of it but the batch that seals a segment. By the test of the
 //! store: the clean mark written before the slots were synced, or left in place by the next change; the applied mark
 //! written before the slots were synced; a header that tells of new slots written before the file's growth was synced. By
 //! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; how far a
@@ -133,7 +137,12 @@ fn records_of(log: &Arc<Log>, lsn: Lsn) -> Vec<(u64, Vec<u8>)> {
 
 #[test]
 fn a_log_keeps_what_is_synced_and_cuts_the_rest() {
-    runs("log", 52, log::run);
+    runs("log", 44, log::run);
+}
+
+#[test]
+fn a_log_whose_sync_failed_loses_nothing_that_is_synced_later() {
+    runs("failing log", 8, log::fail);
 }
 
 #[test]

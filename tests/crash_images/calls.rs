@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::disk::{Disk, disk_of};
+use super::disk::{Disk, disk_of, has_any_failed};
 
 /// The path that a descriptor stands for; none for what has no name.
 fn path_of(descriptor: c_int) -> Option<PathBuf> {
@@ -63,7 +63,13 @@ extern "C" fn msync(address: *mut c_void, len: usize, flags: c_int) -> c_int {
         for Mapped { addresses, offset, inode, path } in mapped_files(start, end) {
             if let Some(disk) = disk_of(&path) {
                 let (from, to) = (start.max(addresses.start), end.min(addresses.end));
-                disk.range_synced(inode, from - addresses.start + offset..to - addresses.start + offset);
+                let range = from - addresses.start + offset..to - addresses.start + offset;
+                if disk.range_fails(inode, range.clone()) {
+                    // SAFETY: this thread's error number.
+                    unsafe { *libc::__errno_location() = libc::EIO };
+                    return -1;
+                }
+                disk.range_synced(inode, range);
                 is_seen = true;
             }
         }
@@ -73,6 +79,20 @@ extern "C" fn msync(address: *mut c_void, len: usize, flags: c_int) -> c_int {
     }
     // SAFETY: the arguments that the call takes, as they were passed.
     kernel(unsafe { libc::syscall(libc::SYS_msync, address, len, flags) })
+}
+
+/// What is written is written back by the next sync, also where that failed before and nothing has changed.
+#[unsafe(no_mangle)]
+extern "C" fn pwrite64(descriptor: c_int, bytes: *const c_void, len: usize, offset: i64) -> isize {
+    // SAFETY: the arguments that the call takes, as they were passed.
+    let written = unsafe { libc::syscall(libc::SYS_pwrite64, descriptor, bytes, len, offset) };
+    if let (true, Ok(written), Ok(offset)) = (has_any_failed(), u64::try_from(written), u64::try_from(offset))
+        && let Some(disk) = path_of(descriptor).and_then(|path| disk_of(&path))
+        && let Ok(metadata) = std::fs::metadata(format!("/proc/self/fd/{descriptor}"))
+    {
+        disk.written(metadata.ino(), offset..offset + written);
+    }
+    isize::try_from(written).unwrap_or(-1)
 }
 
 #[unsafe(no_mangle)]

@@ -19,6 +19,7 @@ use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::random::Random;
@@ -28,7 +29,15 @@ const SECTOR: usize = 512;
 /// Looks kept of a file.
 const MAX_LOOKS: usize = 4;
 
+/// Whether a sync has failed anywhere, so that writes are to be looked at.
+static HAS_FAILED: AtomicBool = AtomicBool::new(false);
+
 static DISKS: Mutex<Vec<Arc<Disk>>> = Mutex::new(Vec::new());
+
+/// Whether a sync has failed on any disk.
+pub fn has_any_failed() -> bool {
+    HAS_FAILED.load(Ordering::Relaxed)
+}
 
 /// The disk that a path is on.
 pub fn disk_of(path: &Path) -> Option<Arc<Disk>> {
@@ -102,6 +111,8 @@ struct State {
     /// A trap that waits for a file to grow.
     growth_trap: Option<u64>,
     caught: Option<Moment>,
+    /// So many more ranges are synced before one is not.
+    failing: Option<u64>,
 }
 
 #[derive(Clone)]
@@ -120,6 +131,9 @@ enum Content {
 struct FileState {
     durable: Arc<Vec<u8>>,
     looks: Vec<Arc<Vec<u8>>>,
+    /// Pages that the kernel takes for written although they are not, with what they hold: a sync of them failed, and they
+    /// were not written since.
+    lost: BTreeMap<usize, Vec<u8>>,
 }
 
 #[derive(Clone, Default)]
@@ -144,6 +158,15 @@ impl Directory {
 }
 
 impl FileState {
+    /// Takes what a page holds now for durable, unless it is lost.
+    fn is_written_back(&mut self, page: usize, bytes: &[u8]) -> bool {
+        if self.lost.get(&page).is_some_and(|lost| lost == bytes) {
+            return false;
+        }
+        self.lost.remove(&page);
+        true
+    }
+
     fn look(&mut self, bytes: Vec<u8>) {
         let newest = self.looks.last().unwrap_or(&self.durable);
         if **newest != bytes {
@@ -333,8 +356,16 @@ impl Disk {
         let node = state.nodes.get_mut(&id).unwrap();
         match &mut node.content {
             Content::File(file) => {
-                if let Ok(bytes) = fs::read(&node.path) {
-                    *file = FileState { durable: Arc::new(bytes), looks: Vec::new() };
+                if let Ok(mut bytes) = fs::read(&node.path) {
+                    for (page, now) in bytes.chunks_mut(PAGE).enumerate() {
+                        if !file.is_written_back(page, now) {
+                            let before = file.durable.get(page * PAGE..).unwrap_or_default();
+                            let before = &before[..before.len().min(now.len())];
+                            now.fill(0);
+                            now[..before.len()].copy_from_slice(before);
+                        }
+                    }
+                    (file.durable, file.looks) = (Arc::new(bytes), Vec::new());
                 }
             }
             Content::Directory(directory) => {
@@ -365,10 +396,57 @@ impl Disk {
         let mut bytes = vec![0; end - start];
         live.read_exact_at(&mut bytes, start as u64).unwrap();
         for copy in file.looks.iter_mut().chain([&mut file.durable]) {
-            let copy = Arc::make_mut(copy);
-            copy.resize(len, 0);
-            copy[start..end].copy_from_slice(&bytes);
+            Arc::make_mut(copy).resize(len, 0);
         }
+        for (page, bytes) in (start / PAGE..).zip(bytes.chunks(PAGE)) {
+            if !file.is_written_back(page, bytes) {
+                continue;
+            }
+            for copy in file.looks.iter_mut().chain([&mut file.durable]) {
+                Arc::make_mut(copy)[page * PAGE..][..bytes.len()].copy_from_slice(bytes);
+            }
+        }
+    }
+
+    /// After so many ranges have been synced, one is not.
+    pub fn fail_sync(&self, after: u64) {
+        self.state().failing = Some(after);
+    }
+
+    /// Whether this sync of a range fails. Then what is in the range and not durable is lost, if it is not written again.
+    pub fn range_fails(&self, inode: u64, range: Range<u64>) -> bool {
+        let mut state = self.state();
+        let Some(left) = state.failing else { return false };
+        state.failing = left.checked_sub(1);
+        if left > 0 {
+            return false;
+        }
+        state.refresh();
+        let Some(id) = self.with_inode(&state, inode) else { return false };
+        let node = state.nodes.get_mut(&id).unwrap();
+        let Content::File(file) = &mut node.content else { return false };
+        let Ok(bytes) = fs::read(&node.path) else { return false };
+        let (start, end) = (usize::try_from(range.start).unwrap() / PAGE, usize::try_from(range.end).unwrap());
+        for (page, bytes) in bytes.chunks(PAGE).enumerate().take(end.div_ceil(PAGE)).skip(start) {
+            let durable = file.durable.get(page * PAGE..).unwrap_or_default();
+            if !durable.starts_with(bytes) {
+                file.lost.insert(page, bytes.to_vec());
+            }
+        }
+        // Some of it may have been written.
+        file.look(bytes);
+        HAS_FAILED.store(true, Ordering::Relaxed);
+        true
+    }
+
+    /// A range of the file with this inode was written.
+    pub fn written(&self, inode: u64, range: Range<u64>) {
+        let mut state = self.state();
+        let Some(id) = self.with_inode(&state, inode) else { return };
+        let node = state.nodes.get_mut(&id).unwrap();
+        let Content::File(file) = &mut node.content else { return };
+        let (start, end) = (usize::try_from(range.start).unwrap(), usize::try_from(range.end).unwrap());
+        file.lost.retain(|page, _| !(start / PAGE..end.div_ceil(PAGE)).contains(page));
     }
 
     pub fn rename(&self, from: &Path, to: &Path, call: impl FnOnce() -> i32) -> i32 {

@@ -454,3 +454,84 @@ pub fn replace(seed: u64, count: &Count) {
         check_records(&known, &wal, writer.end().head.get());
     }
 }
+
+/// A log whose syncs fail now and then, so that the process ends and is started again, and finds in the page cache what is not
+/// on the device. Now and then the power goes.
+pub fn fail(seed: u64, count: &Count) {
+    let mut random = Random(seed);
+    let observed = Observed::new();
+    let mut known = Known { written: Vec::new(), synced: 0, released: 0, epoch: Epoch(1) };
+    let is_bounded = random.percent(50);
+    if is_bounded {
+        observed.disk.keep_names_in_order();
+    }
+    for _ in 0..4 {
+        let sync = random.pick(&[SyncPolicy::Never, SyncPolicy::Never, SyncPolicy::Group]);
+        let lsn = if random.percent(30) { Lsn(known.synced) } else { Lsn::ZERO };
+        let known_synced = KnownSynced { lsn, written_here: WrittenHere::Everything };
+        let options = WalOptions { sync, known_synced, ..options(&mut random) };
+        observed.disk.fail_sync(random.below(12));
+        let open = || Wal::open(observed.path(), IDENTITY, options);
+        let (wal, mut writer) = open().or_else(|_| open()).unwrap();
+        assert_eq!(writer.end().head.get(), known.written.len() as u64, "the page cache has all of it");
+        known.epoch = Epoch(writer.end().epoch.0.max(known.epoch.0) + random.below(2));
+        writer.set_epoch(known.epoch).unwrap();
+        known.synced = wal.log().synced().load().get();
+        lose_power(&observed, &known, is_bounded, &mut random, count);
+        for _ in 0..random.below(60) {
+            if !live_on(&wal, &mut writer, &mut known, is_bounded, &mut random) {
+                break;
+            }
+        }
+        known.synced = known.synced.max(wal.log().synced().load().get());
+        lose_power(&observed, &known, is_bounded, &mut random, count);
+    }
+}
+
+/// One step. False once a sync has failed.
+fn live_on(wal: &Wal, writer: &mut LogWriter, known: &mut Known, is_bounded: bool, random: &mut Random) -> bool {
+    if is_bounded && random.percent(8) {
+        let lsn = random.below(wal.log().head().get() + 1);
+        known.released = known.released.max(lsn);
+        return give_up_unsynced(wal.log(), Lsn(lsn)).is_ok();
+    }
+    match random.below(100) {
+        0..60 => {
+            let record = record(random);
+            let is_appended = writer.append(&record).is_ok();
+            if is_appended {
+                known.written.push(record);
+            }
+            is_appended
+        }
+        60..90 => {
+            let lsn = Lsn(random.below(wal.log().head().get() + 1));
+            matches!(wal.log().wait_synced(lsn, None), Ok(()) | Err(Error::NotRetained { .. }))
+        }
+        90..95 => {
+            known.epoch = Epoch(known.epoch.0 + 1);
+            writer.set_epoch(known.epoch).is_ok()
+        }
+        _ => {
+            let lsn = random.below(wal.log().synced().load().get() + 1);
+            known.released = known.released.max(lsn);
+            wal.log().release_through(Lsn(lsn), "the test does not need it").is_ok()
+        }
+    }
+}
+
+/// What a power cut could leave now is opened.
+fn lose_power(observed: &Observed, known: &Known, is_bounded: bool, random: &mut Random, count: &Count) {
+    let moment = observed.disk.moment();
+    for _ in 0..3 {
+        let image = moment.image(random);
+        let left = Observed::with(&image);
+        if is_bounded {
+            left.disk.keep_names_in_order();
+        }
+        count.one(known.written.len() as u64 > known.synced);
+        let (wal, writer) = Wal::open(left.path(), IDENTITY, options(random))
+            .unwrap_or_else(|error| panic!("synced up to {}, {}: {error}", known.synced, names(&image)));
+        check_recovered(known, &image, left.path(), &wal, &writer);
+    }
+}
