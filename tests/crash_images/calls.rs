@@ -25,11 +25,22 @@ fn argument(path: *const c_char) -> PathBuf {
     Path::new(OsStr::from_bytes(bytes)).to_owned()
 }
 
-/// By its inode: another thread may be renaming it.
-fn synced(descriptor: c_int) -> Option<()> {
+/// By its inode: another thread may be renaming it. Gives the call's answer.
+fn synced(descriptor: c_int) -> Option<c_int> {
     let disk = disk_of(&path_of(descriptor)?)?;
-    disk.synced(std::fs::metadata(format!("/proc/self/fd/{descriptor}")).ok()?.ino());
-    Some(())
+    let inode = std::fs::metadata(format!("/proc/self/fd/{descriptor}")).ok()?.ino();
+    if disk.sync_fails(inode, 0..u64::MAX) {
+        return Some(failed());
+    }
+    disk.synced(inode);
+    Some(0)
+}
+
+/// The answer of a sync that fails.
+fn failed() -> c_int {
+    // SAFETY: this thread's error number.
+    unsafe { *libc::__errno_location() = libc::EIO };
+    -1
 }
 
 fn kernel(answer: i64) -> c_int {
@@ -39,7 +50,7 @@ fn kernel(answer: i64) -> c_int {
 #[unsafe(no_mangle)]
 extern "C" fn fsync(descriptor: c_int) -> c_int {
     match synced(descriptor) {
-        Some(()) => 0,
+        Some(answer) => answer,
         // SAFETY: the arguments that the call takes.
         None => kernel(unsafe { libc::syscall(libc::SYS_fsync, descriptor) }),
     }
@@ -48,7 +59,7 @@ extern "C" fn fsync(descriptor: c_int) -> c_int {
 #[unsafe(no_mangle)]
 extern "C" fn fdatasync(descriptor: c_int) -> c_int {
     match synced(descriptor) {
-        Some(()) => 0,
+        Some(answer) => answer,
         // SAFETY: the arguments that the call takes.
         None => kernel(unsafe { libc::syscall(libc::SYS_fdatasync, descriptor) }),
     }
@@ -64,10 +75,8 @@ extern "C" fn msync(address: *mut c_void, len: usize, flags: c_int) -> c_int {
             if let Some(disk) = disk_of(&path) {
                 let (from, to) = (start.max(addresses.start), end.min(addresses.end));
                 let range = from - addresses.start + offset..to - addresses.start + offset;
-                if disk.range_fails(inode, range.clone()) {
-                    // SAFETY: this thread's error number.
-                    unsafe { *libc::__errno_location() = libc::EIO };
-                    return -1;
+                if disk.sync_fails(inode, range.clone()) {
+                    return failed();
                 }
                 disk.range_synced(inode, range);
                 is_seen = true;

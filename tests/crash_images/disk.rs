@@ -111,7 +111,7 @@ struct State {
     /// A trap that waits for a file to grow.
     growth_trap: Option<u64>,
     caught: Option<Moment>,
-    /// So many more ranges are synced before one is not.
+    /// So many more syncs succeed before one fails.
     failing: Option<u64>,
 }
 
@@ -408,13 +408,13 @@ impl Disk {
         }
     }
 
-    /// After so many ranges have been synced, one is not.
+    /// After so many syncs, one of a file fails.
     pub fn fail_sync(&self, after: u64) {
         self.state().failing = Some(after);
     }
 
     /// Whether this sync of a range fails. Then what is in the range and not durable is lost, if it is not written again.
-    pub fn range_fails(&self, inode: u64, range: Range<u64>) -> bool {
+    pub fn sync_fails(&self, inode: u64, range: Range<u64>) -> bool {
         let mut state = self.state();
         let Some(left) = state.failing else { return false };
         state.failing = left.checked_sub(1);

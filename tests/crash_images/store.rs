@@ -468,3 +468,78 @@ pub fn rebuild(seed: u64, count: &Count) {
         }
     }
 }
+
+/// A store whose syncs fail now and then: it is opened again, and finds in the page cache what is not on the device. Now and then
+/// the power goes. Its log loses nothing.
+pub fn fail(seed: u64, count: &Count) {
+    let mut random = Random(seed);
+    let observed = Observed::new();
+    // Written through the file, where the model sees what is written again as it is.
+    let options = FixedStoreOptions { key_len: 16, value_len: 5_000, shard_count: 1, prefix_bits: 0 };
+    let (mut records, mut models) = (Vec::new(), vec![Model::new()]);
+    for _ in 0..4 {
+        observed.disk.fail_sync(random.below(16));
+        let open = || FixedStore::open(observed.path().join(STORE), &options);
+        let store = open().or_else(|_| open()).unwrap();
+        lose_power(&observed, &options, &store, (&records, &models), &mut random, count);
+        let mut is_whole = replay(&store, &records).is_ok();
+        if is_whole {
+            assert!(contents(&store) == models[records.len()], "opened and replayed");
+        }
+        for _ in 0..random.below(60) {
+            if !is_whole {
+                break;
+            }
+            if random.percent(20) {
+                is_whole = store.sync(SHARD).is_ok();
+                continue;
+            }
+            let (key, mut model) = (key(&mut random), models[records.len()].clone());
+            let append = |_, record: &[u8]| {
+                records.push(record.to_vec());
+                Ok(Lsn(records.len() as u64))
+            };
+            is_whole = if random.percent(75) {
+                let value = value(&mut random, &options);
+                model.insert(key.clone(), value.clone());
+                store.put(&key, &value, append).is_ok()
+            } else {
+                model.remove(&key);
+                store.delete(&key, append).is_ok()
+            };
+            // The log may have it although it was not applied.
+            if records.len() == models.len() {
+                models.push(model);
+            }
+        }
+        lose_power(&observed, &options, &store, (&records, &models), &mut random, count);
+    }
+}
+
+fn replay(store: &FixedStore, records: &[Vec<u8>]) -> towline::Result<()> {
+    let applied = store.durable_applied(SHARD)?.unwrap().get();
+    let mut rest = (1..).zip(records).filter(|(lsn, _)| *lsn > applied);
+    rest.try_for_each(|(lsn, bytes)| store.apply(SHARD, Record { lsn: Lsn(lsn), bytes }))
+}
+
+/// What a power cut could leave now is opened, and the log replayed.
+fn lose_power(
+    observed: &Observed,
+    options: &FixedStoreOptions,
+    store: &FixedStore,
+    (records, models): (&[Vec<u8>], &[Model]),
+    random: &mut Random,
+    count: &Count,
+) {
+    let durable = store.durable_applied(SHARD).unwrap().unwrap();
+    let moment = observed.disk.moment();
+    for _ in 0..3 {
+        let left = Observed::with(&moment.image(random));
+        count.one(records.len() as u64 > durable.get());
+        let store = FixedStore::open(left.path().join(STORE), options).unwrap();
+        assert!(store.durable_applied(SHARD).unwrap().unwrap() >= durable, "what was applied durably is not");
+        replay(&store, records).unwrap();
+        assert_eq!(store.torn_slots(SHARD).unwrap(), 0);
+        assert!(contents(&store) == models[records.len()], "replayed after a power cut");
+    }
+}
