@@ -7,7 +7,8 @@
 //! beginning of the changes instead.
 //!
 //! A sync can fail, too: the kernel tells of that once, and takes the pages for written. Whoever is started again on the same
-//! machine finds them in the page cache, and no later sync puts them on the device unless they are written again.
+//! machine finds them in the page cache, and no later sync puts them on the device unless they are written again. And a write
+//! can find no room in the middle.
 //!
 //! **How an image is made.** `calls.rs` sees every sync, rename and removal of this process; `disk.rs` keeps what was
 //! durable after each, and makes images of it and of what the files hold in the page cache. A run is a workload, cut off

@@ -93,13 +93,20 @@ extern "C" fn msync(address: *mut c_void, len: usize, flags: c_int) -> c_int {
 /// What is written is written back by the next sync, also where that failed before and nothing has changed.
 #[unsafe(no_mangle)]
 extern "C" fn pwrite64(descriptor: c_int, bytes: *const c_void, len: usize, offset: i64) -> isize {
-    // SAFETY: the arguments that the call takes, as they were passed.
+    let disk = if has_any_failed() { path_of(descriptor).and_then(|path| disk_of(&path)) } else { None };
+    let is_full = disk.as_ref().is_some_and(|disk| disk.is_full());
+    let len = if is_full { len / 2 } else { len };
+    // SAFETY: the arguments that the call takes, as they were passed, or fewer bytes.
     let written = unsafe { libc::syscall(libc::SYS_pwrite64, descriptor, bytes, len, offset) };
-    if let (true, Ok(written), Ok(offset)) = (has_any_failed(), u64::try_from(written), u64::try_from(offset))
-        && let Some(disk) = path_of(descriptor).and_then(|path| disk_of(&path))
+    if let (Some(disk), Ok(written), Ok(offset)) = (disk, u64::try_from(written), u64::try_from(offset))
         && let Ok(metadata) = std::fs::metadata(format!("/proc/self/fd/{descriptor}"))
     {
         disk.written(metadata.ino(), offset..offset + written);
+    }
+    if is_full {
+        // SAFETY: this thread's error number.
+        unsafe { *libc::__errno_location() = libc::ENOSPC };
+        return -1;
     }
     isize::try_from(written).unwrap_or(-1)
 }

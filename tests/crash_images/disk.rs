@@ -113,6 +113,8 @@ struct State {
     caught: Option<Moment>,
     /// So many more syncs succeed before one fails.
     failing: Option<u64>,
+    /// So many more writes to files succeed before one finds no room.
+    full: Option<u64>,
 }
 
 #[derive(Clone)]
@@ -437,6 +439,20 @@ impl Disk {
         file.look(bytes);
         HAS_FAILED.store(true, Ordering::Relaxed);
         true
+    }
+
+    /// After so many writes, one finds no room for all of its bytes.
+    pub fn fill_up(&self, after: u64) {
+        self.state().full = Some(after);
+        HAS_FAILED.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether this write is that one.
+    pub fn is_full(&self) -> bool {
+        let mut state = self.state();
+        let Some(left) = state.full else { return false };
+        state.full = left.checked_sub(1);
+        left == 0
     }
 
     /// A range of the file with this inode was written.

@@ -472,7 +472,11 @@ pub fn fail(seed: u64, count: &Count) {
         let options = WalOptions { sync, known_synced, ..options(&mut random) };
         observed.disk.fail_sync(random.below(12));
         let open = || Wal::open(observed.path(), IDENTITY, options);
-        let (wal, mut writer) = open().or_else(|_| open()).unwrap();
+        if random.percent(60) {
+            let after = random.pick(&[3, 30, 300]);
+            observed.disk.fill_up(random.below(after));
+        }
+        let (wal, mut writer) = open().or_else(|_| open()).or_else(|_| open()).unwrap();
         assert_eq!(writer.end().head.get(), known.written.len() as u64, "the page cache has all of it");
         known.epoch = Epoch(writer.end().epoch.0.max(known.epoch.0) + random.below(2));
         writer.set_epoch(known.epoch).unwrap();
@@ -502,7 +506,8 @@ fn live_on(wal: &Wal, writer: &mut LogWriter, known: &mut Known, is_bounded: boo
             if is_appended {
                 known.written.push(record);
             }
-            is_appended
+            // For want of room it can be tried again.
+            wal.log().poison().is_none()
         }
         60..90 => {
             let lsn = Lsn(random.below(wal.log().head().get() + 1));

@@ -480,7 +480,11 @@ pub fn fail(seed: u64, count: &Count) {
     for _ in 0..4 {
         observed.disk.fail_sync(random.below(16));
         let open = || FixedStore::open(observed.path().join(STORE), &options);
-        let store = open().or_else(|_| open()).unwrap();
+        if random.percent(60) {
+            let after = random.pick(&[3, 30, 300]);
+            observed.disk.fill_up(random.below(after));
+        }
+        let store = open().or_else(|_| open()).or_else(|_| open()).unwrap();
         lose_power(&observed, &options, &store, (&records, &models), &mut random, count);
         let mut is_whole = replay(&store, &records).is_ok();
         if is_whole {
