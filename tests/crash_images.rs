@@ -138,7 +138,7 @@ fn records_of(log: &Arc<Log>, lsn: Lsn) -> Vec<(u64, Vec<u8>)> {
 
 #[test]
 fn a_log_keeps_what_is_synced_and_cuts_the_rest() {
-    runs("log", 38, log::run);
+    runs("log", 36, log::run);
 }
 
 #[test]
@@ -169,6 +169,11 @@ fn a_store_being_rebuilt_keeps_its_mark() {
 #[test]
 fn an_interrupted_rebuild_goes_on_with_what_was_saved() {
     runs("resumed rebuild", 8, resume::run);
+}
+
+#[test]
+fn a_rebuild_whose_syncs_fail_goes_on_with_what_was_saved() {
+    runs("failing rebuild", 2, resume::fail);
 }
 
 #[test]

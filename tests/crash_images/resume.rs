@@ -247,3 +247,129 @@ impl Leading {
         crashes
     }
 }
+
+/// The same while syncs fail and writes find no room: whenever something goes wrong the store is opened again, on the same disk or
+/// after a power cut, and goes on with what was saved.
+pub fn fail(seed: u64, count: &Count) {
+    let mut random = Random(seed);
+    let value_len = random.pick(&[100, 50_000]);
+    let options = FixedStoreOptions { key_len: 16, value_len, shard_count: 1, prefix_bits: 0 };
+    let (home, mut observed) = (Observed::new(), Observed::new());
+    let store = FixedStore::open(home.path().join(STORE), &options).unwrap();
+    let mut leading = Leading { store, options, records: Vec::new(), models: vec![Model::new()] };
+    (0..20 + random.below(100)).for_each(|_| leading.write(&mut random));
+    if value_len > 4_096 && random.percent(60) {
+        // Slots that are mapped, and through the file all the same: there the model sees what is written again as it is.
+        let follower = FixedStore::open(observed.path().join(STORE), &options).unwrap();
+        for (lsn, bytes) in (1..).zip(&leading.records).take(10) {
+            follower.apply(SHARD, Record { lsn: Lsn(lsn), bytes }).unwrap();
+        }
+        follower.close().unwrap();
+    }
+    let mut saved = Saved { has_begun: false, kept: None, local_head: Lsn::ZERO };
+    for _ in 0..12 {
+        if random.percent(70) {
+            observed.disk.fail_sync(random.below(12));
+        }
+        if random.percent(50) {
+            let after = random.pick(&[3, 30, 300]);
+            observed.disk.fill_up(random.below(after));
+        }
+        let open = || FixedStore::open(observed.path().join(STORE), &options);
+        let follower = open().or_else(|_| open()).or_else(|_| open()).unwrap();
+        if saved.has_begun && !follower.is_rebuilding(SHARD).unwrap() {
+            // Its end was the last that was done.
+            assert!(leading.models.contains(&contents(&follower)));
+            return;
+        }
+        let result = leading.try_rebuild(&follower, &mut saved, &mut random);
+        assert!(!result.is_err_and(|error| error.is_corruption()), "what was saved is damaged");
+        if random.percent(50) {
+            count.one(true);
+            observed = Observed::with(&observed.disk.moment().image(&mut random));
+        }
+    }
+}
+
+/// What is on stable storage beside the store, of which nothing is lost.
+struct Saved {
+    has_begun: bool,
+    kept: Option<KeptBase>,
+    /// The newest record in the local log.
+    local_head: Lsn,
+}
+
+impl Leading {
+    fn try_rebuild(&mut self, follower: &FixedStore, saved: &mut Saved, random: &mut Random) -> towline::Result<()> {
+        let mut base = self.store.open_base(SHARD)?;
+        let info = base.info();
+        let block_len = info.block_len as usize;
+        let mut intake = match saved.kept.filter(|_| random.percent(90)) {
+            Some(kept) => {
+                let mut intake = Intake::new(follower.resume_base(SHARD, info, kept)?, random);
+                self.try_apply(follower, &mut intake, saved.local_head, saved)?;
+                intake.sink.check_kept()?;
+                base.skip_to(BlockId(kept.blocks));
+                intake
+            }
+            None => {
+                saved.kept = None;
+                let sink = follower.begin_base(SHARD, info)?;
+                saved.has_begun = true;
+                Intake::new(sink, random)
+            }
+        };
+        let mut next_block = saved.kept.map_or(0, |kept| kept.blocks);
+        loop {
+            match random.below(100) {
+                0..50 => {
+                    let mut blocks = vec![0; (1 + random.index(8)) * block_len];
+                    let Some(run) = base.next_run(&mut blocks)? else { break };
+                    intake.try_put(run.first, block_len, &blocks[..run.len])?;
+                    next_block = run.first.0 + u64::from(run.count);
+                }
+                50..65 => self.write(random),
+                65..85 => {
+                    let next = follower.applied(SHARD).unwrap().next().min(self.head());
+                    self.try_apply(follower, &mut intake, next, saved)?;
+                }
+                _ => {
+                    let kept = KeptBase { blocks: next_block, applied: follower.applied(SHARD).unwrap() };
+                    follower.sync(SHARD)?;
+                    saved.kept = Some(kept);
+                }
+            }
+        }
+        self.try_apply(follower, &mut intake, self.head(), saved)?;
+        if intake.covered.is_some() {
+            intake.sink.pass(BlockId(info.block_count))?;
+        }
+        intake.sink.complete(self.head())?;
+        assert!(contents(follower) == *self.models.last().unwrap(), "rebuilt");
+        Ok(())
+    }
+
+    fn try_apply(&self, follower: &FixedStore, intake: &mut Intake, to: Lsn, saved: &mut Saved) -> towline::Result<()> {
+        let mut next = follower.applied(SHARD).unwrap().next();
+        while next <= to {
+            saved.local_head = saved.local_head.max(next);
+            let record = Record { lsn: next, bytes: &self.records[usize::try_from(next.get()).unwrap() - 1] };
+            follower.apply(SHARD, record)?;
+            intake.note(follower, record);
+            next = next.next();
+        }
+        Ok(())
+    }
+}
+
+impl Intake {
+    fn try_put(&mut self, first: BlockId, block_len: usize, blocks: &[u8]) -> towline::Result<()> {
+        let Some(covered) = &self.covered else { return self.sink.put_blocks(first, block_len, blocks) };
+        for (block, bytes) in (first.0..).zip(blocks.chunks(block_len)) {
+            if !covered.contains(&block) {
+                self.sink.put_blocks(BlockId(block), block_len, bytes)?;
+            }
+        }
+        self.sink.pass(BlockId(first.0 + (blocks.len() / block_len) as u64))
+    }
+}
