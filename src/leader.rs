@@ -310,7 +310,7 @@ impl Leader {
         if newer <= led {
             return Err(Error::StaleEpoch { offered: newer, accepted: led });
         }
-        if newer == Epoch(u64::MAX) {
+        if !newer.has_successor() {
             return Err(Error::invalid(format!("epoch {newer} has no successor")));
         }
         self.server.depose(newer)

@@ -301,7 +301,9 @@ fn a_leader_that_is_told_of_a_newer_one_steps_down_at_once_and_for_good() {
     assert!(matches!(net.node(&a).lead("old"), Err(Error::Mismatch { .. })), "epoch 2 is another's");
     let back = net.node(&a).follow("new", Arc::new(LogOnly)).unwrap();
     until("what nobody else has is cut", || back.log(S0).unwrap().head() == new.log(S0).unwrap().head());
+}
 
+#[test]
 fn nobody_leads_under_the_last_epoch_and_nobody_follows_under_it() {
     let net = Net::in_process();
     let (_parent, a, b) = directories();

@@ -815,7 +815,6 @@ fn a_stream_for_the_next_record_can_begin_with_a_whole_segment() {
     assert!(log.segment_start_for(newest.previous()).is_err());
 }
 
-#[cfg(target_os = "linux")]
 /// A sync that fails leaves pages that the kernel takes for written, and a process that is started again reads them: what is not
 /// known to be synced is written again, so that the sync which opening the log ends with covers it.
 #[cfg(target_os = "linux")]
@@ -853,6 +852,7 @@ fn the_batch_that_seals_is_written_again_unless_something_behind_it_is_synced() 
     assert_eq!(written_again(head), 0);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn an_open_segment_with_holes_is_filled_before_it_is_written_to() {
     use std::os::unix::fs::MetadataExt;
