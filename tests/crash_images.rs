@@ -129,9 +129,7 @@ fn runs(what: &str, percent: u64, mut run: impl FnMut(u64, &Count)) {
 fn records_of(log: &Arc<Log>, lsn: Lsn) -> Vec<(u64, Vec<u8>)> {
     let mut records = Vec::new();
     for range in log.ranges_from(lsn).unwrap() {
-        for batch in range.batches() {
-            records.extend(batch.records().map(|record| (record.lsn.get(), record.bytes.to_vec())));
-        }
+        records.extend(range.records().map(|record| (record.lsn.get(), record.bytes.to_vec())));
     }
     records
 }

@@ -437,9 +437,11 @@ pub fn ingest(data: &[u8]) {
         assert_eq!(log.wal.log().head(), end.head);
         if end != before {
             // What was published is sound, and the next input gets an empty log again.
-            let published: usize = log.wal.log().ranges_from(Lsn(1)).map_or(0, |ranges| {
-                ranges.iter().map(|range| range.batches().map(|batch| batch.records().count()).sum::<usize>()).sum()
-            });
+            let published: usize = log
+                .wal
+                .log()
+                .ranges_from(Lsn(1))
+                .map_or(0, |ranges| ranges.iter().map(|range| range.records().count()).sum());
             assert!(published as u64 <= end.head.0);
             *intake = None;
         }

@@ -30,7 +30,7 @@ use memmap2::MmapRaw;
 use crate::error::{Error, Result};
 use crate::limits::{self, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Lsn, WalSegmentId};
-use crate::wal::batch::BatchIter;
+use crate::wal::batch::{BatchIter, Record};
 use crate::wal::segment::{SegmentHeader, write_all_at, zero_in_pages};
 
 /// Bytes of a cache line; being wrong only costs or wastes a prefetch.
@@ -463,6 +463,11 @@ impl LogRange {
         let bytes = self.bytes();
         let skip = usize::try_from(SEGMENT_HEADER_LEN.saturating_sub(self.start)).unwrap_or(usize::MAX);
         BatchIter::within(self.segment.header(), bytes.get(skip..).unwrap_or_default())
+    }
+
+    /// The records of all its [batches](Self::batches), in order.
+    pub fn records(&self) -> impl Iterator<Item = Record<'_>> + Clone {
+        self.batches().flat_map(|batch| batch.records())
     }
 
     /// The bytes.

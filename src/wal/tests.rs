@@ -35,8 +35,7 @@ fn append(writer: &mut LogWriter, lsns: std::ops::RangeInclusive<u64>) {
 
 fn records(log: &Arc<Log>, from: u64) -> Vec<(Lsn, Vec<u8>)> {
     let ranges = log.ranges_from(Lsn(from)).unwrap();
-    let batches = ranges.iter().flat_map(LogRange::batches);
-    batches.flat_map(|batch| batch.records()).map(|record| (record.lsn, record.bytes.to_vec())).collect()
+    ranges.iter().flat_map(LogRange::records).map(|record| (record.lsn, record.bytes.to_vec())).collect()
 }
 
 fn assert_holds(log: &Arc<Log>, lsns: std::ops::RangeInclusive<u64>) {
@@ -135,7 +134,7 @@ fn a_reader_tails_what_is_appended_meanwhile() {
         while next <= 2000 {
             wait_any(&[Until { mark: log.written(), at_least: Lsn(next) }], log.options().wait, None);
             while let Some(range) = reader.next(u64::MAX).unwrap() {
-                for found in range.batches().flat_map(|batch| batch.records().collect::<Vec<_>>()) {
+                for found in range.records() {
                     assert_eq!((found.lsn, found.bytes), (Lsn(next), record(next).as_slice()));
                     next += 1;
                 }

@@ -201,7 +201,7 @@ fn reading_begins_anywhere_in_a_run_of_compact_batches() {
     for from in 1..=400 {
         let mut reader = log.reader_from(Lsn(from)).unwrap();
         let range = reader.next(u64::MAX).unwrap().unwrap();
-        let record = range.batches().next().unwrap().records().next().unwrap();
+        let record = range.records().next().unwrap();
         assert_eq!((record.lsn, record.bytes), (Lsn(from), from.to_le_bytes().repeat(30).as_slice()));
         let (place, plain) = (log.position_before(Lsn(from)).unwrap(), log.plain_position_before(Lsn(from)).unwrap());
         assert!(is_plain(plain), "LSN {from}: {plain:?}");
