@@ -438,7 +438,7 @@ impl Server {
                 start_offset: goes_on.map_or(0, |place| place.offset),
                 ..info
             },
-            lanes: Lanes::Rebuild(shard.log.reader_at(place), goes_on, store),
+            lanes: Lanes::Rebuild(shard.log.reader_at_known(place), goes_on, store),
             stream: Some(admitted.stream),
         })
     }

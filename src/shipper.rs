@@ -336,7 +336,7 @@ impl Shipper {
     /// Sets the reader to the beginning of the log that a base at `base_lsn` needs, a segment's first LSN.
     fn place_log(&self, base_lsn: Lsn, lane: &mut LogLane) -> Result<Lsn> {
         let place = self.log.segment_start_for(base_lsn.next())?;
-        lane.reader = self.log.reader_at(place);
+        lane.reader = self.log.reader_at_known(place);
         Ok(place.segment)
     }
 
@@ -365,7 +365,7 @@ impl Shipper {
             // Read before the bytes: all records up to it are among what is published then.
             let written = self.log.written().load();
             let most = (u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64).min(budget - sent);
-            let next = lane.reader.next(most);
+            let next = lane.reader.next_cut_anywhere(most);
             if pace == Pace::AtOnce && next.is_err() {
                 // The shipper's thread meets it too, and has the time to tell the follower.
                 return Ok(sent);

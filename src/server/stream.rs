@@ -192,7 +192,7 @@ impl Stream {
     ) -> Result<(Shipper, Option<IssuedRebuild>)> {
         let (stream, follower) = follower.unzip();
         let (reader, rebuild) = match (lanes, stream) {
-            (Lanes::Log(place), _) => (self.of_shard.log.reader_at(place), None),
+            (Lanes::Log(place), _) => (self.of_shard.log.reader_at_known(place), None),
             (Lanes::Rebuild(reader, log_goes_on, store), Some(stream)) => (
                 reader,
                 Some(IssuedRebuild {

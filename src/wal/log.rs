@@ -254,8 +254,8 @@ impl Log {
         self.segment_holding(lsn).filter(|segment| segment.id().first_lsn == lsn)
     }
 
-    /// A reader whose first record will be `lsn`: the next bytes it gives begin with the batch that holds it, or with
-    /// its segment's header page where it is the first of a segment.
+    /// A reader that begins with the batch that holds `lsn`, or with its segment's header page where it is the first of a
+    /// segment. Records before `lsn` in that batch are given too.
     ///
     /// # Errors
     ///
@@ -265,9 +265,19 @@ impl Log {
         Ok(LogReader::new(Arc::clone(self), position))
     }
 
-    /// A reader that begins at a position of this log.
-    #[must_use]
-    pub fn reader_at(self: &Arc<Self>, position: LogPosition) -> LogReader {
+    /// A reader that begins at a position of this log. The headers of its segment are read up to there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if no batch of this log ends or begins at that position; [`Error::NotRetained`] if its segment has
+    /// been given up, or there is none yet.
+    pub fn reader_at(self: &Arc<Self>, position: LogPosition) -> Result<LogReader> {
+        self.check_place(&position)?;
+        Ok(self.reader_at_known(position))
+    }
+
+    /// A reader that begins at a position that this log has told.
+    pub(crate) fn reader_at_known(self: &Arc<Self>, position: LogPosition) -> LogReader {
         LogReader::new(Arc::clone(self), position)
     }
 

@@ -416,7 +416,7 @@ pub struct LogRange {
 }
 
 impl LogRange {
-    /// A range of published bytes of a segment.
+    /// A range of published bytes of a segment, which may begin and end within batches: see [`batches`](Self::batches).
     ///
     /// # Errors
     ///
@@ -456,8 +456,14 @@ impl LogRange {
         self.start == self.end
     }
 
-    /// The batches in it, header page left out. The range must begin at a batch or at the beginning of its segment;
-    /// a batch that its end cuts is left out too.
+    /// The batches in it, header page left out: all of them, of a range that [`LogReader::next`](super::LogReader::next) or
+    /// [`Log::ranges_from`](super::Log::ranges_from) gave.
+    ///
+    /// Other ranges, whether made by [`new`](Self::new) or given to a [transport](crate::transport) to be sent, may begin and
+    /// end anywhere. Of one that begins at a batch or within the header page, these are the batches up to the end, without
+    /// one that the end cuts: whoever wants that one too goes on where it begins, not where the range ends. Of one that
+    /// begins anywhere else there may be none, or what only looks like batches: nothing is checked here but that they lie
+    /// within the range.
     #[must_use]
     pub fn batches(&self) -> BatchIter<'_> {
         let bytes = self.bytes();

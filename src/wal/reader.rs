@@ -1,8 +1,9 @@
-//! Reading a log while it is written: ranges of published bytes, segment after segment.
+//! Reading a log while it is written: ranges of published batches, segment after segment.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::batch::{BatchHeader, BatchIter};
@@ -55,15 +56,28 @@ impl LogReader {
         (self.next_segment, self.offset)
     }
 
-    /// The next published bytes, at most `max` of them, all of one segment; `None` if there are none now.
+    /// The next published batches, whole ones only, all of one segment: as many as `most_bytes` have room for, but at least
+    /// one, however long it is. `None` if there are none now.
     ///
-    /// A range that `max` cuts short may end inside a batch; the next one goes on there.
+    /// At the beginning of a segment its header page comes first and counts. A range may have no records: there may be
+    /// nothing but that page yet, and the batch that seals a segment has none. Bytes are published a moment before the log's
+    /// [`written`](Log::written) mark says so.
+    ///
+    /// With a `most_bytes` that is less than what is published, this looks at the header of each batch up to there; with
+    /// [`u64::MAX`], at none.
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`](crate::Error::NotRetained) if the next segment has been given up meanwhile;
-    /// [`Error::Corrupt`](crate::Error::Corrupt) if the next bytes have been found damaged since the log was opened.
-    pub fn next(&mut self, max: u64) -> Result<Option<LogRange>> {
+    /// [`Error::NotRetained`] if the next segment has been given up meanwhile; [`Error::Corrupt`] if the next bytes have
+    /// been found damaged since the log was opened, or are no batch.
+    pub fn next(&mut self, most_bytes: u64) -> Result<Option<LogRange>> {
+        self.next_up_to(|log, segment, unread| end_of_batches(log, segment, unread, most_bytes))
+    }
+
+    /// The next published bytes, up to where `end` says that they are to end: in the segment that they are of, of the
+    /// range that is published and not read.
+    #[inline]
+    fn next_up_to(&mut self, end: impl FnOnce(&Log, &Segment, Range<u64>) -> Result<u64>) -> Result<Option<LogRange>> {
         loop {
             let Some(segment) = &self.segment else {
                 match self.log.segment_beginning(self.next_segment) {
@@ -81,8 +95,7 @@ impl LogReader {
             let sealed = segment.sealed_last_lsn();
             let published = segment.published();
             if self.offset < published {
-                let end = published.min(self.offset.saturating_add(max));
-                let end = self.log.health().readable(segment, self.offset..end)?;
+                let end = end(&self.log, segment, self.offset..published)?;
                 let range = LogRange::new(Arc::clone(segment), self.offset..end)?;
                 self.offset = end;
                 return Ok(Some(range));
@@ -103,6 +116,23 @@ impl LogReader {
 }
 
 impl LogReader {
+    /// The next published bytes, at most `most_bytes` of them, all of one segment, for whoever passes bytes on and looks at
+    /// no batch: unlike [`next`](Self::next), this cuts batches anywhere, and goes on inside of them. `None` if there are
+    /// none now.
+    ///
+    /// A reader is read in the one way or in the other.
+    ///
+    /// # Errors
+    ///
+    /// As [`next`](Self::next).
+    #[inline]
+    pub(crate) fn next_cut_anywhere(&mut self, most_bytes: u64) -> Result<Option<LogRange>> {
+        self.next_up_to(|log, segment, unread| {
+            let end = unread.end.min(unread.start.saturating_add(most_bytes));
+            log.health().readable(segment, unread.start..end)
+        })
+    }
+
     /// Published bytes that have not been read.
     pub(crate) fn backlog(&self) -> u64 {
         let segments = self.log.segments.read();
@@ -111,10 +141,43 @@ impl LogReader {
         published.saturating_sub(self.offset)
     }
 
-    /// Takes back the range that [`next`](Self::next) gave last: it will be given again.
+    /// Takes back the range that was given last: it will be given again.
     pub(crate) fn put_back(&mut self, range: &LogRange) {
         self.offset = range.start();
     }
+}
+
+/// Where whole batches end that begin with `unread` and take at most `most_bytes`; the first one may take more.
+///
+/// `unread` begins between two batches, or with the header page, and ends behind a batch or behind that page, as nothing
+/// else is ever published: by an append each batch as a whole, from a leader those that have been checked, after recovery
+/// all up to the end of the last valid one.
+fn end_of_batches(log: &Log, segment: &Segment, unread: Range<u64>, most_bytes: u64) -> Result<u64> {
+    let sound = log.health().readable(segment, unread.clone())?;
+    let most = unread.start.saturating_add(most_bytes);
+    if sound == unread.end && sound <= most {
+        return Ok(sound);
+    }
+    let first = unread.start.max(SEGMENT_HEADER_LEN).min(sound);
+    let mut end = first;
+    for batch in BatchIter::within(segment.header(), segment.bytes(first..sound)?) {
+        let behind = end + batch.header.total_len();
+        if behind > most && end > first {
+            break;
+        }
+        end = behind;
+    }
+    if end > unread.start {
+        return Ok(end);
+    }
+    // Damage that was found within a batch, and not at its beginning.
+    log.health().readable(segment, sound..unread.end)?;
+    Err(Error::corrupt(
+        segment.path(),
+        unread.start,
+        None,
+        "there is no whole batch in the published bytes from here on",
+    ))
 }
 
 impl Log {
@@ -174,6 +237,43 @@ impl Log {
             }
         }
         if place.lsn.next() == lsn { Ok((place, plain)) } else { Err(self.not_retained(lsn)) }
+    }
+
+    /// Refuses what is no place between two batches of this log.
+    pub(super) fn check_place(&self, position: &LogPosition) -> Result<()> {
+        let LogPosition { lsn, segment: first_lsn, offset, .. } = *position;
+        let nowhere = || {
+            Error::invalid(format!(
+                "shard {} has no place between two batches at offset {offset} of the segment that begins with LSN \
+                 {first_lsn}, behind LSN {lsn}",
+                self.shard()
+            ))
+        };
+        // Before the segment is looked for: the one that holds the head is there.
+        let head = self.head();
+        let Some(segment) = self.segment_beginning(first_lsn) else {
+            if first_lsn > head.next() || first_lsn < self.tail() {
+                return Err(self.not_retained(first_lsn));
+            }
+            let is_end = first_lsn == head.next() && lsn == head && offset == 0;
+            return if is_end { Ok(()) } else { Err(nowhere()) };
+        };
+        let mut place = start_of(&segment);
+        if offset > 0 {
+            place.offset = SEGMENT_HEADER_LEN;
+        }
+        if offset > SEGMENT_HEADER_LEN {
+            let batches = BatchIter::within(segment.header(), segment.bytes(SEGMENT_HEADER_LEN..segment.published())?);
+            for batch in batches {
+                place = after(place, &batch.header);
+                if place.offset >= offset {
+                    break;
+                }
+            }
+        }
+        // Where a segment begins, its header may say a chain that was not known when the place was.
+        let is_chain = place.chain == position.chain || offset <= SEGMENT_HEADER_LEN;
+        if (place.lsn, place.offset) == (lsn, offset) && is_chain { Ok(()) } else { Err(nowhere()) }
     }
 
     /// The beginning of the segment that holds `lsn`; where `lsn` is the one after the head, of the newest segment, even
@@ -246,3 +346,6 @@ pub(super) fn start_of(segment: &Segment) -> LogPosition {
 fn after(place: LogPosition, header: &BatchHeader) -> LogPosition {
     LogPosition { lsn: header.last_lsn(), chain: header.crc, offset: place.offset + header.total_len(), ..place }
 }
+
+#[cfg(test)]
+mod tests;

@@ -149,8 +149,8 @@ fn a_reader_tails_what_is_appended_meanwhile() {
 fn feed(from: &Arc<Log>, to: &mut LogWriter, piece: u64) {
     let end = to.end();
     let place = from.position_after(end.head, end.chain).unwrap().unwrap();
-    let mut reader = from.reader_at(place);
-    while let Some(range) = reader.next(piece).unwrap() {
+    let mut reader = from.reader_at(place).unwrap();
+    while let Some(range) = reader.next_cut_anywhere(piece).unwrap() {
         let mut offset = range.start();
         let mut bytes = range.bytes();
         while !bytes.is_empty() {
@@ -222,7 +222,7 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
         let end = sink.end();
         source.append(&[9; 150_000]).unwrap();
         let place = leader.log().position_after(end.head, end.chain).unwrap().unwrap();
-        let range = leader.log().reader_at(place).next(100_000).unwrap().unwrap();
+        let range = leader.log().reader_at(place).unwrap().next_cut_anywhere(100_000).unwrap().unwrap();
         let window = sink.ingest_window(range.segment().id().first_lsn, range.start(), range.len()).unwrap();
         let len = window.len().min(range.bytes().len());
         window[..len].copy_from_slice(&range.bytes()[..len]);
@@ -332,8 +332,8 @@ fn a_follower_resumes_wherever_its_log_was_cut() {
         let (follower, mut sink) = Wal::open(follower_dir.path(), identity(), WalOptions::default()).unwrap();
         let end = sink.end();
         let place = leader.log().position_after(end.head, end.chain).unwrap().unwrap();
-        let mut reader = leader.log().reader_at(place);
-        let range = reader.next(3001).unwrap();
+        let mut reader = leader.log().reader_at(place).unwrap();
+        let range = reader.next_cut_anywhere(3001).unwrap();
         let Some(range) = range else { break };
         taken += 900;
         let window = sink.ingest_window(range.segment().id().first_lsn, range.start(), range.len()).unwrap();
@@ -755,8 +755,8 @@ fn a_log_that_begins_in_the_middle_is_the_leaders_from_there_on_and_survives_a_r
     let (follower, mut sink) = open_at(Epoch(3)).unwrap();
     assert_eq!(follower.log().synced().load(), start.segment.previous());
     assert!(sink.append(b"no").unwrap_err().to_string().contains("where its log begins"));
-    let mut reader = leader.log().reader_at(start);
-    while let Some(range) = reader.next(10_000).unwrap() {
+    let mut reader = leader.log().reader_at(start).unwrap();
+    while let Some(range) = reader.next_cut_anywhere(10_000).unwrap() {
         let mut at = range.start();
         while at < range.end() {
             let window = sink.ingest_window(range.segment().id().first_lsn, at, range.end() - at).unwrap();

@@ -262,24 +262,29 @@ impl Life<'_> {
         self.known.written = leader.written.clone();
         let end = self.writer.end();
         let place = leader.wal.log().position_after(end.head, end.chain).unwrap().unwrap();
-        let mut reader = leader.wal.log().reader_at(place);
+        let mut reader = leader.wal.log().reader_at(place).unwrap();
         // What was not whole comes again, as after a reconnect.
         self.writer.discard_partial();
-        while let Some(range) = reader.next(1 + self.random.below(30_000)).unwrap() {
+        while let Some(range) = reader.next(u64::MAX).unwrap() {
             let (segment, mut offset) = (range.segment().id().first_lsn, range.start());
-            let mut bytes = range.bytes();
-            while !bytes.is_empty() {
-                let window = self.writer.ingest_window(segment, offset, bytes.len() as u64).unwrap();
-                let len = window.len();
-                window.copy_from_slice(&bytes[..len]);
-                if self.random.percent(10) {
-                    self.disk.disk.look();
+            // A frame ends anywhere, also within a batch.
+            let mut rest = range.bytes();
+            while !rest.is_empty() {
+                let frame = rest.len().min(1 + usize::try_from(self.random.below(30_000)).unwrap());
+                let mut bytes = rest.split_off(..frame).unwrap();
+                while !bytes.is_empty() {
+                    let window = self.writer.ingest_window(segment, offset, bytes.len() as u64).unwrap();
+                    let len = window.len();
+                    window.copy_from_slice(&bytes[..len]);
+                    if self.random.percent(10) {
+                        self.disk.disk.look();
+                    }
+                    self.writer.ingest_filled(len as u64).unwrap();
+                    (bytes, offset) = (&bytes[len..], offset + len as u64);
                 }
-                self.writer.ingest_filled(len as u64).unwrap();
-                (bytes, offset) = (&bytes[len..], offset + len as u64);
-            }
-            if self.random.percent(20) {
-                return;
+                if self.random.percent(20) {
+                    return;
+                }
             }
         }
     }
