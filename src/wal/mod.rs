@@ -71,7 +71,7 @@ pub use identity::LogIdentity;
 pub use known_synced::{KnownSynced, WrittenHere};
 pub use log::Log;
 pub use mapping::{LogRange, Segment};
-pub use reader::{LogPosition, LogReader};
+pub use reader::{LogPosition, LogReader, LogWaited};
 pub use recovery::TornTail;
 pub use segment::SegmentHeader;
 pub(crate) use writer::unix_ms;
@@ -118,8 +118,8 @@ pub struct WalOptions {
     /// How many bytes ahead of the writer the preparing thread takes page faults; 0 for none. Not where long batches go in
     /// through the file: those of a writer that is ahead of that thread, or that waits for them. Default: 4 MiB.
     pub populate_ahead: u64,
-    /// How threads wait that somebody waits for in turn: callers for a sync or a commit, and shippers. Threads in the
-    /// background park. Where so many wait for a sync that parking and waking them would keep all processors busy for
+    /// How threads wait that somebody waits for in turn: callers for a sync or a commit, [readers](LogReader::wait) and
+    /// shippers. Threads in the background park. Where so many wait for a sync that parking and waking them would keep all processors busy for
     /// as long as it takes, they yield to each other and to others first, whatever is said here: for somewhat more
     /// processor time, all of them go on at once. Default: [`WaitStrategy::Park`].
     pub wait: WaitStrategy,

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
@@ -9,11 +10,38 @@ use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::batch::{BatchHeader, BatchIter};
 use crate::wal::log::Log;
 use crate::wal::mapping::{LogRange, Segment};
+use crate::watermark::{Waited, wait_any};
 
 /// Reads one log from a position on, including what is appended later. Holds its segment mapped, never a lock.
 ///
-/// Waiting is the reader's own business: [`next`](Self::next) gives nothing when it has given everything published;
-/// then wait for the log's [`written`](Log::written) mark.
+/// [`next`](Self::next) gives nothing when it has given everything published; then [`wait`](Self::wait) for more:
+///
+/// ```
+/// use towline::wal::{LogIdentity, LogWaited, Wal, WalOptions};
+/// use towline::{ClusterId, Lsn, RegionId, ShardId};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let (cluster, region, shard) = (ClusterId(1), RegionId(0), ShardId(0));
+/// # let identity = LogIdentity { cluster, region, shard, segment_size: 1 << 20 };
+/// # let path = directory.path();
+/// let (wal, mut writer) = Wal::open(path, identity, WalOptions::default())?;
+/// let mut reader = wal.log().reader_from(Lsn::FIRST)?;
+/// let tail = std::thread::spawn(move || -> towline::Result<usize> {
+///     let mut bytes = 0;
+///     while reader.wait(None) == LogWaited::More {
+///         while let Some(range) = reader.next(64 * 1024)? {
+///             bytes += range.records().map(|record| record.bytes.len()).sum::<usize>();
+///         }
+///     }
+///     Ok(bytes)
+/// });
+/// for _ in 0..1000 {
+///     writer.append(b"a record")?;
+/// }
+/// wal.close()?;
+/// assert_eq!(tail.join().unwrap()?, 8000);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct LogReader {
     log: Arc<Log>,
@@ -21,6 +49,18 @@ pub struct LogReader {
     segment: Option<Arc<Segment>>,
     offset: u64,
     next_segment: Lsn,
+}
+
+/// What a [reader](LogReader::wait) that waited has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "it says whether there is anything to read"]
+pub enum LogWaited {
+    /// There is more to read: [`next`](LogReader::next) gives it, or the error that keeps it from being read.
+    More,
+    /// Everything is read, and nothing more is appended: [`Log::end_reason`] says why.
+    Ended,
+    /// Everything is read, and the deadline passed.
+    TimedOut,
 }
 
 /// A place between two batches of a log.
@@ -72,6 +112,47 @@ impl LogReader {
     /// been found damaged since the log was opened, or are no batch.
     pub fn next(&mut self, most_bytes: u64) -> Result<Option<LogRange>> {
         self.next_up_to(|log, segment, unread| end_of_batches(log, segment, unread, most_bytes))
+    }
+
+    /// Waits until there is more to read, the log has [ended](Log::until_ended) or the deadline passes, in the
+    /// [way](crate::wal::WalOptions::wait) that the log is set to. Returns at once if there is something to read.
+    ///
+    /// What was appended before the log ended is read before this says so. A record whose append had begun when the log
+    /// ended, and not returned, may still come after it.
+    pub fn wait(&self, deadline: Option<Instant>) -> LogWaited {
+        loop {
+            // Looked at before the log is: what was written by now, and before it ended, is then found. And if all of it
+            // has been read, the next record to wake up for is one behind it.
+            let has_ended = self.log.until_ended().holds();
+            let written = self.log.written().load();
+            if self.has_next() {
+                return LogWaited::More;
+            }
+            if has_ended {
+                return LogWaited::Ended;
+            }
+            let conditions = [self.log.written().until(written.next()), self.log.until_ended()];
+            if wait_any(&conditions, self.log.options().wait, deadline) == Waited::TimedOut {
+                return LogWaited::TimedOut;
+            }
+        }
+    }
+
+    /// Whether [`next`](Self::next) would not give `None`.
+    fn has_next(&self) -> bool {
+        let mut next_segment = self.next_segment;
+        if let Some(segment) = &self.segment {
+            let sealed = segment.sealed_last_lsn();
+            if self.offset < segment.published() {
+                return true;
+            }
+            match sealed {
+                Some(last_lsn) => next_segment = last_lsn.next(),
+                None if self.offset > SEGMENT_HEADER_LEN || self.log.holds(segment) => return false,
+                None => {}
+            }
+        }
+        self.log.segment_beginning(next_segment).is_some() || next_segment < self.log.tail()
     }
 
     /// The next published bytes, up to where `end` says that they are to end: in the segment that they are of, of the

@@ -8,7 +8,6 @@ use crate::limits::BATCH_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
 use crate::wal::landmarks::LANDMARK_EVERY;
 use crate::wal::segment::SEGMENT_VERSION;
-use crate::watermark::{Until, wait_any};
 
 const SEGMENT: u64 = 64 * 1024;
 
@@ -132,7 +131,7 @@ fn a_reader_tails_what_is_appended_meanwhile() {
         let mut reader = log.reader_from(Lsn(1)).unwrap();
         let mut next = 1;
         while next <= 2000 {
-            wait_any(&[Until { mark: log.written(), at_least: Lsn(next) }], log.options().wait, None);
+            assert_eq!(reader.wait(None), LogWaited::More);
             while let Some(range) = reader.next(u64::MAX).unwrap() {
                 for found in range.records() {
                     assert_eq!((found.lsn, found.bytes), (Lsn(next), record(next).as_slice()));
@@ -641,11 +640,13 @@ fn a_reader_of_a_replaced_segment_goes_on_in_its_successor() {
     writer.ingest_filled(4096).unwrap();
     let mut reader = wal.log().reader_from(Lsn(1)).unwrap();
     assert_eq!(reader.next(u64::MAX).unwrap().unwrap().len(), 4096);
+    assert_eq!(reader.wait(Some(std::time::Instant::now())), LogWaited::TimedOut);
     let place = wal.log().sync_line().enter(Lsn(1));
     writer.set_epoch(Epoch(2)).unwrap();
     append(&mut writer, 1..=3);
     assert!(place.until_called().holds(), "whoever wanted to sync meanwhile waits for a turn");
     assert!(wal.log().sync_line().leave(place));
+    assert_eq!(reader.wait(None), LogWaited::More);
     let range = reader.next(u64::MAX).unwrap().unwrap();
     assert_eq!((range.start(), range.segment().header().epoch), (0, Epoch(2)));
     wal.log().wait_synced(Lsn(3), None).unwrap();

@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
 use super::*;
-use crate::limits::PAGE_LEN;
+use crate::limits::{PAGE_LEN, index};
 use crate::types::{ClusterId, RegionId, ShardId};
 use crate::wal::health::Finding;
 use crate::wal::{LogIdentity, LogWriter, SyncPolicy, Wal, WalOptions};
@@ -131,13 +133,16 @@ proptest! {
             for _ in 0..batches {
                 append(&mut writer);
             }
-            for _ in 0..3 {
-                let Some(range) = reader.next(most).unwrap() else { break };
+            let mut left = 3;
+            while left > 0 && reader.wait(Some(Instant::now())) == LogWaited::More {
+                let range = reader.next(most).unwrap().unwrap();
                 found.extend(range.records().map(|record| record.lsn));
+                left -= 1;
             }
         }
         found.extend(read(&mut reader, &mut || 5000));
         assert_all(&found, Lsn::FIRST, wal.log().head());
+        prop_assert_eq!(reader.wait(Some(Instant::now())), LogWaited::TimedOut);
     }
 }
 
@@ -175,8 +180,8 @@ fn a_reader_begins_where_the_next_segment_will() {
     let (_directory, wal, _writer) = log();
     let directory = tempfile::tempdir().unwrap();
     let (copy, mut sink) = Wal::open(directory.path(), IDENTITY, WalOptions::default()).unwrap();
-    let mut empty = copy.log().reader_at(copy.log().position_before(Lsn::FIRST).unwrap()).unwrap();
-    assert!(empty.next(1).unwrap().is_none());
+    let empty = copy.log().reader_at(copy.log().position_before(Lsn::FIRST).unwrap()).unwrap();
+    assert_eq!(empty.wait(Some(Instant::now())), LogWaited::TimedOut);
     let mut source = wal.log().reader_from(Lsn::FIRST).unwrap();
     let take_in = |sink: &mut LogWriter, range: &LogRange| {
         let mut at = range.start();
@@ -194,11 +199,13 @@ fn a_reader_begins_where_the_next_segment_will() {
     let place = copy.log().position_before(head.next()).unwrap();
     assert_eq!((place.segment, place.offset), (head.next(), 0));
     let mut reader = copy.log().reader_at(place).unwrap();
+    assert_eq!(reader.wait(Some(Instant::now())), LogWaited::TimedOut);
     assert!(reader.next(1).unwrap().is_none());
     assert!(copy.log().reader_at(LogPosition { offset: SEGMENT_HEADER_LEN, ..place }).is_err());
     while let Some(range) = source.next(u64::MAX).unwrap() {
         take_in(&mut sink, &range);
     }
+    assert_eq!(reader.wait(None), LogWaited::More);
     assert_all(&read(&mut reader, &mut || 1), head.next(), wal.log().head());
     copy.log().reader_at(place).unwrap();
 }
@@ -230,6 +237,7 @@ fn up_to_damage_whole_batches_are_read_and_behind_it_nothing() {
                 };
                 assert_eq!(end, (first_lsn, begins), "{within} {number} {most}");
                 assert!(matches!(error, Error::Corrupt { offset, .. } if offset == begins + within), "{error}");
+                assert_eq!(reader.wait(None), LogWaited::More);
                 assert!(reader.next(most).unwrap_err().is_corruption(), "it is still there");
             }
         }
@@ -256,4 +264,76 @@ fn published_bytes_that_are_no_batch_are_corrupt() {
             }
         }
     }
+}
+
+#[test]
+fn waiting_ends_with_more_or_with_the_log_or_at_the_deadline() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let mut reader = wal.log().reader_from(Lsn::FIRST).unwrap();
+    let soon = || Some(Instant::now() + Duration::from_millis(20));
+    assert_eq!(reader.wait(soon()), LogWaited::TimedOut, "of an empty log");
+    append(&mut writer);
+    assert_eq!(reader.wait(Some(Instant::now())), LogWaited::More, "what is there is there after the deadline too");
+    assert_eq!(reader.wait(None), LogWaited::More, "until it is read");
+    assert_all(&read(&mut reader, &mut || 0), Lsn(1), Lsn(1));
+    assert_eq!(reader.wait(soon()), LogWaited::TimedOut);
+    append(&mut writer);
+    wal.close().unwrap();
+    assert_eq!(reader.wait(None), LogWaited::More, "what was appended before the end comes before it");
+    assert_all(&read(&mut reader, &mut || 0), Lsn(2), Lsn(2));
+    assert_eq!(reader.wait(None), LogWaited::Ended);
+    assert!(matches!(reader.log().end_reason(), Error::ShutDown));
+    assert_eq!(reader.wait(Some(Instant::now())), LogWaited::Ended);
+}
+
+#[test]
+fn those_who_wait_are_woken_for_each_record_and_for_the_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    let log = Arc::clone(wal.log());
+    std::thread::scope(|scope| {
+        let tails = [0, 100, 4096, u64::MAX].map(|most| {
+            let mut reader = log.reader_from(Lsn::FIRST).unwrap();
+            scope.spawn(move || {
+                let mut found = Vec::new();
+                while reader.wait(None) == LogWaited::More {
+                    while let Some(range) = reader.next(most).unwrap() {
+                        assert!(boundaries(range.segment()).contains(&range.end()));
+                        found.extend(range.records().map(|record| record.lsn));
+                    }
+                }
+                found
+            })
+        });
+        for _ in 0..600 {
+            let last = append(&mut writer);
+            if last.0.is_multiple_of(50) {
+                while !log.written().has_waiters() {
+                    std::thread::yield_now();
+                }
+            }
+        }
+        wal.close().unwrap();
+        for tail in tails {
+            assert_all(&tail.join().unwrap(), Lsn::FIRST, log.head());
+        }
+    });
+}
+
+#[test]
+fn a_reader_whose_place_is_given_up_is_told_and_does_not_wait() {
+    let (_directory, wal, mut writer) = log();
+    let log = wal.log();
+    let mut reader = log.reader_from(Lsn::FIRST).unwrap();
+    let range = reader.next(u64::MAX).unwrap().unwrap();
+    assert!(range.segment().is_sealed() && range.end() == range.segment().published());
+    append(&mut writer);
+    log.wait_synced(log.head(), None).unwrap();
+    log.release_through(Lsn::MAX, "the test says so").unwrap();
+    assert_eq!(reader.wait(None), LogWaited::More);
+    assert!(matches!(reader.next(u64::MAX), Err(Error::NotRetained { .. })));
+    assert_eq!(reader.wait(None), LogWaited::More);
+    let record_bytes: u64 = range.records().map(|record| record.bytes.len() as u64).sum();
+    assert!(record_bytes < range.len() && index(range.len()) == range.bytes().len());
 }
