@@ -26,7 +26,7 @@
 //! | [`target`] | the applier hands the records to the state machine, in order |
 //! | [`commit`] | acknowledgements come back, and whoever waits for the record's commit wakes |
 //!
-//! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and retention bounds what
+//! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and [`retention`] bounds what
 //! each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart;
 //! [`rebuild`] brings back followers that the log cannot; [`status`] and [`tail`] look in from outside; [`repair`] mends a
 //! damaged log from a peer's copy; [`shutdown`] ends everything at once.
@@ -77,7 +77,7 @@ mod receiver;
 mod registry;
 pub mod repair;
 pub mod replication;
-mod retention;
+pub mod retention;
 pub mod scrub;
 #[doc(hidden)]
 pub mod seams;

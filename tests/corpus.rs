@@ -1,12 +1,12 @@
 //! Hostile input, kept: every case under `tests/corpus` is replayed through its decoder, whole, cut and changed, and so is
-//! whatever a fuzzer finds and somebody adds there. The decoders are those of the `fuzz` crate, and each case is in a
+//! whatever a fuzzer finds and somebody adds there. The fuzz targets of the `fuzz` crate run the same decoders, and each case is in a
 //! directory with the decoder's name. A decoder that panics, or that takes what it would write differently, fails here.
 //!
 //! `TOWLINE_FUZZ_SECONDS=60 cargo test --release --test corpus -- --ignored` goes on with random changes for that long
 //! for each decoder; `TOWLINE_FUZZ_DECODER` chooses one.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
-#[path = "../fuzz/src/lib.rs"]
+#[path = "common/decoders.rs"]
 mod decoders;
 
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 //! # What is where
 //!
 //! A store is a directory with a lock file, `LOCK`, and one file per shard, `slots-0000.tfs` and so on, whose bytes
-//! `format.rs` specifies: a header page, then slots of one size. A slot is free, or holds a key and its value, or
+//! [`mod@format`] specifies: a header page, then slots of one size. A slot is free, or holds a key and its value, or
 //! remembers that its key was deleted. A [`ShardRouter`] says which shard a key belongs to; an index in memory, rebuilt
 //! when the store is opened, says in which slot it is. Files grow by an eighth at a time, filled with real zeros before
 //! they are mapped, so a full disk is an error and never a fault; during a rebuild they grow by the blocks of the base,
@@ -38,7 +38,7 @@
 mod apply;
 mod arriving;
 mod base;
-mod format;
+pub mod format;
 mod held;
 mod index;
 mod reader;
