@@ -6,9 +6,9 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use towline::protocol::{
     Assignment, Command, Engine, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, ReadinessObserved,
-    ReplicaInfo, Role, SessionId, SessionLimits, Settings, SyncAck, Verdict,
+    ReplicaInfo, Role, SessionLimits, Settings, SyncAck, Verdict,
 };
-use towline::{Chain, Epoch, Lsn, NodeId, ShardId};
+use towline::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 
 const EPOCH: Epoch = Epoch(1);
 const FOLLOWERS: [NodeId; 3] = [NodeId(2), NodeId(3), NodeId(4)];

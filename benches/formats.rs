@@ -5,8 +5,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use towline::wal::{BatchIter, Expected, batch};
-use towline::wire::{Ack, FrameHeader, FrameKind, Message, SessionId};
-use towline::{Chain, Epoch, HybridTimestamp, Lsn};
+use towline::wire::{Ack, FrameHeader, FrameKind, Message};
+use towline::{Chain, Epoch, HybridTimestamp, Lsn, SessionId};
 
 const AT: Expected = Expected { first_lsn: Lsn(1), chain: Chain(0), epoch: Epoch(1) };
 

@@ -31,10 +31,10 @@ use crate::on_demand::Stay;
 use crate::rebuild::intake::Intake;
 use crate::shutdown::ShutdownSignal;
 use crate::transport::FrameSender;
-use crate::types::{Chain, Epoch, Lsn, ShardId};
+use crate::types::{Chain, Epoch, Lsn, SessionId, ShardId};
 use crate::wal::{Log, LogWriter, SyncPolicy};
 use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
-use crate::wire::{Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, Heartbeat, Message, SessionId, SessionKind, ShardInfo};
+use crate::wire::{Ack, FLAG_ACK_APPLIED, FLAG_ACK_DURABLE, Heartbeat, Message, SessionKind, ShardInfo};
 
 /// How long the acknowledger gathers what moved when nobody waits for it.
 const ACK_LINGER: Duration = Duration::from_millis(20);

@@ -46,6 +46,24 @@ impl AckLevel {
     }
 }
 
+impl fmt::Display for AckLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for AckLevel {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<AckLevel> {
+        let known = [AckLevel::Received, AckLevel::Durable, AckLevel::Applied];
+        known
+            .into_iter()
+            .find(|level| level.as_str() == text)
+            .ok_or_else(|| Error::invalid(format!("{text:?} is not a level: use received, durable or applied")))
+    }
+}
+
 /// How widely a record must be acknowledged to count as committed.
 ///
 /// Written as `synced` (on this node's stable storage), `received:1`, `durable:2`, `applied:1` (by that many followers
@@ -126,10 +144,7 @@ impl FromStr for Commit {
             None => (false, text),
         };
         let (level, count) = rest.split_once(':').ok_or_else(unknown)?;
-        let level = [AckLevel::Received, AckLevel::Durable, AckLevel::Applied]
-            .into_iter()
-            .find(|known| known.as_str() == level)
-            .ok_or_else(unknown)?;
+        let level = level.parse::<AckLevel>().map_err(|_| unknown())?;
         let commit = Commit::followers(level, count.parse().map_err(|_| unknown())?)?;
         Ok(if synced { commit.and_synced() } else { commit })
     }
@@ -153,6 +168,20 @@ pub enum Outcome {
     NotWritten,
     /// This node gave it up before it was on stable storage, as a log does that outgrows its bound faster than it is synced.
     GivenUp,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Committed => f.write_str("committed"),
+            Outcome::TimedOut => f.write_str("timed out"),
+            Outcome::Deposed => f.write_str("deposed: another node leads"),
+            Outcome::ShutDown => f.write_str("shut down"),
+            Outcome::Poisoned(reason) => write!(f, "read-only: {reason}"),
+            Outcome::NotWritten => f.write_str("not written"),
+            Outcome::GivenUp => f.write_str("given up before it was synced"),
+        }
+    }
 }
 
 impl Outcome {

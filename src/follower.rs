@@ -33,7 +33,6 @@ use crate::node::{
     CheckpointShard, Checkpointer, Hosting, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
     start_scrubbing,
 };
-use crate::protocol;
 use crate::rebuild::RebuildProgress;
 use crate::receiver::Receiver;
 use crate::server::{Server, ServerShard};
@@ -86,7 +85,7 @@ impl Following {
 
     pub(crate) fn accept_epoch(&self, epoch: Epoch) -> Result<()> {
         self.fence.accept(epoch, || self.directory.follow_under(epoch))?;
-        self.hosts.iter().for_each(|host| host.assign(protocol::Role::Follower, epoch));
+        self.hosts.iter().for_each(|host| host.assign(Role::Follower, epoch));
         Ok(())
     }
 
@@ -245,7 +244,7 @@ impl Follower {
             CheckpointShard::new(Arc::clone(wal.log()), Some((Arc::clone(applied), Arc::clone(&target))))
         });
         let kept: Vec<_> = kept.collect();
-        let hosting = Hosting::new(&builder, &directory, protocol::Role::Follower, &kept, &stop)?;
+        let hosting = Hosting::new(&builder, &directory, Role::Follower, &kept, &stop)?;
         for (state, host) in states.iter().zip(&hosting.hosts) {
             let _ = state.host.set(Arc::clone(host));
         }

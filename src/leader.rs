@@ -28,7 +28,6 @@ use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
 use crate::node::{CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, open_logs, start_scrubbing};
-use crate::protocol;
 use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
@@ -95,7 +94,7 @@ impl Leader {
             CheckpointShard::new(Arc::clone(wal.log()), applied.clone().zip(builder.target.clone()))
         });
         let kept: Vec<_> = kept.collect();
-        let hosting = Hosting::new(&builder, &directory, protocol::Role::Leader, &kept, &stop)?;
+        let hosting = Hosting::new(&builder, &directory, Role::Leader, &kept, &stop)?;
         let (hurry, scrub_until) = (hosting.hurry(), stop.clone());
         let shards: Vec<_> = (wals.iter().zip(&hosting.hosts))
             .map(|(wal, host)| ServerShard {

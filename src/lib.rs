@@ -105,7 +105,8 @@ pub use retention::{Pin, PinStatus};
 pub use shutdown::{ShutdownGuard, ShutdownSignal};
 pub use tail::Tail;
 pub use types::{
-    Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, ParseSegmentIdError, RegionId, ShardId, WalSegmentId,
+    Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, ParseSegmentIdError, RegionId, SessionId, ShardId,
+    WalSegmentId,
 };
 pub use watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
 

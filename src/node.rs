@@ -20,7 +20,7 @@ use crate::host::{Clock, Host, HostSettings, OnProjection};
 use crate::leader::Leader;
 use crate::limits::{DEFAULT_REBUILDS, DEFAULT_SEGMENT_SIZE, MAX_CONNECTIONS, MAX_SHARDS};
 use crate::on_demand::ON_DEMAND_STACK;
-use crate::protocol::{self, Projection, SessionLimits};
+use crate::protocol::{Projection, SessionLimits};
 use crate::registry::Registry;
 use crate::replication::Checkpoint;
 use crate::retention::{Retainer, RetentionOptions, ShardRetention};
@@ -164,6 +164,15 @@ pub struct NodeBuilder {
     members: Option<Arc<[NodeId]>>,
     on_projection: Option<OnProjection>,
     stop: ShutdownSignal,
+}
+
+impl std::fmt::Debug for NodeBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NodeBuilder")
+            .field("directory", &self.directory)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
 }
 
 impl NodeBuilder {
@@ -552,13 +561,13 @@ impl Hosting {
     pub(crate) fn new(
         builder: &NodeBuilder,
         directory: &DataDir,
-        role: protocol::Role,
+        role: Role,
         shards: &[CheckpointShard],
         stop: &ShutdownSignal,
     ) -> Result<Hosting> {
         let manifest = directory.manifest();
         let registry = Arc::new(Registry::open(&directory.followers_path(), manifest.shard_count)?);
-        let leads = role == protocol::Role::Leader;
+        let leads = role == Role::Leader;
         if let Some(members) = builder.members.as_ref().filter(|_| leads) {
             registry.retain(|node| members.contains(&node))?;
             for &node in members.iter() {

@@ -30,13 +30,12 @@ use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::ReplicationTarget;
 use crate::transport::{Body, Connection, FrameReceiver, FrameSender, Listener, is_closed_by_peer};
-use crate::types::{Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, SessionId, ShardId};
 use crate::wal::segment::SEGMENT_VERSION;
 use crate::wal::{ChainCursor, Log, LogPosition, LogReader};
 use crate::watermark::WaiterName;
 use crate::wire::{
-    ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, ProtocolVersion, Purpose, SessionId, SessionKind, ShardInfo,
-    SyncRequest,
+    ErrorMessage, FrameKind, Message, PROTOCOL_VERSIONS, ProtocolVersion, Purpose, SessionKind, ShardInfo, SyncRequest,
 };
 use stream::{Agreed, LeaveStream, Stream};
 
@@ -350,7 +349,7 @@ impl Server {
             epoch: if self.role == Role::Leader { self.led } else { manifest.epoch },
             tail: shard.log.tail(),
             head: shard.log.head(),
-            session: SessionId(0),
+            session: SessionId::NONE,
             session_kind: SessionKind::None,
             start: Lsn::ZERO,
             target: Lsn::ZERO,
@@ -393,7 +392,7 @@ impl Server {
             (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(&shard, &admitted, request, version),
             (kind, Some(place)) => self.describe(request, version).map(|info| Answer {
                 info: ShardInfo {
-                    session: SessionId(admitted.session.id.0),
+                    session: admitted.session.id,
                     session_kind: if kind == Recovery::KeepUp { SessionKind::KeepUp } else { SessionKind::CatchUp },
                     start: request.received.next(),
                     target: admitted.session.target,
@@ -430,7 +429,7 @@ impl Server {
         let place = goes_on.map_or_else(anew, Ok)?;
         self.describe(request, version).map(|info| Answer {
             info: ShardInfo {
-                session: SessionId(admitted.session.id.0),
+                session: admitted.session.id,
                 session_kind: SessionKind::Rebuild,
                 target: admitted.session.target,
                 start: goes_on.map_or(Lsn::ZERO, |place| place.lsn.next()),

@@ -36,33 +36,14 @@ use std::time::Duration;
 
 use crate::commit::AckLevel;
 use crate::data_dir::Manifest;
-use crate::protocol::{Mode, Phase, Progress, Reason, Refusal, ReplicaProjection, SessionId, SessionKind, UnknownWord};
+pub use crate::protocol::Role;
+use crate::protocol::{Mode, Phase, Progress, Reason, Refusal, ReplicaProjection, SessionKind, UnknownWord};
 use crate::retention::PinStatus;
 use crate::server::ServerShard;
-use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
+use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, SessionId, ShardId};
 use crate::wal::{Finding, ScrubStatus, unix_ms};
 
 const VERSION: u16 = 3;
-
-/// What a node does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// It appends and ships.
-    Leader,
-    /// It receives and applies.
-    Follower,
-}
-
-impl Role {
-    /// The word for it.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Role::Leader => "leader",
-            Role::Follower => "follower",
-        }
-    }
-}
 
 /// A node, as it was when it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]

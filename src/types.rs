@@ -63,6 +63,11 @@ number! {
     NodeId(u64)
 }
 number! {
+    /// One recovery contract between a leader and a follower of one shard. Its leader numbers them: ids of a shard only grow, and
+    /// none is used twice. [`SessionId::NONE`] names none.
+    SessionId(u64)
+}
+number! {
     /// Running checksum of a log: two logs with the same (LSN, chain) have the same history, but by a chance of one in
     /// 2^32. It finds accidents, not forgery.
     ///
@@ -112,6 +117,17 @@ impl Lsn {
     #[must_use]
     pub const fn records_since(self, earlier: Lsn) -> u64 {
         self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl SessionId {
+    /// No session.
+    pub const NONE: SessionId = SessionId(0);
+}
+
+impl From<ShardId> for usize {
+    fn from(shard: ShardId) -> usize {
+        usize::from(shard.0)
     }
 }
 

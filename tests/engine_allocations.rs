@@ -7,9 +7,9 @@ use std::cell::Cell;
 
 use towline::protocol::{
     Assignment, Command, Engine, Event, FollowerFacts, LeaderFacts, Millis, ReadinessObserved, ReplicaInfo, Role,
-    SessionId, SessionLimits, Settings, SyncAck, Verdict,
+    SessionLimits, Settings, SyncAck, Verdict,
 };
-use towline::{Chain, Epoch, Lsn, NodeId, ShardId};
+use towline::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 
 struct Counting;
 

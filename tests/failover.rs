@@ -16,9 +16,9 @@ use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, compare_logs, list_segments, scan_segment};
 use towline::wal::{Expected, LogWriter, batch};
 use towline::wire::{
-    CommonPoint, EpochEnd, EpochHistory, Message, SessionId, SessionKind, ShardInfo, Sync, SyncRequest, VersionRange,
+    CommonPoint, EpochEnd, EpochHistory, Message, SessionKind, ShardInfo, Sync, SyncRequest, VersionRange,
 };
-use towline::{Chain, Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, ShardId};
+use towline::{Chain, Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, SessionId, ShardId};
 
 const S0: ShardId = ShardId(0);
 const A: u64 = 1;

@@ -14,7 +14,8 @@ use towline::wal::segment::SegmentHeader;
 use towline::wal::{BatchIter, Expected, KnownSynced, LogIdentity, Wal, WalOptions, batch};
 use towline::wire::{BodyCheck, FrameHeader, Message, WalSegmentPayload};
 use towline::{
-    Chain, Checkpoint, CheckpointEntry, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, ShardId, WalSegmentId,
+    Chain, Checkpoint, CheckpointEntry, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, SessionId, ShardId,
+    WalSegmentId,
 };
 
 fn golden(name: &str) -> Vec<u8> {

@@ -349,7 +349,7 @@ fn garbage_behind_a_valid_handshake_ends_that_stream_only() {
             applied: Lsn(round),
             chain: Chain(7),
             epoch: manifest.epoch,
-            session: towline::wire::SessionId(session),
+            session: towline::SessionId(session),
         };
         bytes.extend(match round % 5 {
             0 => noise(round, 4096),

@@ -15,13 +15,13 @@ use common::random::Random;
 use common::{append, deadline, until};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tempfile::tempdir;
-use towline::protocol::{SessionId, SessionKind};
+use towline::protocol::SessionKind;
 use towline::status::FollowerStatus;
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, FrameReceiver, Listener, Transport};
 use towline::wal::{Record, SyncPolicy, WalOptions};
 use towline::wire::{FrameHeader, FrameKind};
-use towline::{Commit, Follower, Leader, Lsn, NodeBuilder, NodeId, Outcome, ShardId};
+use towline::{Commit, Follower, Leader, Lsn, NodeBuilder, NodeId, Outcome, SessionId, ShardId};
 
 const SHARD: ShardId = ShardId(0);
 

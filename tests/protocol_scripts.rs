@@ -30,9 +30,9 @@ use std::str::FromStr;
 
 use towline::protocol::{
     Assignment, Command, Engine, Event, FollowerFacts, LeaderFacts, Millis, Progress, ReadinessObserved, ReplicaInfo,
-    Role, SessionId, SessionLimits, Settings, SyncAck,
+    Role, SessionLimits, Settings, SyncAck,
 };
-use towline::{Chain, Epoch, Lsn, NodeId, ShardId};
+use towline::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 
 const DASHES: &str = "----";
 

@@ -20,9 +20,9 @@ use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, verify_log};
 use towline::wal::{KnownSynced, LogIdentity, LogWriter, Record, Wal, WalOptions};
 use towline::wire::{
-    FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionId, SessionKind, ShardInfo, SyncAck, WalSegmentPayload,
+    FrameKind, Message, PROTOCOL_VERSIONS, Purpose, SessionKind, ShardInfo, SyncAck, WalSegmentPayload,
 };
-use towline::{AckLevel, Commit, Epoch, Error, Leader, Lsn, NodeId, Outcome, ShardId};
+use towline::{AckLevel, Commit, Epoch, Error, Leader, Lsn, NodeId, Outcome, SessionId, ShardId};
 
 const S0: ShardId = ShardId(0);
 

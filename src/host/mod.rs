@@ -46,12 +46,12 @@ use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
 use crate::protocol::{
     Assignment, Command, Engine, Event, FailureReason, FollowerFacts, LeaderFacts, Millis, Progress, Projection,
-    ReadinessObserved, ReplicaInfo, Role, Session, SessionId, SessionKind, SessionLimits, Settings, SyncAck, Verdict,
+    ReadinessObserved, ReplicaInfo, Role, Session, SessionKind, SessionLimits, Settings, SyncAck, Verdict,
 };
 use crate::registry::Known;
 use crate::retention::{Pin, ShardRetention};
 use crate::shutdown::ShutdownSignal;
-use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 use crate::wal::{Log, LogWriter, Wal, unix_ms};
 use crate::watermark::Watermark;
 use crate::wire::SessionFailure;

@@ -25,9 +25,8 @@ use std::fmt;
 
 use super::event::ReplicaInfo;
 use super::projection::Projection;
-use super::session::SessionId;
 use super::words::{FailureReason, Role, SessionKind};
-use crate::types::{Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, SessionId, ShardId};
 
 /// One thing that the host is to do. The engine only decides; whether and how it worked comes back as an event.
 #[derive(Clone, Debug, PartialEq, Eq)]

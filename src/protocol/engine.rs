@@ -5,11 +5,11 @@ use super::decision::{Decision, decide};
 use super::event::{Assignment, Event, FollowerFacts, Progress, ReadinessObserved, ReplicaInfo, SyncAck};
 use super::outcome::{Ignored, Outcome, Verdict};
 use super::projection::{Projection, ReplicaProjection, mode_of_shard, project};
-use super::session::{Millis, Session, SessionId, SessionLimits, transition};
+use super::session::{Millis, Session, SessionLimits, transition};
 use super::state::{Replica, ShardState, Violation};
 use super::words::{FailureReason, Mode, Phase, Reason, Refusal, Role, SessionKind};
 use crate::limits::MAX_FOLLOWERS;
-use crate::types::{Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, SessionId, ShardId};
 
 /// What an engine is made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,9 +13,8 @@
 //! Every event carries the epoch it belongs to, and every event about a session carries the session's id. One from
 //! another epoch or session changes nothing.
 
-use super::session::SessionId;
 use super::words::{FailureReason, Role};
-use crate::types::{Chain, Epoch, Lsn, NodeId};
+use crate::types::{Chain, Epoch, Lsn, NodeId, SessionId};
 
 /// One thing that happened. The engine borrows it and keeps nothing of it but copies.
 #[derive(Clone, Debug, PartialEq, Eq)]

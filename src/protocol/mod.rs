@@ -34,7 +34,7 @@
 //!
 //! ```
 //! use towline::protocol::*;
-//! use towline::{Chain, Epoch, Lsn, NodeId, ShardId};
+//! use towline::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 //!
 //! let mut engine = Engine::new(Settings {
 //!     shard: ShardId(0),
@@ -121,7 +121,7 @@ pub use engine::{Engine, Settings};
 pub use event::{Assignment, Event, FollowerFacts, LeaderFacts, Progress, ReadinessObserved, ReplicaInfo, SyncAck};
 pub use outcome::{Ignored, Outcome, Verdict};
 pub use projection::{Projection, ReplicaProjection};
-pub use session::{IllegalTransition, Millis, Session, SessionId, SessionLimits, transition};
+pub use session::{IllegalTransition, Millis, Session, SessionLimits, transition};
 pub use state::Violation;
 pub use words::{FailureReason, Mode, Phase, Reason, Refusal, Role, SessionKind, UnknownWord};
 

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::session::{IllegalTransition, SessionId};
+use super::session::IllegalTransition;
 use super::words::{Mode, Reason};
-use crate::types::{Epoch, Lsn, NodeId};
+use crate::types::{Epoch, Lsn, NodeId, SessionId};
 
 /// The answer to one event, or to the passing of time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,10 +3,10 @@
 use std::fmt;
 
 use super::event::{FollowerFacts, Progress};
-use super::session::{Session, SessionId};
+use super::session::Session;
 use super::state::{Replica, ShardState};
 use super::words::{FailureReason, Mode, Phase, Reason, Refusal, Role, SessionKind};
-use crate::types::{Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, SessionId, ShardId};
 
 /// How a shard stands, as seen by one node.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use proptest::prelude::*;
 
 use super::*;
-use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 
 fn settings() -> Settings {
     Settings {

@@ -16,47 +16,7 @@ use std::str::FromStr;
 
 use super::event::Progress;
 use super::words::{FailureReason, Phase, SessionKind};
-use crate::types::{Epoch, Lsn};
-
-macro_rules! plain_number {
-    ($name:ident) => {
-        impl $name {
-            /// The number inside.
-            #[must_use]
-            pub const fn get(self) -> u64 {
-                self.0
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::Display::fmt(&self.0, f)
-            }
-        }
-
-        impl From<u64> for $name {
-            fn from(value: u64) -> Self {
-                Self(value)
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = std::num::ParseIntError;
-
-            fn from_str(text: &str) -> Result<Self, Self::Err> {
-                text.parse().map(Self)
-            }
-        }
-    };
-}
-
-/// Names one session of a shard, for ever: ids only grow, and an engine begins where it is told, above every id that
-/// was used before. 0 names none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(transparent)]
-pub struct SessionId(pub u64);
-
-plain_number!(SessionId);
+use crate::types::{Epoch, Lsn, SessionId};
 
 /// Milliseconds: either a point on a clock of the host's choosing that does not move back (the engine only compares
 /// and adds), or a length of time.
@@ -64,7 +24,33 @@ plain_number!(SessionId);
 #[repr(transparent)]
 pub struct Millis(pub u64);
 
-plain_number!(Millis);
+impl Millis {
+    /// The number inside.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl From<u64> for Millis {
+    fn from(value: u64) -> Self {
+        Self(value)
+    }
+}
+
+impl FromStr for Millis {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
 
 impl Millis {
     /// Never: later than every point in time.

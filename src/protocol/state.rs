@@ -14,10 +14,10 @@
 use std::fmt;
 
 use super::event::{FollowerFacts, ReplicaInfo};
-use super::session::{Millis, Session, SessionId, SessionLimits};
+use super::session::{Millis, Session, SessionLimits};
 use super::words::{Phase, Refusal, Role, SessionKind};
 use crate::limits::MAX_FOLLOWERS;
-use crate::types::{Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Epoch, Lsn, NodeId, SessionId, ShardId};
 
 /// How far the host has come with carrying out the assignment. All false after each change of epoch or role.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::limits::MAX_FOLLOWERS;
-use crate::types::{Chain, Epoch, Lsn, NodeId, ShardId};
+use crate::types::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 
 const LEADER: NodeId = NodeId(1);
 const FOLLOWER: NodeId = NodeId(2);

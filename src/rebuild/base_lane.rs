@@ -15,12 +15,10 @@ use crate::limits::{BASE_RUN_LEN, MAX_BASE_DATA_LEN};
 use crate::rebuild::places::{Place, Places};
 use crate::target::{BaseInfo, BaseSource, BlockId, ReplicationTarget};
 use crate::transport::{Body, FrameSender};
-use crate::types::{Epoch, Lsn, ShardId};
+use crate::types::{Epoch, Lsn, SessionId, ShardId};
 use crate::wal::LogPosition;
 use crate::watermark::{Until, Watermark};
-use crate::wire::{
-    BaseComplete, BaseDataHeader, FrameKind, Message, SessionAction, SessionControl, SessionId, SessionKind,
-};
+use crate::wire::{BaseComplete, BaseDataHeader, FrameKind, Message, SessionAction, SessionControl, SessionKind};
 
 const BEGUN: Lsn = Lsn(1);
 const ACCEPTED: Lsn = Lsn(1);

@@ -30,12 +30,12 @@ use crate::receiver::{blame, refusal};
 use crate::shutdown::ShutdownSignal;
 use crate::target::{BaseInfo, BlockId, ReplicationTarget};
 use crate::transport::{FrameReceiver, FrameSender};
-use crate::types::{Epoch, Lsn};
+use crate::types::{Epoch, Lsn, SessionId};
 use crate::wal::{Log, unix_ms};
 use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{
     BaseComplete, BaseDataHeader, Heartbeat, Message, ProtocolVersion, SessionAck, SessionAction, SessionControl,
-    SessionFailure, SessionId, SessionKind, SessionPhase, ShardInfo,
+    SessionFailure, SessionKind, SessionPhase, ShardInfo,
 };
 
 /// A rebuild that this stream serves.

@@ -32,9 +32,9 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::rebuild::BlockBitmap;
 use crate::target::{BaseInfo, BaseSink, BlockId, KeptBase, ReplicationTarget};
-use crate::types::{Epoch, Lsn, ShardId};
+use crate::types::{Epoch, Lsn, SessionId, ShardId};
 use crate::wal::Batch;
-use crate::wire::{SessionFailure, SessionId};
+use crate::wire::SessionFailure;
 
 /// How far a rebuild has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -147,7 +147,7 @@ pub struct RebuildProgress {
 /// use std::sync::Arc;
 /// use towline::rebuild::{RebuildContract, RebuildPhase, RebuildSession};
 /// use towline::target::{BlockId, FixedStore, FixedStoreOptions, ReplicationTarget};
-/// use towline::wire::SessionId;
+/// use towline::SessionId;
 /// use towline::{Epoch, Lsn, ShardId};
 ///
 /// # let dir = tempfile::tempdir()?;

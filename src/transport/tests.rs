@@ -8,9 +8,9 @@ use std::time::Duration;
 use super::*;
 use crate::error::RefusalCode;
 use crate::limits::{FRAME_HEADER_LEN, MAX_SEGMENT_SIZE, MAX_WAL_DATA_LEN, MIN_SEGMENT_SIZE};
-use crate::types::{Epoch, Lsn};
+use crate::types::{Epoch, Lsn, SessionId};
 use crate::wire::sample::{self, golden_messages, mapped, sealed_bytes};
-use crate::wire::{ErrorMessage, FLAG_ACK_DURABLE, Purpose, SegmentPieceHeader, SessionId, SyncAck, WalDataHeader};
+use crate::wire::{ErrorMessage, FLAG_ACK_DURABLE, Purpose, SegmentPieceHeader, SyncAck, WalDataHeader};
 
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(5);

@@ -3,8 +3,8 @@
 //! A message is the bytes of its fields, one after the other in the order of its struct.
 
 use crate::limits::MAX_ERROR_TEXT_LEN;
-use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId, WalSegmentId};
-use crate::wire::{FrameKind, SessionId, VersionRange, WireError};
+use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, SessionId, ShardId, WalSegmentId};
+use crate::wire::{FrameKind, VersionRange, WireError};
 
 /// Bytes of the longest message: an error with all the text it may have.
 pub(crate) const MAX_MESSAGE_LEN: usize = 2 + MAX_ERROR_TEXT_LEN;

@@ -7,11 +7,11 @@
 
 use crate::error::{Error, RefusalCode};
 use crate::limits::MAX_ERROR_TEXT_LEN;
-use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, ShardId};
+use crate::types::{Chain, ClusterId, Epoch, Lsn, NodeId, RegionId, SessionId, ShardId};
 use crate::wire::codec::{MAX_MESSAGE_LEN, MessageBytes, Writer, choice, message};
 use crate::wire::{
-    BaseComplete, CommonPoint, EpochHistory, FrameKind, SessionAck, SessionControl, SessionId, SessionKind,
-    VersionRange, WireError,
+    BaseComplete, CommonPoint, EpochHistory, FrameKind, SessionAck, SessionControl, SessionKind, VersionRange,
+    WireError,
 };
 
 choice! {

@@ -125,35 +125,6 @@ impl fmt::Display for VersionRange {
     }
 }
 
-/// One recovery contract between a leader and a follower for one shard. Numbered by the leader, within its epoch; 0
-/// is "no session".
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(transparent)]
-pub struct SessionId(pub u64);
-
-impl SessionId {
-    /// No session.
-    pub const NONE: SessionId = SessionId(0);
-
-    /// The number inside.
-    #[must_use]
-    pub const fn get(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Display for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl From<u64> for SessionId {
-    fn from(value: u64) -> Self {
-        SessionId(value)
-    }
-}
-
 /// What is wrong with bytes from a peer. Prints as what the peer did, to follow "broke the protocol: ".
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

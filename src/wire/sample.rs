@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::RefusalCode;
 use crate::limits::MIN_SEGMENT_SIZE;
-use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, ShardId, WalSegmentId};
+use crate::types::{Chain, ClusterId, Epoch, HybridTimestamp, Lsn, NodeId, RegionId, SessionId, ShardId, WalSegmentId};
 use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION};
 use crate::wal::{Expected, Mapping, Segment, SegmentHeader, batch};
 use crate::wire::*;

@@ -1,7 +1,6 @@
 //! Messages about sessions and the base lane. See [`message`](super::message) for how the tables are meant.
 
-use crate::types::{Epoch, Lsn};
-use crate::wire::SessionId;
+use crate::types::{Epoch, Lsn, SessionId};
 use crate::wire::codec::{choice, message};
 
 choice! {

@@ -9,10 +9,10 @@ use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport};
 use towline::wire::{
-    Ack, FrameKind, Message, SessionAck, SessionAction, SessionControl, SessionFailure, SessionId, SessionKind,
-    SessionPhase, ShardInfo,
+    Ack, FrameKind, Message, SessionAck, SessionAction, SessionControl, SessionFailure, SessionKind, SessionPhase,
+    ShardInfo,
 };
-use towline::{AckLevel, Epoch, Lsn, NodeBuilder, Outcome};
+use towline::{AckLevel, Epoch, Lsn, NodeBuilder, Outcome, SessionId};
 
 use crate::common::raw::{chain_at, follow_request, next_data, read_to_end};
 use crate::gates::{Gate, Gated, Point};

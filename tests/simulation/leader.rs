@@ -12,10 +12,10 @@ use towline::seams::{CommitRule, Parting, ask_where_logs_part, check_where_logs_
 use towline::target::{BaseInfo, BaseSource, ReplicationTarget};
 use towline::wire::{
     Ack, BaseComplete, BaseDataHeader, CaughtUp, ErrorMessage, FrameHeader, FrameKind, Heartbeat, Message,
-    PROTOCOL_VERSIONS, SessionAck, SessionAction, SessionControl, SessionId as WireSession, SessionKind as WireKind,
-    SessionPhase, ShardInfo, SyncRequest, WalDataHeader,
+    PROTOCOL_VERSIONS, SessionAck, SessionAction, SessionControl, SessionKind as WireKind, SessionPhase, ShardInfo,
+    SyncRequest, WalDataHeader,
 };
-use towline::{AckLevel, Epoch, Lsn, NodeId, RefusalCode};
+use towline::{AckLevel, Epoch, Lsn, NodeId, RefusalCode, SessionId};
 
 use super::clock::Time;
 use super::disk::SEGMENT_SIZE;
@@ -319,7 +319,7 @@ impl World {
             && !base.is_sent
         {
             let mut buffer = [0; 64];
-            let session = WireSession(stream.session);
+            let session = SessionId(stream.session);
             let bytes = match base.source.next_run(&mut buffer).unwrap() {
                 Some(run) => {
                     let bytes = &buffer[..run.len];
@@ -497,7 +497,7 @@ impl World {
             epoch,
             tail,
             head,
-            session: WireSession(session.id.0),
+            session: session.id,
             session_kind: kind,
             start,
             target: session.target,
@@ -569,7 +569,7 @@ impl World {
             is_sent: false,
         });
         let control = SessionControl {
-            session: WireSession(stream.session),
+            session: SessionId(stream.session),
             epoch: leading.epoch,
             action: SessionAction::Start,
             kind: WireKind::Rebuild,

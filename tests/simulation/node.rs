@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use towline::protocol::{
-    Assignment, Engine, Event, Millis, ReadinessObserved, ReplicaInfo, Role, SessionId, SessionLimits, Settings,
+    Assignment, Engine, Event, Millis, ReadinessObserved, ReplicaInfo, Role, SessionLimits, Settings,
 };
 use towline::target::ReplicationTarget;
 use towline::wal::{KnownSynced, WrittenHere};
-use towline::{Epoch, Lsn, NodeId, ShardId};
+use towline::{Epoch, Lsn, NodeId, SessionId, ShardId};
 
 use super::clock::Time;
 use super::disk::{Disk, Manifest};
