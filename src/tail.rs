@@ -26,7 +26,8 @@ pub struct Tail {
     /// Whether to go on with what is appended later. Otherwise reading ends at the head that the log had when the
     /// first connection was made.
     pub follow: bool,
-    /// How long connecting, and each answer, may take.
+    /// How long connecting, and each answer, may take; and for how long a node is tried that has not been reached once, unless
+    /// its log is [followed](Self::follow).
     pub timeout: Duration,
 }
 
@@ -44,7 +45,8 @@ impl Tail {
     ///
     /// # Errors
     ///
-    /// What trying again cannot mend: a refusal, a name that does not resolve, a protocol violation.
+    /// What trying again cannot mend: a refusal, a name that does not resolve, a protocol violation. And what has kept the node
+    /// from being reached at first, after [`timeout`](Self::timeout).
     pub fn read(
         &self,
         transport: &dyn Transport,
@@ -55,6 +57,7 @@ impl Tail {
         let mut reading = Reading { tail: self, last: self.from.previous(), target: None, done: false };
         let seed = u64::from(std::process::id());
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30), seed);
+        let at_first = Instant::now();
         loop {
             let (began, before) = (Instant::now(), reading.last);
             let result = reading.read_once(transport, address, stop, on_batch);
@@ -62,8 +65,9 @@ impl Tail {
                 return Ok(reading.last);
             }
             let Err(error) = result else { continue };
-            let never_reached = error.is_unresolved() && reading.last == self.from.previous();
-            if error.is_permanent() || never_reached || matches!(error, Error::Protocol { .. }) {
+            let has_no_name = error.is_unresolved() && reading.last == self.from.previous();
+            let is_nowhere = !self.follow && reading.target.is_none() && at_first.elapsed() >= self.timeout;
+            if error.is_permanent() || has_no_name || is_nowhere || matches!(error, Error::Protocol { .. }) {
                 return Err(error);
             }
             if reading.last > before && began.elapsed() > Duration::from_secs(10) {

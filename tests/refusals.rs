@@ -347,6 +347,25 @@ fn addresses_that_cannot_work_fail_at_once() {
     assert_says(&taken.to_string(), &["listen on", leader.local_address()]);
 }
 
+/// Only who follows a log waits for the node to come up.
+#[test]
+fn a_reader_of_a_log_that_nobody_serves_is_told_so() {
+    let net = Net::in_process();
+    let tail = towline::Tail { timeout: Duration::ZERO, ..towline::Tail::new(S0) };
+    let stop = towline::ShutdownSignal::new();
+    let read = |tail: &towline::Tail, stop: &towline::ShutdownSignal| {
+        tail.read(net.transport.as_ref(), "nowhere", stop, &mut |_| std::ops::ControlFlow::Continue(()))
+    };
+    let error = read(&tail, &stop).unwrap_err();
+    assert_says(&error.to_string(), &["nowhere", "nobody listens"]);
+    let follows = towline::Tail { follow: true, ..tail };
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| read(&follows, &stop));
+        stop.shutdown();
+        assert_eq!(reading.join().unwrap().unwrap(), Lsn::ZERO);
+    });
+}
+
 #[test]
 fn shards_that_do_not_exist_are_refused() {
     let (_parent, leader_dir, _) = directories();
