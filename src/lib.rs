@@ -31,6 +31,25 @@
 //! [`rebuild`] brings back followers that the log cannot; [`status`] and [`tail`] look in from outside; [`repair`] mends a
 //! damaged log from a peer's copy; [`shutdown`] ends everything at once.
 //!
+//! An application needs what stands at the root, [`target`], [`wal`] to read a log, [`status`] and [`tail`]. The other modules
+//! are for tools, for transports of one's own, and for those who read how it works: the document of a format is its
+//! specification.
+//!
+//! # Words
+//!
+//! | word | meaning |
+//! |---|---|
+//! | shard, LSN | one ordered log; a record's number in it, from 1 |
+//! | head, tail | of a log: the newest LSN written, and the oldest retained |
+//! | written, synced | in the mapped log, safe from a crash of the process; on this node's stable storage |
+//! | received, durable, applied | in a follower's log; on its stable storage; in its target |
+//! | committed | acknowledged as widely as a [`Commit`] asks |
+//! | epoch | a leadership term: one node alone leads under it |
+//! | chain | the running checksum of a log: where it is equal, so is all that came before |
+//! | target | the state machine that a log is applied to; its base is an image of its state |
+//! | session | what brings a follower to the leader's log: keep-up, catch-up from the log, or rebuild from base and log |
+//! | place, pin | where a known follower needs the log from; a hold on the log for anybody else. Either can be lost to the log's bound |
+//!
 //! # Example
 //!
 //! ```

@@ -138,6 +138,26 @@ type Visit<'a> = dyn FnMut(Entry<'_>) -> ControlFlow<()> + 'a;
 /// assert_eq!(follower.durable_applied(shard)?, Some(lsn));
 /// # Ok::<(), towline::Error>(())
 /// ```
+///
+/// As the target of a node, which applies what was proposed:
+///
+/// ```
+/// use std::sync::Arc;
+/// use towline::target::{FixedStore, FixedStoreOptions};
+/// use towline::{Commit, Node, ShardId, WaitStrategy, wait_any};
+///
+/// # let dir = tempfile::tempdir().unwrap();
+/// let store = Arc::new(FixedStore::open(dir.path().join("store"), &FixedStoreOptions::default())?);
+/// let leader = Node::builder(dir.path().join("node")).target(store.clone()).lead("127.0.0.1:0")?;
+/// let mut writer = leader.writer(ShardId(0))?;
+/// let lsn = store.propose_put(b"boat", b"red", |_shard, record| writer.append(record))?;
+/// assert!(leader.wait(ShardId(0), lsn, Commit::SYNCED, None)?.is_committed());
+///
+/// let applied = leader.applied(ShardId(0))?.expect("it has a target");
+/// wait_any(&[applied.until(lsn)], WaitStrategy::Park, None);
+/// assert_eq!(store.get(b"boat")?.as_deref(), Some(&b"red"[..]));
+/// # Ok::<(), towline::Error>(())
+/// ```
 pub struct FixedStore {
     directory: PathBuf,
     router: ShardRouter,
