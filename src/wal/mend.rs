@@ -228,8 +228,9 @@ impl Mender<'_> {
             let reason = "neither its header nor a batch of it is left to check another copy against";
             return Err(self.refusal(&work, 0, work.id.first_lsn, reason));
         }
-        if end == End::Sealed {
-            self.clear_behind(&mut work, at, due)?;
+        match end {
+            End::Sealed => self.clear_behind(&mut work, at, due)?,
+            End::Open => self.cut_to_size(&mut work)?,
         }
         self.next = Some(due);
         Ok(end)
@@ -426,6 +427,18 @@ impl Mender<'_> {
             self.stage(work)?;
             let reason = format!("the file has {len} bytes where {size} are due");
             self.note(work, len.min(size)..size, due.first_lsn, reason, false);
+        }
+        Ok(())
+    }
+
+    /// What stands behind the size of a segment goes, where something of the segment was synced: recovery has nothing to do
+    /// with a file that is too long. Within that size a torn tail is left to it.
+    fn cut_to_size(&mut self, work: &mut Work) -> Result<()> {
+        let (size, len, first_lsn) = (self.mending.identity.segment_size, self.open(work)?.len, work.id.first_lsn);
+        if len > size && self.mending.known.lsn >= first_lsn {
+            self.stage(work)?;
+            let reason = format!("the file has {len} bytes where {size} are due");
+            self.note(work, size..len, first_lsn, reason, false);
         }
         Ok(())
     }

@@ -509,7 +509,10 @@ impl Verification<'_> {
         let size = segment.header.as_ref().map_or(file.len, |header| header.segment_size);
         if file.len != size {
             let reason = format!("the file has {} bytes where {size} are due", file.len);
-            self.damage(&path, file.len.min(size), due.first_lsn, ProblemKind::Corrupt, reason);
+            // Recovery fills a short one up behind its batches, and has none of one that is too long.
+            let first_lsn = segment.header.as_ref().map_or(due.first_lsn, |header| header.id.first_lsn);
+            let lsn = if file.len > size { first_lsn } else { due.first_lsn };
+            self.damage(&path, file.len.min(size), lsn, ProblemKind::Corrupt, reason);
         }
         if segment.sealed {
             if segment.trailing_bytes > 0 {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::types::Chain;
+use crate::wal::known_synced::WrittenHere;
 use crate::wal::log_fixture::{IDENTITY, LogFixture, SIZE, flip, image, write};
 use crate::wal::recovery::recover;
 use crate::wal::scan::{ProblemKind, verify_log};
@@ -181,6 +182,31 @@ fn synced_batches_of_the_open_segment_are_repaired_and_a_torn_tail_is_left() {
     let before = image(log.path());
     assert_eq!(mend(&log, &mut copy).unwrap(), []);
     assert!(image(log.path()) == before);
+}
+
+#[test]
+fn an_open_segment_whose_file_is_too_long_is_cut_to_its_size() {
+    let (log, twin, mut copy) = twins();
+    let path = log.segment_path();
+    for (from, synced_in_it) in [(Lsn(30), true), (Lsn(20), false)] {
+        fs::File::options().write(true).open(&path).unwrap().set_len(SIZE + 5000).unwrap();
+        write(&path, b"appended by mistake", SIZE);
+        // What says so in the log counts only if it was written here.
+        let known = KnownSynced { lsn: from, written_here: WrittenHere::Nothing };
+        let report = verify_log(log.path(), Some(&IDENTITY), known, &mut ()).unwrap();
+        assert_eq!(report.is_sound(), !synced_in_it, "{:?}", report.problems);
+        let mending = Mending { directory: log.path(), identity: &IDENTITY, known, staging: log.path() };
+        let ranges = mending.run(&mut copy).unwrap();
+        if synced_in_it {
+            assert!(recover(twin.path(), &IDENTITY, known).is_ok());
+            assert!(image(log.path()) == image(twin.path()), "{ranges:?}");
+            assert_eq!((ranges[0].offset, ranges[0].len, ranges[0].fetched), (SIZE, 5000, false));
+        } else {
+            assert_eq!(ranges, [], "recovery takes such a segment for a torn tail, as a whole");
+            assert_eq!(recover(log.path(), &IDENTITY, known).unwrap().head, Lsn(24));
+        }
+    }
+    assert!(copy.asked.is_empty());
 }
 
 #[test]
