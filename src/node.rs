@@ -302,7 +302,7 @@ impl NodeBuilder {
         self
     }
 
-    /// The followers that a leader has, and no others. Log is kept for them from the beginning, and the others that the
+    /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning, and the others that the
     /// directory remembers are forgotten. Default: whoever of the same cluster asks may follow, and is remembered.
     #[must_use]
     pub fn followers(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
@@ -426,12 +426,35 @@ impl NodeBuilder {
         })
     }
 
+    /// Refuses an identity that nobody can have, before anything is made with it.
+    pub(crate) fn check_identity(&self) -> Result<()> {
+        if self.node == Some(NodeId(0)) {
+            return Err(Error::invalid(
+                "node id 0 means that none is assigned; give the node another, or leave it out",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The same of an epoch and of followers, for whoever is to lead as this node.
+    fn check_leadership(&self, node: Option<NodeId>) -> Result<()> {
+        if let Some(epoch @ (Epoch::ZERO | Epoch(u64::MAX))) = self.epoch {
+            let reason = format!("nobody can lead under epoch {epoch}: the first is 1, and each must have a successor");
+            return Err(Error::invalid(reason));
+        }
+        match self.members.iter().flat_map(|members| members.iter()).find(|&&id| id == NodeId(0) || Some(id) == node) {
+            Some(id) => Err(Error::invalid(format!(
+                "node {id} is no follower of this leader: it is the leader itself, or nobody; leave it out"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Opens the directory, or makes it as a new leader's. It does not lead under any epoch yet.
     pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
         check_shard_count(self.shards.unwrap_or(1))?;
-        if let Some(epoch) = self.epoch.filter(|epoch| !epoch.has_successor()) {
-            return Err(Error::invalid(format!("epoch {epoch} has no successor, so nobody leads under it")));
-        }
+        self.check_identity()?;
+        self.check_leadership(self.node)?;
         let directory = match DataDir::open(&self.directory)? {
             Some(directory) => directory,
             None => DataDir::create(
@@ -448,6 +471,7 @@ impl NodeBuilder {
             )?,
         };
         self.check_settings(&directory)?;
+        self.check_leadership(Some(directory.manifest().node))?;
         Ok(directory)
     }
 

@@ -15,7 +15,9 @@ use common::{
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::wal::Record;
 use towline::wire::{Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
-use towline::{Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeId, RefusalCode, RegionId, ShardId};
+use towline::{
+    Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, RefusalCode, RegionId, ShardId,
+};
 
 const S0: ShardId = ShardId(0);
 
@@ -84,6 +86,34 @@ fn a_directory_stays_what_it_was_made_as() {
     assert_eq!((leader.log(S0).unwrap().head(), leader.manifest().epoch), (Lsn(10), Epoch(3)));
     leader.shutdown().unwrap();
     assert_eq!(records_of(&directory, S0).len(), 10);
+}
+
+#[test]
+fn identities_that_nobody_can_have_are_refused_before_anything_is_made() {
+    let (_parent, directory, other) = directories();
+    type Set = fn(NodeBuilder) -> NodeBuilder;
+    let lead = |set: Set| set(Node::builder(&directory).node_id(NodeId(5))).lead("127.0.0.1:0").map(Leader::shutdown);
+    let odd: [(Set, &str); 5] = [
+        (|node| node.node_id(NodeId(0)), "node id 0"),
+        (|node| node.epoch(Epoch::ZERO), "epoch 0"),
+        (|node| node.epoch(Epoch(u64::MAX)), "epoch 18446744073709551615"),
+        (|node| node.followers([NodeId(4), NodeId(5)]), "node 5 is no follower"),
+        (|node| node.followers([NodeId(0)]), "node 0 is no follower"),
+    ];
+    for (set, named) in odd {
+        let error = lead(set).map(drop).unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert_says(&error.to_string(), &[named]);
+        assert!(!directory.exists());
+    }
+    let follow = Node::builder(&other).node_id(NodeId(0)).follow("127.0.0.1:1", Arc::new(LogOnly));
+    assert!(matches!(follow, Err(Error::Invalid { .. })) && !other.exists());
+
+    // What the directory says of the node counts as well.
+    lead(|node| node).unwrap().unwrap();
+    let led = Node::builder(&directory).followers([NodeId(5)]).lead("127.0.0.1:0").map(drop);
+    assert!(matches!(led, Err(Error::Invalid { .. })), "{led:?}");
+    lead(|node| node.followers([NodeId(4)])).unwrap().unwrap();
 }
 
 #[test]
