@@ -222,6 +222,7 @@ pub struct Follower {
 
 impl Follower {
     pub(crate) fn start(builder: NodeBuilder, leader: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
+        builder.check_times()?;
         builder.check_identity()?;
         let transport = builder.make_transport();
         let stop = builder.abort_signal().child();

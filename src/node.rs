@@ -426,6 +426,23 @@ impl NodeBuilder {
         })
     }
 
+    /// Refuses times of zero that would have threads go round without end, or nobody ever be in time.
+    pub(crate) fn check_times(&self) -> Result<()> {
+        let options = &self.options;
+        let scrubs_every = if options.scrub.bytes_per_second > 0 { options.scrub.every } else { Duration::MAX };
+        let times = [
+            ("a heartbeat", options.heartbeat),
+            ("a peer time-out", options.peer_timeout),
+            ("a handshake time-out", options.handshake_timeout),
+            ("a wait before the next attempt", options.backoff_base.min(options.backoff_cap)),
+            ("a scrubbing interval", scrubs_every),
+        ];
+        match times.iter().find(|(_, time)| time.is_zero()) {
+            Some((what, _)) => Err(Error::invalid(format!("{what} of zero has no meaning; give it a length"))),
+            None => Ok(()),
+        }
+    }
+
     /// Refuses an identity that nobody can have, before anything is made with it.
     pub(crate) fn check_identity(&self) -> Result<()> {
         if self.node == Some(NodeId(0)) {
@@ -453,6 +470,7 @@ impl NodeBuilder {
     /// Opens the directory, or makes it as a new leader's. It does not lead under any epoch yet.
     pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
         check_shard_count(self.shards.unwrap_or(1))?;
+        self.check_times()?;
         self.check_identity()?;
         self.check_leadership(self.node)?;
         let directory = match DataDir::open(&self.directory)? {

@@ -12,6 +12,7 @@ use common::raw::{ask, continuing, follow_request, refused};
 use common::{
     Checked, PATIENCE, SEGMENT, append, assert_identical, assert_says, catch_up, directories, records_of, shards, until,
 };
+use towline::scrub::ScrubOptions;
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::wal::Record;
 use towline::wire::{Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
@@ -114,6 +115,29 @@ fn identities_that_nobody_can_have_are_refused_before_anything_is_made() {
     let led = Node::builder(&directory).followers([NodeId(5)]).lead("127.0.0.1:0").map(drop);
     assert!(matches!(led, Err(Error::Invalid { .. })), "{led:?}");
     lead(|node| node.followers([NodeId(4)])).unwrap().unwrap();
+}
+
+#[test]
+fn times_of_zero_are_refused() {
+    let (_parent, directory, _) = directories();
+    type Set = fn(NodeBuilder) -> NodeBuilder;
+    let odd: [(Set, &str); 6] = [
+        (|node| node.heartbeat(Duration::ZERO), "heartbeat"),
+        (|node| node.peer_timeout(Duration::ZERO), "peer time-out"),
+        (|node| node.handshake_timeout(Duration::ZERO), "handshake time-out"),
+        (|node| node.reconnect(Duration::ZERO, PATIENCE), "wait before the next attempt"),
+        (|node| node.reconnect(PATIENCE, Duration::ZERO), "wait before the next attempt"),
+        (|node| node.scrub(ScrubOptions { every: Duration::ZERO, ..ScrubOptions::default() }), "scrubbing"),
+    ];
+    for (set, named) in odd {
+        let led = set(Node::builder(&directory)).lead("127.0.0.1:0").map(drop).unwrap_err();
+        let followed = set(Node::builder(&directory)).follow("127.0.0.1:1", Arc::new(LogOnly)).map(drop).unwrap_err();
+        for error in [led, followed] {
+            assert!(matches!(error, Error::Invalid { .. }), "{error}");
+            assert_says(&error.to_string(), &[named, "of zero"]);
+        }
+        assert!(!directory.exists());
+    }
 }
 
 #[test]
