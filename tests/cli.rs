@@ -356,3 +356,49 @@ fn damage_that_only_the_checkpoint_vouches_for_is_no_torn_tail() {
         assert!(code == 3 && out.contains("corrupt") && out.contains("LSN 1"), "{command}: {code}: {out}");
     }
 }
+
+/// The command with an output that nobody reads any more.
+#[cfg(target_os = "linux")]
+fn unread() -> Stdio {
+    // The end that reads is closed at once.
+    let (_, writes) = std::io::pipe().unwrap();
+    writes.into()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_output_that_cannot_be_written_changes_no_exit_code_and_ends_no_leader() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = node(parent.path(), "node", 20);
+    let full = || Stdio::from(std::fs::File::options().write(true).open("/dev/full").unwrap());
+    let code = |arguments: &[&str], out: Stdio| {
+        let ended = towline(arguments).stdout(out).stderr(Stdio::piped()).output().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    let repair = ["repair", arg(&directory), "--from", "127.0.0.1:1"];
+    for arguments in [&["verify", arg(&directory)][..], &["inspect", arg(&directory)], &repair] {
+        assert_eq!(code(arguments, unread()), (Some(0), String::new()), "{arguments:?}");
+        let (ended, told) = code(arguments, full());
+        assert!(ended == Some(1) && told.starts_with("towline: cannot write to standard output"), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
+    }
+    flip(&first_segment(&directory, ShardId(1)), 4096 + 30);
+    for command in ["verify", "inspect"] {
+        for out in [unread(), full()] {
+            assert_eq!(code(&[command, arg(&directory)], out).0, Some(3), "what {command} found is not lost");
+        }
+    }
+
+    let address = format!("127.0.0.1:{}", common::net::free_port());
+    let fresh = parent.path().join("fresh");
+    let mut command = towline(&["leader", "--dir", arg(&fresh), "--listen", &address, "--stdin"]);
+    let mut leader = command.stdin(Stdio::piped()).stdout(unread()).stderr(unread()).spawn().unwrap();
+    writeln!(leader.stdin.take().unwrap(), "a record").unwrap();
+    common::until("it serves", || outcome(&run(&["tail", "--leader", &address])).1 == "a record\n");
+    // It has said by now how much it has committed.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let (code, out, err) = outcome(&run(&["status", &address]));
+    leader.kill().unwrap();
+    leader.wait().unwrap();
+    assert!(code == 0 && out.contains("leader"), "{code}: {out}{err}");
+}

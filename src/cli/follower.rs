@@ -83,7 +83,7 @@ impl Follower {
             other => other?,
         };
         let manifest = follower.manifest();
-        eprintln!(
+        tell!(
             "following {} into {} with {} shards{}, node {}{}",
             self.leader,
             self.dir.display(),

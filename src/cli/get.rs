@@ -33,7 +33,7 @@ impl Get {
         // On Unix these are the bytes given.
         let key = self.key.into_encoded_bytes();
         let Some(value) = store.get(&key)? else {
-            eprintln!("towline: there is no key {:?} in {}", String::from_utf8_lossy(&key), self.dir.display());
+            tell!("towline: there is no key {:?} in {}", String::from_utf8_lossy(&key), self.dir.display());
             return Ok(FAILED);
         };
         let mut out = std::io::stdout().lock();

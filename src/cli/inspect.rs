@@ -74,7 +74,7 @@ impl Inspect {
             reports.push((shard, report));
         }
         if self.json {
-            println!("{}", to_json(&manifest, &reports));
+            say!("{}", to_json(&manifest, &reports));
         }
         let damaged = reports.iter().any(|(_, report)| !report.is_sound());
         Ok(if damaged { FOUND_DAMAGE } else { DONE })
@@ -132,7 +132,9 @@ impl Printer {
     }
 
     fn finish(mut self) -> std::io::Result<()> {
-        self.out.flush()?;
+        if self.records {
+            self.out.flush()?;
+        }
         self.failure.map_or(Ok(()), Err)
     }
 }
@@ -146,7 +148,7 @@ impl Visit for Printer {
 }
 
 fn print_manifest(directory: &Path, manifest: &Manifest) {
-    println!(
+    say!(
         "{}: cluster {}, node {}, region {}, epoch {}, {} shards, segments of {}",
         directory.display(),
         manifest.cluster,
@@ -159,7 +161,7 @@ fn print_manifest(directory: &Path, manifest: &Manifest) {
 }
 
 fn print_report(shard: ShardId, report: &LogReport) {
-    println!(
+    say!(
         "shard {shard}: LSN {} to {}, {} records in {} batches, at least LSN {} synced, chain {:08x}",
         report.tail,
         report.head,
@@ -169,10 +171,10 @@ fn print_report(shard: ShardId, report: &LogReport) {
         report.chain.get()
     );
     for segment in &report.segments {
-        println!("  {}", describe_segment(segment));
+        say!("  {}", describe_segment(segment));
     }
     for problem in &report.problems {
-        println!("  {problem}");
+        say!("  {problem}");
     }
 }
 

@@ -97,9 +97,9 @@ impl Leader {
         let manifest = leader.manifest();
         for &node in &self.forget {
             leader.forget_follower(NodeId(node))?;
-            eprintln!("follower {node} is forgotten");
+            tell!("follower {node} is forgotten");
         }
-        eprintln!(
+        tell!(
             "leading {} with {} shards{}, node {}, epoch {}, at {}",
             self.dir.display(),
             manifest.shard_count,
@@ -194,7 +194,7 @@ impl Leader {
             ingested.committed += committed.records_since(before);
         }
         let idle = if idle_deletes == 0 { String::new() } else { format!("; {idle_deletes} deletes found no key") };
-        println!("{} of {} records committed ({}){idle}", ingested.committed, ingested.records, self.commit);
+        say!("{} of {} records committed ({}){idle}", ingested.committed, ingested.records, self.commit);
         Ok(ingested)
     }
 

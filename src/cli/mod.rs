@@ -2,6 +2,10 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage or a difference found.
 
+// First, for its macros.
+#[macro_use]
+mod output;
+
 mod bench;
 mod demo;
 mod follower;
@@ -84,10 +88,10 @@ pub fn run() -> ExitCode {
         Command::Bench(command) => command.run(),
     };
     match outcome {
-        Ok(code) => ExitCode::from(code),
+        Ok(code) => ExitCode::from(if output::has_failed() { code.max(FAILED) } else { code }),
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::from(DONE),
         Err(error) => {
-            eprintln!("towline: {error}");
+            tell!("towline: {error}");
             ExitCode::from(match error.downcast_ref::<towline::Error>() {
                 Some(error) if error.is_corruption() => FOUND_DAMAGE,
                 // What was asked for makes no sense, whatever the disk or the network say.
@@ -141,7 +145,7 @@ fn ask_topology(address: &str, first_wait: Duration, stop: &ShutdownSignal) -> t
             Ok(info) => return Ok(info),
             Err(_) if stop.is_shutdown() => return Err(towline::Error::ShutDown),
             Err(error) if error.is_permanent() || error.is_unresolved() => return Err(error),
-            Err(error) => eprintln!("towline: {error}; trying again in {:.1} s", wait.as_secs_f32()),
+            Err(error) => tell!("towline: {error}; trying again in {:.1} s", wait.as_secs_f32()),
         }
         if stop.wait_timeout(wait) {
             return Err(towline::Error::ShutDown);

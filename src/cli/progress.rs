@@ -52,8 +52,8 @@ impl Progress {
             self.last_line = Instant::now();
             let human = self.human;
             match self.total {
-                Some(total) => eprintln!("{}: {} of {}", self.what, human(done), human(total)),
-                None => eprintln!("{}: {}", self.what, human(done)),
+                Some(total) => tell!("{}: {} of {}", self.what, human(done), human(total)),
+                None => tell!("{}: {}", self.what, human(done)),
             }
         }
     }

@@ -57,7 +57,7 @@ impl Repair {
         };
         let report = repairing.run(super::tcp().as_ref(), &self.from)?;
         if self.json {
-            println!("{}", to_json(&report, self.dry_run));
+            say!("{}", to_json(&report, self.dry_run));
         } else {
             report.shards.iter().for_each(|shard| self.print(shard));
         }
@@ -69,11 +69,11 @@ impl Repair {
         let number = shard.shard;
         for MendedRange { path, offset, len, lsn, reason, fetched } in &shard.ranges {
             let how = if *fetched { format!("{len} bytes from {}", self.from) } else { format!("{len} bytes zeroed") };
-            println!("shard {number}: {} at offset {offset} (LSN {lsn}) {done}, {how}: {reason}", path.display());
+            say!("shard {number}: {} at offset {offset} (LSN {lsn}) {done}, {how}: {reason}", path.display());
         }
         if shard.ranges.is_empty() || !self.dry_run {
             for problem in &shard.remaining {
-                println!("shard {number}: {problem}");
+                say!("shard {number}: {problem}");
             }
         }
         let bytes: u64 = shard.ranges.iter().filter(|range| range.fetched).map(|range| range.len).sum();
@@ -82,7 +82,7 @@ impl Repair {
             1 => format!("1 range {done}, {} fetched", super::human_bytes(bytes)),
             count => format!("{count} ranges {done}, {} fetched", super::human_bytes(bytes)),
         };
-        println!("shard {number}: {what}; the log reads up to LSN {}", shard.head);
+        say!("shard {number}: {what}; the log reads up to LSN {}", shard.head);
     }
 }
 

@@ -26,10 +26,10 @@ impl Status {
     pub(super) fn run(self) -> Outcome {
         let status = ask_status(super::tcp().as_ref(), &self.address, Duration::from_secs(5))?;
         if self.json {
-            println!("{}", status.to_json());
+            say!("{}", status.to_json());
             return Ok(DONE);
         }
-        println!(
+        say!(
             "{} {} of cluster {}, epoch {}, up {} s",
             status.role.as_str(),
             status.node,
@@ -45,7 +45,7 @@ impl Status {
 }
 
 fn print_shard(shard: &ShardStatus) {
-    println!(
+    say!(
         "shard {:>4}  LSN {} to {}  synced {}  committed {}  {} retained{}  {}",
         shard.shard,
         shard.tail,
@@ -57,7 +57,7 @@ fn print_shard(shard: &ShardStatus) {
         why(shard.mode, shard.reason)
     );
     for finding in &shard.scrub.findings {
-        println!(
+        say!(
             "  damaged: {} at offset {} (LSN {}): {}",
             finding.path.display(),
             finding.offset,
@@ -66,10 +66,10 @@ fn print_shard(shard: &ShardStatus) {
         );
     }
     if let Some(poison) = &shard.poison {
-        println!("  read-only: {poison}");
+        say!("  read-only: {poison}");
     }
     if let Some(following) = &shard.following {
-        println!(
+        say!(
             "  {}  leader at {}  behind {}  applied {}  heard {}{}",
             if following.connected { "connected" } else { "disconnected" },
             following.leader_head,
@@ -81,7 +81,7 @@ fn print_shard(shard: &ShardStatus) {
     }
     for pin in &shard.pins {
         let lost = if pin.lost { "  LOST" } else { "" };
-        println!("  pin at LSN {}  {} ({}){lost}", pin.lsn, pin.owner, pin.reason);
+        say!("  pin at LSN {}  {} ({}){lost}", pin.lsn, pin.owner, pin.reason);
     }
     for follower in &shard.followers {
         print_follower(follower, shard);
@@ -89,7 +89,7 @@ fn print_shard(shard: &ShardStatus) {
 }
 
 fn print_follower(follower: &FollowerStatus, shard: &ShardStatus) {
-    println!(
+    say!(
         "  follower {}  {}  received {}  durable {}  applied {}  behind {} records, {}, last heard {}",
         follower.node,
         follower.state(shard.head),
@@ -117,9 +117,9 @@ fn print_follower(follower: &FollowerStatus, shard: &ShardStatus) {
     );
     let refusal = follower.refusal.map(|refusal| format!("  refused: {refusal}")).unwrap_or_default();
     let lost = if follower.place_lost { "  its place in the log is lost" } else { "" };
-    println!("    {}  {session}{refusal}{lost}", why(follower.mode, follower.reason));
+    say!("    {}  {session}{refusal}{lost}", why(follower.mode, follower.reason));
     if let Some(divergence) = &follower.divergence {
-        println!("    DIVERGED: {divergence}");
+        say!("    DIVERGED: {divergence}");
     }
 }
 

@@ -63,7 +63,7 @@ impl Verify {
     fn compare_shard(&self, other: &Path, shard: ShardId) -> Result<u8, towline::Error> {
         let of = |directory: &Path| directory.join(shard_directory_name(shard));
         let comparison = compare_logs(&of(&self.dir), &of(other))?;
-        println!("{} shard {shard}: {}", other.display(), describe(&comparison));
+        say!("{} shard {shard}: {}", other.display(), describe(&comparison));
         Ok(match comparison.relation {
             Relation::Identical => DONE,
             Relation::Ahead { .. } | Relation::Apart => FAILED,
@@ -110,7 +110,7 @@ fn verify_shard(directory: &Path, manifest: &Manifest, identity: &LogIdentity) -
     let bytes = towline::wal::scan::list_segments(&path)?.len() as u64 * identity.segment_size;
     let known = super::known_synced(directory, manifest, identity.shard)?;
     let report = verify_log(&path, Some(identity), known, &mut Watch(Progress::new("verifying", Some(bytes))))?;
-    println!(
+    say!(
         "{} shard {}: LSN {} to {}, {} records in {} batches, {} segments, chain {:08x}{}",
         directory.display(),
         identity.shard,
@@ -123,7 +123,7 @@ fn verify_shard(directory: &Path, manifest: &Manifest, identity: &LogIdentity) -
         if report.problems.is_empty() { ": sound" } else { "" }
     );
     for problem in &report.problems {
-        println!("  {problem}");
+        say!("  {problem}");
     }
     let harmless = |kind| matches!(kind, ProblemKind::TornTail | ProblemKind::Stray);
     Ok(if report.problems.iter().all(|problem| harmless(problem.kind)) { DONE } else { FOUND_DAMAGE })

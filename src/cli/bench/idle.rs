@@ -217,7 +217,7 @@ fn answer(bench: &Bench, anonymous_before: Option<u64>) -> Result<()> {
         };
         let anonymous =
             machine::anonymous_bytes().zip(anonymous_before).map(|(now, before)| now.saturating_sub(before));
-        println!(
+        say!(
             "{} {} {} {} {}",
             after.wakes.saturating_sub(before.wakes) as f64 / seconds,
             after.io_calls.saturating_sub(before.io_calls) as f64 / seconds,

@@ -190,7 +190,7 @@ impl Bench {
             log::warn!("{} is in memory: syncs cost nothing there; use --dir", root.path().display());
         }
         if !self.json {
-            println!("{}; median (smallest to largest) of {} rounds", machine::describe(root.path()), self.rounds());
+            say!("{}; median (smallest to largest) of {} rounds", machine::describe(root.path()), self.rounds());
         }
         for (name, run) in self.workload.parts() {
             let (usage, began) = (machine::Usage::now(), Instant::now());
@@ -217,7 +217,7 @@ impl Bench {
         let (seconds, cpu) = (began.elapsed().as_secs_f64(), usage.cpu_seconds_since().unwrap_or(f64::NAN));
         let peak = machine::peak_resident_bytes().map_or(f64::NAN, |bytes| bytes as f64 / 1e6);
         if !self.json {
-            println!(
+            say!(
                 "{workload:<9} took {seconds:.1} s and {cpu:.1} s of processor time; at most {peak:.0} MB in memory so far\n"
             );
         }

@@ -239,9 +239,9 @@ impl<'a> Contest<'a> {
             }
             let row = self.row(ours, bare);
             if bench.json {
-                println!("{}", row.to_json())
+                say!("{}", row.to_json())
             } else {
-                println!("{row}")
+                say!("{row}")
             }
             bench.keep(row);
         }

@@ -94,7 +94,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
     })?;
     if !bench.json {
         let each: Vec<_> = medians.iter().map(|took| format!("{:.0}", took.as_secs_f64() * 1e6)).collect();
-        println!("{:<9} where a bare sync takes least: {} us, by processor", "sync", each.join(", "));
+        say!("{:<9} where a bare sync takes least: {} us, by processor", "sync", each.join(", "));
     }
     processors::on_processor(processor, || compare(bench))
 }

@@ -191,7 +191,7 @@ impl Table {
         }
         match &self.lines {
             Some((_, bars)) => bars.iter().zip(lines).for_each(|(bar, line)| bar.set_message(line)),
-            None => lines.iter().for_each(|line| eprintln!("{line}")),
+            None => lines.iter().for_each(|line| tell!("{line}")),
         }
     }
 }

@@ -79,7 +79,7 @@ impl Demo {
         if let Some((_, count)) = self.commit.asked_of_followers()
             && count > usize::from(self.followers)
         {
-            eprintln!("error: --commit {} can never be with --followers {}", self.commit, self.followers);
+            tell!("error: --commit {} can never be with --followers {}", self.commit, self.followers);
             return Ok(WRONG_USAGE);
         }
         let stop = super::stop_at_interrupt()?;
@@ -119,7 +119,7 @@ impl Demo {
             followers.push((follower, target));
         }
         if !self.json {
-            eprintln!(
+            tell!(
                 "one leader at {}, {} followers, {} shards, records of {} bytes, commit at {}, in {}",
                 leader.local_address(),
                 self.followers,
@@ -170,7 +170,7 @@ impl Demo {
                     )
                 })
                 .collect();
-            println!(
+            say!(
                 "{{\"records\":{},\"bytes\":{bytes},\"seconds\":{:.3},\"mb_per_s\":{mb_per_s:.1},\
                  \"commit_latency_us\":{{\"p50\":{},\"p99\":{},\"p999\":{}}},\"followers\":[{}],\"verified\":{verified}}}",
                 load.records,
@@ -181,7 +181,7 @@ impl Demo {
                 followers.join(",")
             );
         } else {
-            println!(
+            say!(
                 "{} records, {} in {:.1} s: {mb_per_s:.0} MB/s; commit ({}) under this load p50 {} us, p99 {} us, p99.9 {} us",
                 load.records,
                 human_bytes(bytes),
@@ -192,7 +192,7 @@ impl Demo {
                 quantile(0.999)
             );
             for (number, proof) in proofs.iter().enumerate() {
-                println!(
+                say!(
                     "follower {}: received {}, durable {}, applied {}; log {}; records {}",
                     number + 1,
                     proof.received,
@@ -202,10 +202,10 @@ impl Demo {
                     if proof.in_order { "each once and in order" } else { "NOT each once and in order" },
                 );
                 if let Some(problem) = &proof.problem {
-                    println!("  {problem}");
+                    say!("  {problem}");
                 }
             }
-            println!("{}", if verified { "proven: every follower has exactly the leader's log" } else { "NOT proven" });
+            say!("{}", if verified { "proven: every follower has exactly the leader's log" } else { "NOT proven" });
         }
         if verified { DONE } else { FOUND_DAMAGE }
     }

@@ -137,7 +137,7 @@ impl Scenario {
                     format!("{{\"identical\":{identical},\"store_equal\":{equal},\"keys\":{keys}}}")
                 })
                 .collect();
-            println!(
+            say!(
                 "{{\"scenario\":\"{name}\",\"records\":{records},\"behind\":{behind},\"catch_up_seconds\":{seconds:.3},{}\
                  \"followers\":[{}],\"verified\":{verified}}}",
                 figures.iter().map(Figure::to_json).collect::<String>(),
@@ -145,8 +145,8 @@ impl Scenario {
             );
             return if verified { DONE } else { FOUND_DAMAGE };
         }
-        println!("{name}: {records} records; {behind} behind, caught up in {seconds:.2} s");
-        figures.iter().for_each(|figure| println!("{}: {}", figure.name.replace('_', " "), figure.value));
+        say!("{name}: {records} records; {behind} behind, caught up in {seconds:.2} s");
+        figures.iter().for_each(|figure| say!("{}: {}", figure.name.replace('_', " "), figure.value));
         for (number, (logs, stores)) in proofs.iter().enumerate() {
             let log =
                 logs.as_ref().map_or_else(|problem| format!("DIFFERENT: {problem}"), |()| "byte-identical".into());
@@ -154,9 +154,9 @@ impl Scenario {
                 |problem| format!("DIFFERENT: {problem}"),
                 |keys| format!("equal, {keys} keys with the same values, LSNs and slots"),
             );
-            println!("follower {}: log {log}; store {store}", number + 1);
+            say!("follower {}: log {log}; store {store}", number + 1);
         }
-        println!(
+        say!(
             "{}",
             if verified { "proven: every follower has exactly the leader's log and store" } else { "NOT proven" }
         );
@@ -237,7 +237,7 @@ const TOGETHER: usize = 512;
 impl Stage<'_> {
     pub(super) fn say(&self, text: &str) {
         if !self.demo.json {
-            eprintln!("{text}");
+            tell!("{text}");
         }
     }
 
