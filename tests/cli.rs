@@ -107,7 +107,7 @@ fn failures_end_with_1_and_name_their_thing() {
         (&["verify", arg(&missing)], arg(&missing)),
         (&["inspect", arg(&directory), "--shard", "2"], "no shard 2: the node has 2"),
         (&["status", &address], &address),
-        (&["leader", "--dir", arg(&directory), "--shards", "5"], "shard count 2, not 5"),
+        (&["leader", "--dir", arg(&directory), "--listen", "127.0.0.1:0", "--shards", "5"], "shard count 2, not 5"),
         (&["follower", "--dir", arg(&fresh), "--leader", "no-such-host.invalid:1"], "no-such-host.invalid:1"),
     ];
     for (arguments, named) in cases {
@@ -119,7 +119,7 @@ fn failures_end_with_1_and_name_their_thing() {
     // What makes no sense whatever the disk and the network say is wrong usage.
     for (wrong, named) in [
         (vec!["leader", "--dir", arg(&missing), "--listen", "0.0.0.0:0"], "--allow-plaintext"),
-        (vec!["leader", "--dir", arg(&missing), "--shards", "0"], "at least 1"),
+        (vec!["leader", "--dir", arg(&missing), "--listen", "127.0.0.1:0", "--shards", "0"], "at least 1"),
         (vec!["status", "nonsense"], "host:port"),
         (vec!["demo", "--commit", "durable:9"], "--followers 2"),
     ] {
