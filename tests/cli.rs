@@ -328,9 +328,11 @@ fn a_leader_that_leaves_at_the_end_of_input_says_what_is_committed() {
     };
     assert_eq!(lead("synced", "60"), (Some(0), vec!["4 of 4 records committed (synced)".to_owned()]));
     assert_eq!(lead("durable:1", "0"), (Some(1), vec!["0 of 4 records committed (durable:1)".to_owned()]));
+    let longest = u64::MAX.to_string();
+    assert_eq!(lead("synced", &longest), (Some(0), vec!["4 of 4 records committed (synced)".to_owned()]));
     let found: Vec<_> = common::records_of(&directory, ShardId(0)).into_values().collect();
     let text = [&b"one"[..], b"two", b"", b"four without an end"];
-    assert!(found.iter().eq(text.iter().chain(&text)), "{found:?}");
+    assert!(found.iter().eq(text.iter().chain(&text).chain(&text)), "{found:?}");
 }
 
 #[test]

@@ -177,7 +177,9 @@ impl Leader {
         };
         // Who goes on serving has time.
         let leaves = self.exit_on_eof || taken.problem.is_some();
-        let deadline = leaves.then(|| Instant::now() + Duration::from_secs(self.commit_timeout));
+        // More seconds than there can be is no bound.
+        let timeout = leaves.then(|| Duration::from_secs(self.commit_timeout));
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let heads: Vec<_> = shards
             .iter()
             .map(|&shard| leader.log(shard).map(|log| (shard, log.head())))
