@@ -291,6 +291,28 @@ fn verify_names_the_first_difference() {
 }
 
 #[test]
+fn a_reader_that_has_seen_enough_ends_tail_of_several_shards_quietly() {
+    let parent = tempfile::tempdir().unwrap();
+    let leader = Node::builder(parent.path().join("node")).shards(2).segment_size(1 << 20).lead("127.0.0.1:0").unwrap();
+    for writer in &mut common::writers(&leader) {
+        append(writer, 20_000);
+    }
+    let mut tail = towline(&["tail", "--follow", "--leader", leader.local_address()]);
+    let mut tail = tail.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    BufReader::new(tail.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    assert_eq!(outcome(&tail.wait_with_output().unwrap()), (0, String::new(), String::new()));
+}
+
+#[cfg(unix)]
+#[test]
+fn tail_that_is_interrupted_while_nobody_answers_ends_with_0() {
+    let address = format!("127.0.0.1:{}", common::net::free_port());
+    let mut tail = common::process::Beside::start(&mut towline(&["tail", "--leader", &address]));
+    tail.error_line("towline: ");
+    assert_eq!(tail.terminate().code(), Some(0));
+}
+
+#[test]
 fn a_reader_that_has_seen_enough_ends_tail_quietly() {
     let parent = tempfile::tempdir().unwrap();
     let leader = Node::builder(parent.path().join("node")).segment_size(1 << 20).lead("127.0.0.1:0").unwrap();

@@ -35,18 +35,22 @@ pub(super) struct Tail {
     lsn: bool,
 }
 
+/// What kept a shard from being printed, as it was met: the exit code depends on it.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
 impl Tail {
     pub(super) fn run(self) -> Outcome {
         let stop = super::stop_at_interrupt()?;
         let shards = match self.shard {
             Some(shard) => vec![ShardId(shard)],
-            None => {
-                (0..super::ask_topology(&self.leader, super::FIRST_WAIT, &stop)?.shard_count).map(ShardId).collect()
-            }
+            None => match super::ask_topology(&self.leader, super::FIRST_WAIT, &stop) {
+                Err(error) if error.is_shutdown() && stop.is_shutdown() => return Ok(DONE),
+                info => (0..info?.shard_count).map(ShardId).collect(),
+            },
         };
         if !self.follow || shards.len() == 1 {
             for shard in shards {
-                self.print(shard, &stop)?;
+                self.print(shard, &stop).map_err(|error| error as Box<dyn std::error::Error>)?;
             }
             return Ok(DONE);
         }
@@ -57,7 +61,7 @@ impl Tail {
                     let stop = stop.clone();
                     let this = &self;
                     scope.spawn(move || {
-                        let result = this.print(shard, &stop).map_err(|error| error.to_string());
+                        let result = this.print(shard, &stop);
                         if result.is_err() {
                             stop.shutdown();
                         }
@@ -67,16 +71,16 @@ impl Tail {
                 .collect();
             threads
                 .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|_| Err("a thread panicked".to_owned())))
+                .map(|thread| thread.join().unwrap_or_else(|_| Err("a thread panicked".into())))
                 .collect::<Vec<_>>()
         });
         for result in results {
-            result?;
+            result.map_err(|error| error as Box<dyn std::error::Error>)?;
         }
         Ok(DONE)
     }
 
-    fn print(&self, shard: ShardId, stop: &ShutdownSignal) -> Result<(), Box<dyn std::error::Error>> {
+    fn print(&self, shard: ShardId, stop: &ShutdownSignal) -> Result<(), Failure> {
         let tail = towline::Tail { from: Lsn(self.from), follow: self.follow, ..towline::Tail::new(shard) };
         let mut failure = None;
         tail.read(super::tcp().as_ref(), &self.leader, stop, &mut |batch| {
