@@ -180,6 +180,11 @@ impl ShardState {
         progress
     }
 
+    /// A stream begins, and with it the leader of now tells where it stands: an earlier one may have been further.
+    pub(crate) fn begin_stream(&self, leader_head: Lsn) {
+        self.leader_head.store(leader_head.0, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_leader_head(&self, head: Lsn) {
         self.leader_head.fetch_max(head.0, Ordering::Relaxed);
     }

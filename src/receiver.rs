@@ -129,6 +129,7 @@ impl Receiver {
         if info.session_kind != SessionKind::Rebuild {
             self.own.ensure_applier()?;
         }
+        self.own.state.begin_stream(info.head);
         self.own.state.set_connected(true);
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));

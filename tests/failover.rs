@@ -14,11 +14,13 @@ use towline::target::fixed_store::FixedStoreOptions;
 use towline::target::{FixedStore, LogOnly, ReplicationTarget};
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, compare_logs, list_segments, scan_segment};
-use towline::wal::{Expected, LogWriter, batch};
+use towline::wal::{Expected, LogPosition, LogWriter, batch};
 use towline::wire::{
     CommonPoint, EpochEnd, EpochHistory, Message, SessionKind, ShardInfo, Sync, SyncRequest, VersionRange,
 };
-use towline::{Chain, Commit, Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, SessionId, ShardId};
+use towline::{
+    Chain, Commit, Epoch, Error, Follower, Leader, Lsn, Manifest, NodeId, Outcome, RefusalCode, SessionId, ShardId,
+};
 
 const S0: ShardId = ShardId(0);
 const A: u64 = 1;
@@ -41,6 +43,7 @@ over_both![
     an_epoch_has_one_leader,
     two_leaders_under_one_epoch_do_not_follow_each_other,
     a_follower_that_names_a_wrong_point_gains_nothing,
+    a_follower_tells_how_far_the_leader_of_now_is,
     a_leader_cannot_have_cut_what_was_not_agreed_on,
     a_diverged_follower_of_an_older_version_is_refused,
 ];
@@ -712,6 +715,59 @@ fn a_diverged_follower_of_an_older_version_is_refused(net: &Net) {
 
 /// A leader by hand that would have records cut: without asking where the logs part, at another point than was named,
 /// or under an epoch that is not newer.
+/// What a leader with this head answers a follower whose log is to go on at a place.
+fn catch_up_from(manifest: &Manifest, epoch: Epoch, head: Lsn, place: LogPosition) -> ShardInfo {
+    ShardInfo {
+        version: 2,
+        cluster: manifest.cluster,
+        node: manifest.node,
+        region: manifest.region,
+        shard: S0,
+        shard_count: 1,
+        segment_size: manifest.segment_size,
+        epoch,
+        tail: Lsn(1),
+        head,
+        session: SessionId(1),
+        session_kind: SessionKind::CatchUp,
+        start: place.lsn.next(),
+        target: head,
+        start_segment: place.segment,
+        start_offset: place.offset,
+        heartbeat_ms: 1000,
+        timeout_ms: 5000,
+        key_len: 0,
+        value_len: 0,
+        prefix_bits: 0,
+    }
+}
+
+fn a_follower_tells_how_far_the_leader_of_now_is(net: &Net) {
+    let (_parent, a, b) = directories();
+    let leader = lead(net, &a, A, 1);
+    let follower = follow(net, &b, B);
+    append(&mut leader.writer(S0).unwrap(), 40);
+    catch_up(&leader, &follower);
+    let (manifest, end) = (leader.manifest(), leader.log(S0).unwrap().position_before(Lsn(41)).unwrap());
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+
+    let listener = net.transport.listen(&net.address).unwrap();
+    let follower = net.node(&b).node_id(NodeId(B)).follow(&net.address, Arc::new(LogOnly)).unwrap();
+    // The first is lost with what it alone had, before it has sent any of that.
+    for (epoch, head) in [(1, Lsn(99)), (2, Lsn(40)), (2, Lsn(70))] {
+        let mut connection = listener.accept().unwrap();
+        connection.receiver.set_timeout(Some(common::PATIENCE)).unwrap();
+        assert!(matches!(connection.receiver.receive_message().unwrap(), Message::SyncRequest(_)));
+        let info = catch_up_from(&manifest, Epoch(epoch), head, end);
+        connection.sender.send_message(&info.into()).unwrap();
+        let following = || follower.status().shards[0].following.clone().unwrap();
+        until("the stream stands", || following().connected);
+        assert_eq!(following().leader_head, head);
+        connection.closer.close();
+    }
+}
+
 fn a_leader_cannot_have_cut_what_was_not_agreed_on(net: &Net) {
     let (_parent, a, b) = directories();
     let leader = lead(net, &a, A, 1);
@@ -740,29 +796,7 @@ fn a_leader_cannot_have_cut_what_was_not_agreed_on(net: &Net) {
             assert_eq!((common.lsn, common.chain), (places[point].lsn, places[point].chain));
             assert_eq!((common.tail_epoch, common.flags), (Epoch(1), 3));
         }
-        let info = ShardInfo {
-            version: 2,
-            cluster: manifest.cluster,
-            node: manifest.node,
-            region: manifest.region,
-            shard: S0,
-            shard_count: 1,
-            segment_size: manifest.segment_size,
-            epoch: Epoch(epoch),
-            tail: Lsn(1),
-            head: Lsn(99),
-            session: SessionId(1),
-            session_kind: SessionKind::CatchUp,
-            start: places[cut].lsn.next(),
-            target: Lsn(99),
-            start_segment: places[cut].segment,
-            start_offset: places[cut].offset,
-            heartbeat_ms: 1000,
-            timeout_ms: 5000,
-            key_len: 0,
-            value_len: 0,
-            prefix_bits: 0,
-        };
+        let info = catch_up_from(&manifest, Epoch(epoch), Lsn(99), places[cut]);
         connection.sender.send_message(&info.into()).unwrap();
         common::raw::read_to_end(&mut connection);
     }
