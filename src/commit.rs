@@ -201,7 +201,8 @@ pub struct FollowerMarks {
     applied: AtomicU64,
     /// When the last acknowledgement came, in milliseconds since the Unix epoch; 0 for never.
     acked_at_ms: AtomicU64,
-    /// Newest LSN handed to the stream. Written only by the shipper.
+    /// Newest LSN handed to the stream, each time that everything has been. Written by the shipper, and when a stream
+    /// begins.
     shipped: AtomicU64,
     /// The stream whose word these marks are, the newest. Written under the lock of whoever computes what is reached.
     stream: AtomicU64,
@@ -246,7 +247,7 @@ impl FollowerMarks {
         Lsn(mark.load(Ordering::Acquire))
     }
 
-    /// Newest LSN handed to its stream.
+    /// Newest LSN handed to its stream, as of when all that there was had been handed to it last.
     #[must_use]
     pub fn shipped(&self) -> Lsn {
         Lsn(self.shipped.load(Ordering::Relaxed))
@@ -521,6 +522,8 @@ impl Acknowledged {
         follower.stream.store(stream, Ordering::Relaxed);
         follower.set_counts(false);
         follower.set_marks(received, durable.min(received), applied.min(received), now_ms);
+        // What an earlier stream was handed, this one was not.
+        follower.set_shipped(received);
         follower.set_counts(!is_rebuild);
         self.compute(&one_at_a_time);
     }
@@ -710,6 +713,21 @@ mod tests {
         acknowledged.acknowledge(&follower, 3, [12, 11, 10].map(Lsn), 0);
         acknowledged.rebuilt(&follower, 3, Lsn(10), 0);
         assert_eq!(reached(&acknowledged), Lsn(11));
+    }
+
+    #[test]
+    fn what_was_shipped_is_of_the_present_stream() {
+        let acknowledged = Acknowledged::default();
+        let follower = follower(&acknowledged, 1);
+        acknowledged.stream_begins(&follower, 1, false, [4; 3].map(Lsn), 0);
+        assert_eq!(follower.shipped(), Lsn(4));
+        follower.set_shipped(Lsn(12));
+        acknowledged.acknowledge(&follower, 1, [9; 3].map(Lsn), 0);
+        assert_eq!(follower.shipped(), Lsn(12));
+        acknowledged.stream_begins(&follower, 2, false, [9; 3].map(Lsn), 0);
+        assert_eq!(follower.shipped(), Lsn(9));
+        acknowledged.stream_begins(&follower, 3, true, [9; 3].map(Lsn), 0);
+        assert_eq!(follower.shipped(), Lsn::ZERO);
     }
 
     #[test]

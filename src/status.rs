@@ -310,7 +310,8 @@ impl ShardStatus {
                     FollowerStatus {
                         node: replica.node,
                         connected: marks.is_some_and(|marks| marks.is_connected()),
-                        shipped: marks.map_or(Lsn::ZERO, |marks| marks.shipped()),
+                        // The mark moves when all has been handed over, which behind a busy writer may take long.
+                        shipped: marks.map_or(Lsn::ZERO, |marks| marks.shipped()).max(at(AckLevel::Received)),
                         received: at(AckLevel::Received),
                         durable: at(AckLevel::Durable),
                         applied: at(AckLevel::Applied),
