@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
-use crate::error::{Error, Result};
+use crate::error::{Error, RefusalCode, Result};
 use crate::limits::{MAX_PATIENCE_MS, SEGMENT_HEADER_LEN};
 use crate::receiver::{exchange, refusal};
 use crate::shutdown::ShutdownSignal;
@@ -40,13 +40,15 @@ impl Tail {
 
     /// Gives every batch from [`from`](Self::from) on to `on_batch`, in order, each verified against the chain. The
     /// first batch may begin before `from` if it holds it. Connections that fail are made again, with growing waits,
-    /// and reading goes on where it was. Ends when everything asked for is read, when `on_batch` breaks, or when
-    /// `stop` is given. Returns the last LSN read.
+    /// and reading goes on where it was, in what must still be the same log there, unless what was read last has been
+    /// given up meanwhile. Ends when everything asked for is read, when `on_batch` breaks, or when `stop` is given.
+    /// Returns the last LSN read.
     ///
     /// # Errors
     ///
-    /// What trying again cannot mend: a refusal, a name that does not resolve, a protocol violation. And what has kept the node
-    /// from being reached at first, after [`timeout`](Self::timeout).
+    /// What trying again cannot mend: a refusal, a name that does not resolve, a protocol violation;
+    /// [`Error::ChainMismatch`] if the log has another history now than what was read of it, as where records that the next
+    /// leader never had were cut. And what has kept the node from being reached at first, after [`timeout`](Self::timeout).
     pub fn read(
         &self,
         transport: &dyn Transport,
@@ -54,7 +56,7 @@ impl Tail {
         stop: &ShutdownSignal,
         on_batch: &mut dyn FnMut(&Batch<'_>) -> ControlFlow<()>,
     ) -> Result<Lsn> {
-        let mut reading = Reading { tail: self, last: self.from.previous(), target: None, done: false };
+        let mut reading = Reading { tail: self, last: self.from.previous(), chain: None, target: None, done: false };
         let seed = u64::from(std::process::id());
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30), seed);
         let at_first = Instant::now();
@@ -65,6 +67,11 @@ impl Tail {
                 return Ok(reading.last);
             }
             let Err(error) = result else { continue };
+            if matches!(error, Error::Refused { code: RefusalCode::NotRetained, .. }) && reading.chain.take().is_some()
+            {
+                // What was read last may have been given up since, and what follows it not.
+                continue;
+            }
             let has_no_name = error.is_unresolved() && reading.last == self.from.previous();
             let is_nowhere = !self.follow && reading.target.is_none() && at_first.elapsed() >= self.timeout;
             if error.is_permanent() || has_no_name || is_nowhere || matches!(error, Error::Protocol { .. }) {
@@ -84,6 +91,8 @@ impl Tail {
 struct Reading<'a> {
     tail: &'a Tail,
     last: Lsn,
+    /// The chain there, if anything has been read that another stream can be compared with.
+    chain: Option<Chain>,
     target: Option<Lsn>,
     done: bool,
 }
@@ -110,7 +119,12 @@ impl Reading<'_> {
         let Connection { peer, mut sender, mut receiver, closer } =
             transport.connect_until(address, self.tail.timeout, stop)?;
         let _close_at_stop = stop.on_shutdown(move || closer.close());
-        let from = if self.last == Lsn::ZERO { self.tail.from } else { self.last.next() };
+        let from = match self.chain {
+            // Once more, to see that it is still the same log.
+            Some(_) => self.last,
+            None if self.last == Lsn::ZERO => self.tail.from,
+            None => self.last.next(),
+        };
         let request = request_for(Purpose::Tail, self.tail.shard, from);
         let info = exchange(&peer, sender.as_mut(), receiver.as_mut(), request, self.tail.timeout)?;
         if !crate::wal::segment::is_valid_size(info.segment_size) {
@@ -181,9 +195,10 @@ impl Reading<'_> {
             let Some(header) = gathered.verify_next(peer, used)? else { break };
             let (len, sealing) = (usize::try_from(header.total_len()).unwrap_or(usize::MAX), header.is_sealing());
             let whole = gathered.bytes.get(used..used + len).unwrap_or_default();
+            self.check_history(peer, &header)?;
             // What a stream begins with may be before what is wanted.
             if let Some((batch, _)) = Batch::split_off(header, whole).filter(|_| header.last_lsn() > self.last) {
-                self.last = header.last_lsn();
+                (self.last, self.chain) = (header.last_lsn(), Some(header.crc));
                 flow = on_batch(&batch);
             }
             used += len;
@@ -196,6 +211,21 @@ impl Reading<'_> {
         gathered.offset += used as u64;
         gathered.bytes.drain(..used);
         Ok(flow)
+    }
+}
+
+impl Reading<'_> {
+    /// Whether a batch of another stream that holds the last record read is the one that it was read in.
+    fn check_history(&self, peer: &str, header: &BatchHeader) -> Result<()> {
+        let (last, theirs) = (self.last, header.crc);
+        let holds_last = header.first_lsn <= last && last <= header.last_lsn();
+        match self.chain.filter(|&own| holds_last && (own, last) != (theirs, header.last_lsn())) {
+            Some(own) => {
+                let (peer, shard) = (peer.to_owned(), self.tail.shard);
+                Err(Error::ChainMismatch { peer, shard, lsn: last, own: Some(own), theirs })
+            }
+            None => Ok(()),
+        }
     }
 }
 

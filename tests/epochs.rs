@@ -4,20 +4,25 @@
 
 mod common;
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::net::Net;
 use common::raw::{ask, follow_request, refused};
 use common::{append, catch_up, directories, until, writers};
+use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use towline::tail::ask_topology;
 use towline::target::{FixedStore, FixedStoreOptions, LogOnly, ReplicationTarget};
 use towline::transport::{Closer, Connection, Listener, Transport};
 use towline::wire::Message;
-use towline::{Epoch, Error, Follower, Leader, NodeId, Outcome, RefusalCode, Result, ShardId};
+use towline::{
+    Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, Result, ShardId, ShutdownSignal, Tail,
+};
 
 const S0: ShardId = ShardId(0);
 
@@ -229,6 +234,90 @@ fn an_answer_of_an_older_epoch_ends_the_stream_and_not_the_follower() {
     forwards.join().unwrap();
     catch_up(&new, &follower);
     follower.shutdown().unwrap();
+}
+
+/// Reads a log over streams that go where `switch` says, and gives each record as it comes.
+fn read_on(switch: &Arc<Switch>, stop: &ShutdownSignal) -> (JoinHandle<Result<Lsn>>, Receiver<Lsn>) {
+    let (to, read) = crossbeam_channel::unbounded();
+    let (switch, stop) = (Arc::clone(switch), stop.clone());
+    let reader = std::thread::spawn(move || {
+        let tail = Tail { follow: true, ..Tail::new(S0) };
+        tail.read(switch.as_ref(), "whoever leads", &stop, &mut |batch| {
+            batch.records().for_each(|record| to.send(record.lsn).unwrap());
+            ControlFlow::Continue(())
+        })
+    });
+    (reader, read)
+}
+
+/// Takes records up to an LSN, which come in order.
+fn take_until(read: &Receiver<Lsn>, mut due: Lsn, last: Lsn) {
+    while due <= last {
+        assert_eq!(read.recv_timeout(common::PATIENCE).unwrap(), due);
+        due = due.next();
+    }
+}
+
+#[test]
+fn a_reader_goes_on_only_where_the_log_is_the_one_that_it_has_read() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let (old, new) = old_and_new(&net, &a, &b);
+    old.shutdown().unwrap();
+    let old = net.node(&a).lead("old").unwrap();
+    let (mut of_old, mut of_new) = (old.writer(S0).unwrap(), new.writer(S0).unwrap());
+    let (switch, stop) = (Switch::new(&net, |_| "old".to_owned()), ShutdownSignal::new());
+    let (reader, read) = read_on(&switch, &stop);
+    take_until(&read, Lsn(1), Lsn(5));
+    let goes_to_new = || {
+        switch.goes_to("new");
+        switch.closers.lock().last().unwrap().close();
+    };
+    // The new leader's log goes on from what was read.
+    goes_to_new();
+    append(&mut of_new, 2);
+    take_until(&read, Lsn(6), Lsn(7));
+    stop.shutdown();
+    assert_eq!(reader.join().unwrap().unwrap(), Lsn(7));
+
+    // The old leader's last records are not in it.
+    for _ in 0..2 {
+        of_old.append(b"nobody else has this").unwrap();
+    }
+    append(&mut of_new, 5);
+    switch.goes_to("old");
+    let stop = ShutdownSignal::new();
+    let (reader, read) = read_on(&switch, &stop);
+    take_until(&read, Lsn(1), Lsn(7));
+    goes_to_new();
+    until("the reader has noticed", || reader.is_finished());
+    let ended = reader.join().unwrap();
+    assert!(matches!(ended, Err(Error::ChainMismatch { lsn: Lsn(7), .. })), "{ended:?}");
+    assert_eq!(read.try_recv().ok(), None, "nothing of another history is handed out");
+}
+
+#[test]
+fn a_reader_whose_last_record_is_given_up_meanwhile_goes_on_behind_it() {
+    let net = Net::in_process();
+    let (_parent, a, _) = directories();
+    let leader = net.node(&a).segment_size(common::SEGMENT).min_wal_bytes(0).lead("old").unwrap();
+    let (switch, stop) = (Switch::new(&net, |_| "old".to_owned()), ShutdownSignal::new());
+    let (reader, read) = read_on(&switch, &stop);
+    let (log, mut writer) = (leader.log(S0).unwrap(), leader.writer(S0).unwrap());
+    // Each record fills a segment.
+    let mut append_one = || writer.append(&[7; 60_000]).unwrap();
+    let first = append_one();
+    take_until(&read, Lsn(1), first);
+    switch.goes_to("nobody");
+    switch.closers.lock().last().unwrap().close();
+    append_one();
+    let last = append_one();
+    log.wait_synced(last, Some(common::deadline())).unwrap();
+    assert_eq!(log.release_through(first, "test").unwrap(), 1);
+    switch.goes_to("old");
+    take_until(&read, Lsn(2), last);
+    stop.shutdown();
+    assert_eq!(reader.join().unwrap().unwrap(), last);
 }
 
 #[test]
