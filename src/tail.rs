@@ -236,6 +236,12 @@ impl Gathered {
         receiver.receive_exact(&mut fields)?;
         let header = WalDataHeader::decode(&fields).map_err(|error| error.from_peer(peer))?;
         let have = self.bytes.len() as u64;
+        let is_empty = self.offset == SEGMENT_HEADER_LEN && have == 0;
+        let is_of_this = self.segment.is_none_or(|segment| segment.id.first_lsn == header.segment);
+        if is_empty && is_of_this && header.offset == 0 {
+            // A segment without batches gives way to one of a newer epoch that begins with the same LSN.
+            self.offset = 0;
+        }
         if header.offset != self.offset + have {
             let due = self.offset + have;
             return Err(Error::protocol(peer, format!("bytes from offset {} came where {due} is due", header.offset)));

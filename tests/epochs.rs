@@ -18,10 +18,12 @@ use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use towline::tail::ask_topology;
 use towline::target::{FixedStore, FixedStoreOptions, LogOnly, ReplicationTarget};
-use towline::transport::{Closer, Connection, Listener, Transport};
-use towline::wire::Message;
+use towline::transport::{Body, Closer, Connection, Listener, Transport};
+use towline::wal::{Expected, SegmentHeader, batch};
+use towline::wire::{FrameKind, Message, ShardInfo, WalDataHeader};
 use towline::{
-    Epoch, Error, Follower, Leader, Lsn, NodeId, Outcome, RefusalCode, Result, ShardId, ShutdownSignal, Tail,
+    Chain, Epoch, Error, Follower, HybridTimestamp, Leader, Lsn, NodeId, Outcome, RefusalCode, Result, ShardId,
+    ShutdownSignal, Tail, WalSegmentId,
 };
 
 const S0: ShardId = ShardId(0);
@@ -318,6 +320,45 @@ fn a_reader_whose_last_record_is_given_up_meanwhile_goes_on_behind_it() {
     take_until(&read, Lsn(2), last);
     stop.shutdown();
     assert_eq!(reader.join().unwrap().unwrap(), last);
+}
+
+/// A segment without batches is begun anew with the first record of the next epoch, under the eyes of a reader.
+#[test]
+fn a_reader_goes_on_where_an_empty_segment_is_begun_anew() {
+    let net = Net::in_process();
+    let (_parent, a, _) = directories();
+    let leader = net.node(&a).segment_size(common::SEGMENT).lead("leader").unwrap();
+    let info = ask_topology(net.transport.as_ref(), "leader", common::PATIENCE).unwrap();
+    let listener = net.transport.listen("follower").unwrap();
+    let manifest = leader.manifest();
+    let serves = std::thread::spawn(move || {
+        let mut connection = listener.accept().unwrap();
+        connection.receiver.receive_message().unwrap();
+        let info = ShardInfo { head: Lsn(1), start: Lsn(1), start_segment: Lsn(1), ..info };
+        connection.sender.send_message(&info.into()).unwrap();
+        let chain_before = Chain::genesis(manifest.cluster, manifest.region, S0);
+        let id = WalSegmentId { region: manifest.region, shard: S0, first_lsn: Lsn(1) };
+        let place = WalDataHeader { segment: Lsn(1), offset: 0 }.to_bytes();
+        for (epoch, records) in [(Epoch(1), &[][..]), (Epoch(2), &[&b"a record"[..]][..])] {
+            let (cluster, segment_size) = (manifest.cluster, manifest.segment_size);
+            let header = SegmentHeader { id, cluster, epoch, chain_before, segment_size, version: 3 };
+            let mut bytes = header.encode().to_vec();
+            if !records.is_empty() {
+                let at = Expected { first_lsn: Lsn(1), chain: chain_before, epoch };
+                bytes.extend(batch::build(at, HybridTimestamp::default(), Lsn::ZERO, records));
+            }
+            connection.sender.send(FrameKind::WalData, 0, &place, Body::Bytes(&bytes)).unwrap();
+        }
+        // Until the reader hangs up.
+        while connection.receiver.receive_message().is_ok() {}
+    });
+    let mut read = Vec::new();
+    let last = Tail::new(S0).read(net.transport.as_ref(), "follower", &ShutdownSignal::new(), &mut |batch| {
+        read.extend(batch.records().map(|record| (batch.header.epoch, record.bytes.to_vec())));
+        ControlFlow::Continue(())
+    });
+    assert_eq!((last.unwrap(), read), (Lsn(1), vec![(Epoch(2), b"a record".to_vec())]));
+    serves.join().unwrap();
 }
 
 #[test]
