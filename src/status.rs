@@ -87,7 +87,7 @@ pub struct ShardStatus {
     pub reason: Option<Reason>,
     /// Holds on its log, in the order in which they were taken.
     pub pins: Vec<PinStatus>,
-    /// The failure that made it read-only, if any.
+    /// The failure that made it read-only, if any; of a deposed leader, that another leads.
     pub poison: Option<String>,
     /// On a follower: how following goes.
     pub following: Option<FollowingStatus>,
@@ -291,7 +291,7 @@ impl ShardStatus {
             mode: projection.mode,
             reason: projection.reason,
             pins: retention.pins(),
-            poison: log.poison().map(str::to_owned),
+            poison: log.read_only_reason(),
             scrub: log.scrub_status(),
             following: shard.following.as_ref().map(|state| FollowingStatus {
                 connected: state.is_connected(),

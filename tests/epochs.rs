@@ -385,6 +385,9 @@ fn a_deposed_leader_lets_go_of_its_followers_and_takes_no_others() {
     assert_eq!(follower.manifest().epoch, Epoch(1));
     assert!(!follower.stop_signal().is_shutdown(), "it waits for who leads now");
     follower.shutdown().unwrap();
+    let status = leader.status();
+    let read_only = status.shards[0].poison.as_deref().unwrap();
+    common::assert_says(read_only, &["epoch 1 is over"]);
     assert!(matches!(leader.shutdown(), Err(Error::StaleEpoch { .. })));
 }
 

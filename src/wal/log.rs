@@ -376,6 +376,15 @@ impl Log {
         }
     }
 
+    /// Why nothing is appended any more although the log is open: a failure, or that its leader was deposed.
+    pub(crate) fn read_only_reason(&self) -> Option<String> {
+        match self.end_reason.get()? {
+            EndReason::Poisoned(reason) => Some(reason.clone()),
+            EndReason::Deposed { .. } => Some(self.end_reason().to_string()),
+            EndReason::Closed => None,
+        }
+    }
+
     fn end_for(&self, reason: EndReason) {
         let _ = self.end_reason.set(reason);
         self.ended.advance(Lsn(1));
