@@ -227,8 +227,6 @@ pub struct Follower {
 
 impl Follower {
     pub(crate) fn start(builder: NodeBuilder, leader: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
-        builder.check_times()?;
-        builder.check_identity()?;
         let transport = builder.make_transport();
         let stop = builder.abort_signal().child();
         let directory = match crate::data_dir::DataDir::open(&builder.directory)? {
@@ -341,6 +339,7 @@ impl Follower {
             awaits_leader: manifest.own_epoch || is_of_older_term,
             gives_way: false,
             interrupted: None,
+            told_applied: Lsn::ZERO,
         };
         if !own.awaits_leader {
             own.ensure_applier()?;

@@ -68,6 +68,8 @@ pub(crate) struct FollowerShard {
     pub(crate) gives_way: bool,
     /// What the leader has been told that another rebuild can go on with.
     pub(crate) interrupted: Option<Interrupted>,
+    /// Up to where the leader has been told that records are applied. The applier may have gone on since.
+    pub(crate) told_applied: Lsn,
 }
 
 /// Up to where a shard's target has applied its log.

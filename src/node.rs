@@ -302,8 +302,9 @@ impl NodeBuilder {
         self
     }
 
-    /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning, and the others that the
-    /// directory remembers are forgotten. Default: whoever of the same cluster asks may follow, and is remembered.
+    /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning, and the
+    /// others that the directory remembers are forgotten. Default: whoever of the same cluster asks may follow, and is
+    /// remembered.
     #[must_use]
     pub fn followers(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
         self.members = Some(nodes.into_iter().collect());
@@ -426,9 +427,22 @@ impl NodeBuilder {
         })
     }
 
-    /// Refuses times of zero that would have threads go round without end, or nobody ever be in time.
-    pub(crate) fn check_times(&self) -> Result<()> {
+    /// Refuses settings that have no meaning, before anything is made with them: an identity that nobody can have, numbers of
+    /// nothing, and times of zero that would have threads go round without end, or nobody ever be in time.
+    fn check_meaning(&self) -> Result<()> {
         let options = &self.options;
+        if self.node == Some(NodeId(0)) {
+            let reason = "node id 0 means that none is assigned; give the node another, or leave it out";
+            return Err(Error::invalid(reason));
+        }
+        let counts = [
+            ("max_connections", options.max_connections),
+            ("max_connections_per_address", options.max_connections_per_address.unwrap_or(1)),
+            ("max_rebuilds", options.max_rebuilds),
+        ];
+        if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return Err(Error::invalid(format!("{name} of 0: a node needs more than none")));
+        }
         let scrubs_every = if options.scrub.bytes_per_second > 0 { options.scrub.every } else { Duration::MAX };
         let times = [
             ("a heartbeat", options.heartbeat),
@@ -441,16 +455,6 @@ impl NodeBuilder {
             Some((what, _)) => Err(Error::invalid(format!("{what} of zero has no meaning; give it a length"))),
             None => Ok(()),
         }
-    }
-
-    /// Refuses an identity that nobody can have, before anything is made with it.
-    pub(crate) fn check_identity(&self) -> Result<()> {
-        if self.node == Some(NodeId(0)) {
-            return Err(Error::invalid(
-                "node id 0 means that none is assigned; give the node another, or leave it out",
-            ));
-        }
-        Ok(())
     }
 
     /// The same of an epoch and of followers, for whoever is to lead as this node.
@@ -470,8 +474,6 @@ impl NodeBuilder {
     /// Opens the directory, or makes it as a new leader's. It does not lead under any epoch yet.
     pub(crate) fn open_as_leader(&self) -> Result<DataDir> {
         check_shard_count(self.shards.unwrap_or(1))?;
-        self.check_times()?;
-        self.check_identity()?;
         self.check_leadership(self.node)?;
         let directory = match DataDir::open(&self.directory)? {
             Some(directory) => directory,
@@ -512,25 +514,6 @@ impl NodeBuilder {
         let other =
             fixed.into_iter().find_map(|(what, asked, found)| Some((what, asked.filter(|&it| it != found)?, found)));
         other.map_or(Ok(()), |(what, asked, found)| Err(differs(what, asked.to_string(), found.to_string())))
-    }
-
-    /// Refuses settings that have no meaning.
-    pub(crate) fn check_meaning(&self) -> Result<()> {
-        let options = &self.options;
-        let counts = [
-            ("max_connections", options.max_connections),
-            ("max_connections_per_address", options.max_connections_per_address.unwrap_or(1)),
-            ("max_rebuilds", options.max_rebuilds),
-        ];
-        let times = [
-            ("heartbeat", options.heartbeat),
-            ("peer_timeout", options.peer_timeout),
-            ("handshake_timeout", options.handshake_timeout),
-        ];
-        let counts = counts.into_iter().filter_map(|(name, count)| (count == 0).then_some(name));
-        let times = times.into_iter().filter_map(|(name, time)| time.is_zero().then_some(name));
-        let nothing = counts.chain(times).next();
-        nothing.map_or(Ok(()), |name| Err(Error::invalid(format!("{name} of 0: a node needs more than none"))))
     }
 
     /// Where applying begins: what the target knows of itself, else what the checkpoint says. A target whose rebuild was

@@ -208,6 +208,7 @@ impl Receiver {
         let kept = self.own.find_interrupted()?.map_or(0, |_| SyncRequest::REBUILD_KEPT);
         let applied = if is_incomplete { Lsn::ZERO } else { self.own.applied.load() };
         let touched = if is_incomplete { Lsn::ZERO } else { self.own.touched()? };
+        self.own.told_applied = applied;
         let shard = self.own.shard;
         let writer = self.own.writer()?;
         let end = writer.end();

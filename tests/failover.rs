@@ -9,14 +9,17 @@ use std::sync::Arc;
 
 use common::net::Net;
 use common::raw::{ask_parting, follow_request, nothing_shared};
-use common::{append, assert_identical, catch_up, deadline, directories, record, records_of, until};
+use common::{Checked, append, assert_identical, catch_up, deadline, directories, record, records_of, until};
+use parking_lot::Mutex;
 use towline::target::fixed_store::FixedStoreOptions;
 use towline::target::{FixedStore, LogOnly, ReplicationTarget};
+use towline::transport::{Connection, Listener};
 use towline::types::shard_directory_name;
 use towline::wal::scan::{Relation, compare_logs, list_segments, scan_segment};
-use towline::wal::{Expected, LogPosition, LogWriter, batch};
+use towline::wal::{Expected, LogPosition, LogWriter, Record, batch};
 use towline::wire::{
-    CommonPoint, EpochEnd, EpochHistory, Message, SessionKind, ShardInfo, Sync, SyncRequest, VersionRange,
+    CommonPoint, EpochEnd, EpochHistory, Message, SessionAction, SessionControl, SessionKind, ShardInfo, Sync,
+    SyncRequest, VersionRange,
 };
 use towline::{
     Chain, Commit, Epoch, Error, Follower, Leader, Lsn, Manifest, NodeId, Outcome, RefusalCode, SessionId, ShardId,
@@ -44,6 +47,7 @@ over_both![
     two_leaders_under_one_epoch_do_not_follow_each_other,
     a_follower_that_names_a_wrong_point_gains_nothing,
     a_follower_tells_how_far_the_leader_of_now_is,
+    a_follower_that_went_on_applying_before_its_rebuild_asks_again,
     a_leader_cannot_have_cut_what_was_not_agreed_on,
     a_diverged_follower_of_an_older_version_is_refused,
 ];
@@ -766,6 +770,87 @@ fn a_follower_tells_how_far_the_leader_of_now_is(net: &Net) {
         assert_eq!(following().leader_head, head);
         connection.closer.close();
     }
+}
+
+/// Applies nothing while its gate is shut.
+struct Gated {
+    inner: Arc<Checked>,
+    gate: Mutex<()>,
+}
+
+impl ReplicationTarget for Gated {
+    fn durable_applied(&self, shard: ShardId) -> towline::Result<Option<Lsn>> {
+        self.inner.durable_applied(shard)
+    }
+
+    fn apply(&self, shard: ShardId, record: Record<'_>) -> towline::Result<()> {
+        let _open = self.gate.lock();
+        self.inner.apply(shard, record)
+    }
+
+    fn sync(&self, shard: ShardId) -> towline::Result<()> {
+        self.inner.sync(shard)
+    }
+}
+
+/// A log that outgrows its bound leaves a follower behind whose log has what its target is still to apply. By the time that
+/// its rebuild begins, that has been applied, and is more than the base has.
+fn a_follower_that_went_on_applying_before_its_rebuild_asks_again(net: &Net) {
+    let (_parent, a, b) = directories();
+    let leader = lead(net, &a, A, 1);
+    let target = Arc::new(Gated { inner: Checked::new(1), gate: Mutex::new(()) });
+    let shut = target.gate.lock();
+    let follow = || net.node(&b).node_id(NodeId(B)).follow(&net.address, Arc::clone(&target) as _).unwrap();
+    let follower = follow();
+    append(&mut leader.writer(S0).unwrap(), 40);
+    common::reach(follower.log(S0).unwrap().written(), Lsn(40), "receiving");
+    let (manifest, end) = (leader.manifest(), leader.log(S0).unwrap().position_before(Lsn(41)).unwrap());
+    leader.shutdown().unwrap();
+
+    let listener: Arc<dyn Listener> = Arc::from(net.transport.listen(&net.address).unwrap());
+    let closing = Arc::clone(&listener);
+    let _nobody_is_waited_for = follower.stop_signal().on_shutdown(move || closing.close());
+    let accept = || {
+        let mut connection = listener.accept().unwrap();
+        connection.receiver.set_timeout(Some(common::PATIENCE)).unwrap();
+        let Message::SyncRequest(request) = connection.receiver.receive_message().unwrap() else {
+            panic!("no request")
+        };
+        assert_eq!(request.received, Lsn(40));
+        (connection, request.applied)
+    };
+    let rebuild = |connection: &mut Connection| {
+        let info = catch_up_from(&manifest, Epoch(1), Lsn(50), end);
+        let info = ShardInfo { session_kind: SessionKind::Rebuild, start: Lsn::ZERO, ..info };
+        connection.sender.send_message(&info.into()).unwrap();
+        let start = SessionControl {
+            session: info.session,
+            epoch: info.epoch,
+            action: SessionAction::Start,
+            kind: SessionKind::Rebuild,
+            base_lsn: Lsn(20),
+            target: info.target,
+            log_start: Lsn(1),
+            block_len: 0,
+            block_count: 0,
+        };
+        connection.sender.send_message(&start.into()).unwrap();
+        common::raw::read_to_end(connection);
+    };
+    let (mut connection, applied) = accept();
+    assert_eq!(applied, Lsn::ZERO);
+    drop(shut);
+    common::reach(follower.applied(S0).unwrap(), Lsn(40), "applying");
+    rebuild(&mut connection);
+    // Told of all that is here, a leader whose base has less cannot have it replaced.
+    let (mut connection, applied) = accept();
+    assert_eq!(applied, Lsn(40));
+    rebuild(&mut connection);
+    until("it has ended", || follower.stop_signal().is_shutdown());
+    let ended = follower.wait();
+    assert!(matches!(ended, Err(Error::Invalid { .. })), "{ended:?}");
+    follower.shutdown().unwrap();
+    assert_records(&b, S0, 40);
 }
 
 fn a_leader_cannot_have_cut_what_was_not_agreed_on(net: &Net) {

@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 
 use crate::ack_lane::AckLane;
 use crate::epoch_fence::StreamUnder;
-use crate::error::{Error, Result};
+use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
 use crate::limits::MAX_BASE_DATA_LEN;
@@ -89,6 +89,7 @@ impl Intake {
     /// # Errors
     ///
     /// What ended the stream; [`Error::Invalid`] if what is here is newer than the base, and then nothing has changed.
+    /// [`Error::Refused`] if it only became so since the leader was told what is here: it is to be told again.
     pub(crate) fn take_on(
         own: &mut FollowerShard,
         info: &ShardInfo,
@@ -127,8 +128,11 @@ impl Intake {
             intake.tells_making_durable = info.version >= ProtocolVersion::V2.to_wire();
         }
         if let Err(error) = &taken {
-            let reason =
-                if error.is_corruption() { SessionFailure::LocalBaseCorrupt } else { SessionFailure::BaseUnavailable };
+            let reason = match error {
+                Error::Refused { code: RefusalCode::Superseded, .. } => SessionFailure::Superseded,
+                error if error.is_corruption() => SessionFailure::LocalBaseCorrupt,
+                _ => SessionFailure::BaseUnavailable,
+            };
             let _ = sender.send_message(&failure_of(reason));
         }
         taken
@@ -148,6 +152,15 @@ impl Intake {
         if is_newer && own.gives_way {
             log::warn!("shard {shard}: what was applied up to LSN {here} is not the leader's, and is given up");
             own.target().give_up(shard)?;
+        } else if is_newer && here > own.told_applied {
+            // It was decided by less than is here now: as long as its log lasted, the applier went on. With this much the
+            // log may do.
+            let (told, base_lsn) = (own.told_applied, base.base_lsn);
+            let reason = format!(
+                "a rebuild from LSN {base_lsn} was to begin, and LSN {here} has been applied since the leader was told of \
+                 LSN {told}"
+            );
+            return Err(Error::Refused { peer: "this node".to_owned(), code: RefusalCode::Superseded, reason });
         } else if is_newer {
             return Err(Error::invalid(format!(
                 "shard {shard} has applied LSN {here}, which is newer than the offered base at LSN {}; nothing was \
