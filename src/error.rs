@@ -60,7 +60,8 @@ pub enum Error {
         /// Why, as a sentence that says what to do.
         reason: String,
     },
-    /// Another process uses the data directory.
+    /// The directory is in use: by another process, or by something of this one that has not been dropped yet, such as a
+    /// [`LogWriter`](crate::wal::LogWriter) that outlives its [`Leader`](crate::Leader).
     InUse {
         /// The directory.
         path: PathBuf,
@@ -321,7 +322,12 @@ impl fmt::Display for Error {
             Error::Protocol { peer, reason } => write!(f, "{peer} broke the protocol: {reason}"),
             Error::Refused { peer, reason, .. } => write!(f, "{peer} refused: {reason}"),
             Error::InUse { path } => {
-                write!(f, "{} is in use by another process; stop it or choose another directory", path.display())
+                write!(
+                    f,
+                    "{} is in use, by another process or by a leader, follower, log writer or store of this one; stop it or \
+                     choose another directory",
+                    path.display()
+                )
             }
             Error::Mismatch { path, reason } => write!(f, "{}: {reason}", path.display()),
             Error::RecordTooLarge { len, max } => write!(

@@ -178,15 +178,24 @@ impl Leader {
         self.manifest().shard_count
     }
 
-    /// The one writer of a shard. It is handed out once; whoever wants several threads to append to one shard puts it
-    /// behind a lock.
+    /// The one writer of a shard. It is handed out once, and dropping it does not give it back: from then on nobody can
+    /// append to the shard until the node is started again. So keep it as long as the leader; whoever wants several
+    /// threads to append to one shard puts it behind a lock.
+    ///
+    /// A writer that outlives the leader appends nothing any more ([`Error::ShutDown`]), and keeps the shard's directory in
+    /// use until it is dropped: opening that gives [`Error::InUse`], in this process too.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if there is no such shard, or its writer was handed out before.
     pub fn writer(&self, shard: ShardId) -> Result<LogWriter> {
         self.server.shard(shard)?;
-        let taken = || Error::invalid(format!("the writer of shard {shard} has been handed out before"));
+        let taken = || {
+            Error::invalid(format!(
+                "the writer of shard {shard} has been handed out before, and there is one until the node is started again; \
+                 keep it, and share it behind a lock"
+            ))
+        };
         self.writers.lock().get_mut(usize::from(shard.0)).and_then(Option::take).ok_or_else(taken)
     }
 

@@ -128,7 +128,7 @@ fn failures_end_with_1_and_name_their_thing() {
     }
     let in_use = Node::builder(&directory).lead("127.0.0.1:0").unwrap();
     let (code, _, err) = outcome(&run(&["leader", "--dir", arg(&directory), "--listen", "127.0.0.1:0"]));
-    assert!(code == 1 && err.contains("in use by another process"), "{code}: {err}");
+    assert!(code == 1 && err.contains("in use, by another process"), "{code}: {err}");
     drop(in_use);
 }
 

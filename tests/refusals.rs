@@ -55,7 +55,10 @@ fn a_directory_stays_what_it_was_made_as() {
 
     let in_use = make().lead("127.0.0.1:0").unwrap_err();
     assert!(matches!(in_use, Error::InUse { .. }), "{in_use}");
-    assert_says(&in_use.to_string(), &[directory.to_str().unwrap(), "in use by another process", "stop it"]);
+    assert_says(
+        &in_use.to_string(),
+        &[directory.to_str().unwrap(), "in use, by another process or by a leader", "stop it"],
+    );
     leader.shutdown().unwrap();
 
     let named = directory.to_str().unwrap();
@@ -135,6 +138,32 @@ fn times_of_zero_are_refused() {
         }
         assert!(!directory.exists());
     }
+}
+
+#[test]
+fn a_writer_is_handed_out_once_and_holds_its_directory_longer_than_the_leader() {
+    let (_parent, directory, _) = directories();
+    let make = || Node::builder(&directory).shards(2).segment_size(SEGMENT).lead("127.0.0.1:0");
+    let leader = make().unwrap();
+    drop(leader.writer(ShardId(1)).unwrap());
+    assert_says(
+        &leader.writer(ShardId(1)).unwrap_err().to_string(),
+        &["shard 1", "handed out before", "behind a lock"],
+    );
+
+    let mut writer = leader.writer(S0).unwrap();
+    append(&mut writer, 10);
+    leader.shutdown().unwrap();
+    assert!(writer.append(b"too late").unwrap_err().is_shutdown());
+    let error = make().unwrap_err();
+    assert!(matches!(error, Error::InUse { .. }), "{error}");
+    assert_says(&error.to_string(), &["shard-0000", "by another process or by a leader", "log writer", "of this one"]);
+
+    drop(writer);
+    let leader = make().unwrap();
+    append(&mut leader.writer(S0).unwrap(), 20);
+    append(&mut leader.writer(ShardId(1)).unwrap(), 10);
+    leader.shutdown().unwrap();
 }
 
 #[test]
