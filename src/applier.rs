@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::follower_shard::AppliedMark;
 use crate::rebuild::RebuildSession;
 use crate::shutdown::ShutdownSignal;
@@ -104,6 +104,6 @@ impl Applier {
                 return if rebuild.active() { rebuild.apply_log_entry(batch).map(|()| true) } else { Ok(false) };
             }
         }
-        self.target.apply_batch(self.shard, batch).map(|()| true)
+        self.target.apply_batch(self.shard, batch).map(|()| true).map_err(Error::of_target(self.shard))
     }
 }

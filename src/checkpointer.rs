@@ -207,7 +207,7 @@ impl Checkpointer {
                     Ok(()) => applied = reached.min(synced),
                     // The other shards' checkpoints do not wait for this one's.
                     Err(error) => {
-                        log::error!("shard {id}: the target did not sync: {error}");
+                        log::error!("syncing for the checkpoint: {error}");
                         (self.sync_failed)(id, error);
                         shard.applied = None;
                     }

@@ -1,18 +1,20 @@
 //! What can go wrong, kept apart by whose fault it is: the disk is damaged, I/O failed, the peer misbehaved, the peer
-//! refused, the caller is wrong, the node is stopping.
+//! refused, the target failed, the caller is wrong, the node is stopping.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::types::{Chain, Epoch, Lsn, ShardId};
 
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something could not be done. Every variant names the thing it is about, and prints as one plain sentence.
-#[derive(Debug)]
+/// Why something could not be done. Every variant names the thing it is about, and prints as one plain sentence. What one
+/// failure ends can be told to everybody who asks: clones share what the operating system, or a target, said.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// A file system operation failed.
@@ -22,7 +24,7 @@ pub enum Error {
         /// To which file or directory.
         path: PathBuf,
         /// What the operating system said.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// A network operation failed, or the peer went away.
     Network {
@@ -31,7 +33,7 @@ pub enum Error {
         /// The peer's address or name.
         peer: String,
         /// What the operating system said.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// Data on disk is damaged. Nothing was changed.
     Corrupt {
@@ -79,6 +81,13 @@ pub enum Error {
         len: u64,
         /// The largest length that fits, in bytes.
         max: u64,
+    },
+    /// A shard's target failed: it took no more records, or did not sync. Made by [`Error::target`].
+    Target {
+        /// The shard.
+        shard: ShardId,
+        /// What the target said.
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// The caller asked for something that has no meaning.
     Invalid {
@@ -220,16 +229,48 @@ impl RefusalCode {
 }
 
 impl Error {
+    /// What a [`ReplicationTarget`](crate::target::ReplicationTarget) says of its own failure, be it an error of the storage
+    /// engine behind it or a sentence.
+    ///
+    /// ```
+    /// use towline::{Error, ShardId};
+    ///
+    /// let error = Error::target(ShardId(3), "the index is full");
+    /// assert_eq!(error.to_string(), "the target of shard 3 failed: the index is full");
+    /// let error = Error::target(ShardId(3), std::fmt::Error);
+    /// assert!(std::error::Error::source(&error).unwrap().is::<std::fmt::Error>());
+    /// ```
+    #[must_use]
+    pub fn target(shard: ShardId, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+        Error::Target { shard, source: Arc::from(source.into()) }
+    }
+
+    /// For `map_err`: whatever a target said, with the shard that it said it of.
+    pub(crate) fn of_target(shard: ShardId) -> impl Fn(Error) -> Error {
+        move |error| match error {
+            Error::Target { .. } | Error::Poisoned { .. } | Error::ShutDown => error,
+            other => Error::target(shard, other),
+        }
+    }
+
+    /// What it is about: where a target said it with an error of this crate, that.
+    pub(crate) fn cause(&self) -> &Error {
+        match self {
+            Error::Target { source, .. } => source.downcast_ref::<Error>().map_or(self, Error::cause),
+            other => other,
+        }
+    }
+
     /// For `map_err`: a failed file system operation.
     pub(crate) fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = path.as_ref().to_owned();
-        move |source| Error::Io { action, path, source }
+        move |source| Error::Io { action, path, source: source.into() }
     }
 
     /// For `map_err`: a failed network operation.
     pub(crate) fn network(action: &'static str, peer: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
         let peer = peer.into();
-        move |source| Error::Network { action, peer, source }
+        move |source| Error::Network { action, peer, source: source.into() }
     }
 
     /// The caller asked for something that has no meaning.
@@ -254,14 +295,14 @@ impl Error {
 
     /// Whether this is damage on disk.
     #[must_use]
-    pub const fn is_corruption(&self) -> bool {
-        matches!(self, Error::Corrupt { .. })
+    pub fn is_corruption(&self) -> bool {
+        matches!(self.cause(), Error::Corrupt { .. })
     }
 
     /// Whether something took longer than allowed.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        match self {
+        match self.cause() {
             Error::TimedOut { .. } => true,
             Error::Network { source, .. } => {
                 matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
@@ -273,7 +314,7 @@ impl Error {
     /// Whether the file system is full. Appends go on once there is room.
     #[must_use]
     pub fn is_out_of_space(&self) -> bool {
-        matches!(self, Error::Io { source, .. }
+        matches!(self.cause(), Error::Io { source, .. }
             if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
     }
 
@@ -290,14 +331,16 @@ impl Error {
         matches!(self, Error::Network { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Whether trying again without changing anything can never succeed.
+    /// Whether trying again without changing anything can never succeed. What a target says in words of its own is taken for
+    /// that: nobody here can tell.
     #[must_use]
-    pub const fn is_permanent(&self) -> bool {
-        match self {
+    pub fn is_permanent(&self) -> bool {
+        match self.cause() {
             Error::Refused { code, .. } => code.is_permanent(),
             Error::Corrupt { .. }
             | Error::Mismatch { .. }
             | Error::Poisoned { .. }
+            | Error::Target { .. }
             | Error::Invalid { .. }
             | Error::RecordTooLarge { .. }
             | Error::StaleEpoch { .. }
@@ -334,6 +377,7 @@ impl fmt::Display for Error {
                 f,
                 "a record of {len} bytes does not fit in a segment (at most {max} bytes); split it or use larger segments"
             ),
+            Error::Target { shard, source } => write!(f, "the target of shard {shard} failed: {source}"),
             Error::Invalid { reason } => f.write_str(reason),
             Error::NotRetained { shard, lsn, tail, head } => {
                 write!(f, "LSN {lsn} of shard {shard} is not in the log, which holds LSN {tail} to {head}")
@@ -367,7 +411,8 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Io { source, .. } | Error::Network { source, .. } => Some(source),
+            Error::Io { source, .. } | Error::Network { source, .. } => Some(source.as_ref()),
+            Error::Target { source, .. } => Some(source.as_ref()),
             _ => None,
         }
     }
@@ -397,5 +442,21 @@ mod tests {
             assert!(error.to_string().contains(words), "{error}");
         }
         assert!(error.is_permanent() && !error.is_corruption());
+    }
+
+    #[test]
+    fn a_targets_failure_names_the_shard_and_is_judged_by_what_the_target_said() {
+        let said = Error::target(ShardId(3), "the index is full");
+        assert!(said.is_permanent() && !said.is_corruption() && !said.is_out_of_space());
+        let full = || Error::io("write", "a/slots")(io::ErrorKind::StorageFull.into());
+        let wrapped = Error::of_target(ShardId(3))(full());
+        assert!(wrapped.is_out_of_space() && !wrapped.is_permanent());
+        assert_eq!(wrapped.to_string(), format!("the target of shard 3 failed: {}", full()));
+        let damaged = Error::of_target(ShardId(3))(Error::corrupt("a/slots", 0, None, "checksum differs"));
+        assert!(damaged.is_corruption() && damaged.is_permanent());
+        // One that says so already says it once.
+        assert_eq!(Error::of_target(ShardId(3))(said.clone()).to_string(), said.to_string());
+        let source = std::error::Error::source(&wrapped).and_then(|source| source.downcast_ref::<Error>());
+        assert!(matches!(source, Some(Error::Io { .. })));
     }
 }

@@ -121,7 +121,8 @@ impl AppliedMark {
         if let Some(reason) = &*failed {
             return Err(Error::Poisoned { shard, reason: reason.clone() });
         }
-        target.sync(shard).inspect_err(|error| *failed = Some(format!("the target did not sync: {error}")))
+        let synced = target.sync(shard).map_err(Error::of_target(shard));
+        synced.inspect_err(|error| *failed = Some(error.to_string()))
     }
 
     /// Moves it. For the one who does.

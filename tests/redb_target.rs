@@ -214,7 +214,7 @@ fn check(holds: bool, reason: &'static str) -> Result<()> {
 }
 
 fn redb_error(error: impl Into<redb::Error>) -> Error {
-    Error::Io { action: "use", path: "redb".into(), source: std::io::Error::other(error.into()) }
+    Error::Io { action: "use", path: "redb".into(), source: Arc::new(std::io::Error::other(error.into())) }
 }
 
 mod tests {

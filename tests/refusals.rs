@@ -474,8 +474,8 @@ impl ReplicationTarget for Unsyncable {
         Ok(())
     }
 
-    fn sync(&self, _: ShardId) -> towline::Result<()> {
-        Err(Error::Invalid { reason: "the device of the target keeps nothing".into() })
+    fn sync(&self, shard: ShardId) -> towline::Result<()> {
+        Err(Error::target(shard, "the device of the target keeps nothing"))
     }
 }
 
@@ -487,7 +487,9 @@ fn a_target_that_cannot_be_synced_ends_the_shard_as_one_that_refuses_records_doe
     let follower = Node::builder(&follower_dir).follow(leader.local_address(), Arc::new(Unsyncable)).unwrap();
     let mut writer = leader.writer(S0).unwrap();
     append(&mut writer, 10);
-    assert_says(&reason_of_end(&follower).to_string(), &["the device of the target keeps nothing"]);
+    let error = reason_of_end(&follower);
+    assert!(matches!(error, Error::Target { shard: S0, .. }) && error.is_permanent(), "{error}");
+    assert_says(&error.to_string(), &["the target of shard 0 failed", "the device of the target keeps nothing"]);
     until("the leader takes no more records", || writer.append(b"one more").is_err());
     let error = writer.append(b"one more").unwrap_err();
     assert!(matches!(error, Error::Poisoned { .. }), "{error}");

@@ -461,7 +461,7 @@ impl Intake {
         // One that has failed, in the middle of a run perhaps, leaves nothing to go on with.
         let Some(kept) = self.session.lock().kept() else { return Ok(()) };
         let shard = own.log.shard();
-        own.target.sync(shard)?;
+        own.target.sync(shard).map_err(Error::of_target(shard))?;
         let RebuildContract { epoch, base, .. } = self.contract;
         Interrupted { shard, block_len: base.block_len, epoch, kept }.save(&own.path)?;
         // Log before that is not needed here any more.
@@ -490,7 +490,7 @@ impl Intake {
     /// What the leader is told if the session ends here and now.
     pub(crate) fn failure_word(&self, error: &Error) -> Option<Message> {
         let session = self.session.lock();
-        let reason = match error {
+        let reason = match error.cause() {
             Error::Corrupt { .. } => SessionFailure::LocalBaseCorrupt,
             Error::Poisoned { .. } => SessionFailure::LocalWalCorrupt,
             Error::Network { .. } => return None,
@@ -546,13 +546,13 @@ fn failed(contract: &RebuildContract, reason: SessionFailure) -> Message {
 
 /// What an interrupted rebuild has left cannot be used: the next stream begins anew, so nothing is lost for good.
 fn begin_anew(error: Error) -> Error {
-    match error {
+    match error.cause() {
         Error::Corrupt { .. } | Error::Invalid { .. } => Error::Refused {
             peer: "this node".to_owned(),
             code: crate::error::RefusalCode::Superseded,
             reason: format!("an interrupted rebuild cannot go on: {error}"),
         },
-        other => other,
+        _ => error,
     }
 }
 

@@ -310,7 +310,7 @@ impl RebuildSession {
         if self.phase == RebuildPhase::Accepted {
             self.enter(RebuildPhase::Running)?;
         }
-        self.store.apply_batch(self.shard, batch)?;
+        self.store.apply_batch(self.shard, batch).map_err(Error::of_target(self.shard))?;
         if self.base().is_numbered() {
             self.mark_touched(batch)?;
         }

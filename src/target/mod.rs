@@ -48,7 +48,7 @@ use crate::wal::{Batch, Record};
 /// use std::sync::Mutex;
 /// use towline::target::ReplicationTarget;
 /// use towline::wal::Record;
-/// use towline::{Lsn, Result, ShardId};
+/// use towline::{Error, Lsn, Result, ShardId};
 ///
 /// /// Counts bytes, in memory: the smallest possible target.
 /// #[derive(Default)]
@@ -58,10 +58,12 @@ use crate::wal::{Batch, Record};
 ///     fn durable_applied(&self, _: ShardId) -> Result<Option<Lsn>> {
 ///         Ok(None)
 ///     }
-///     fn apply(&self, _: ShardId, record: Record<'_>) -> Result<()> {
+///     fn apply(&self, shard: ShardId, record: Record<'_>) -> Result<()> {
 ///         let mut state = self.0.lock().unwrap();
 ///         if record.lsn > state.0 {
-///             *state = (record.lsn, state.1 + record.bytes.len());
+///             let sum = state.1.checked_add(record.bytes.len());
+///             let sum = sum.ok_or_else(|| Error::target(shard, "there are more bytes than can be counted"))?;
+///             *state = (record.lsn, sum);
 ///         }
 ///         Ok(())
 ///     }

@@ -70,7 +70,7 @@ impl Transport for InProcessTransport {
         let failed = |kind, text: &'static str| Error::Network {
             action: "connect to",
             peer: address.to_owned(),
-            source: io::Error::new(kind, text),
+            source: io::Error::new(kind, text).into(),
         };
         let refused = || failed(io::ErrorKind::ConnectionRefused, "nobody listens under this name");
         let listening = self.registry.listeners.lock().get(address).cloned().ok_or_else(refused)?;
@@ -96,7 +96,7 @@ impl Transport for InProcessTransport {
         match self.registry.listeners.lock().entry(name.clone()) {
             Entry::Occupied(_) => {
                 let source = io::Error::new(io::ErrorKind::AddrInUse, "somebody listens under this name");
-                return Err(Error::Network { action: "listen on", peer: name, source });
+                return Err(Error::Network { action: "listen on", peer: name, source: source.into() });
             }
             Entry::Vacant(entry) => entry.insert(Listening { number, queue: sender, closed: end.signal.clone() }),
         };
@@ -281,7 +281,7 @@ struct InProcessSender {
 impl InProcessSender {
     fn peer_gone(&self) -> Error {
         let source = io::Error::new(io::ErrorKind::BrokenPipe, "closed by peer");
-        Error::Network { action: "send to", peer: self.side.peer.clone(), source }
+        Error::Network { action: "send to", peer: self.side.peer.clone(), source: source.into() }
     }
 
     /// The frame to send, if both sides still stand.

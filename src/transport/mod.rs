@@ -378,11 +378,11 @@ fn closed_by_peer(peer: &str) -> Error {
 /// The stream was closed with its [`Closer`].
 fn closed_here(action: &'static str, peer: &str) -> Error {
     let source = io::Error::new(io::ErrorKind::ConnectionAborted, "closed on this side");
-    Error::Network { action, peer: peer.to_owned(), source }
+    Error::Network { action, peer: peer.to_owned(), source: source.into() }
 }
 
 fn receive_error(peer: &str, source: io::Error) -> Error {
-    Error::Network { action: "receive from", peer: peer.to_owned(), source }
+    Error::Network { action: "receive from", peer: peer.to_owned(), source: source.into() }
 }
 
 fn receive_timed_out(peer: &str) -> Error {

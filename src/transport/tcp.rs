@@ -236,7 +236,7 @@ fn resolve(address: &str) -> Result<Vec<SocketAddr>> {
     let failed = |why: String| Error::Network {
         action: "use the address",
         peer: address.to_owned(),
-        source: io::Error::new(io::ErrorKind::NotFound, why),
+        source: io::Error::new(io::ErrorKind::NotFound, why).into(),
     };
     match address.to_socket_addrs() {
         Ok(addresses) => {
@@ -366,7 +366,7 @@ impl TcpSender {
         }
         if self.failed {
             let source = io::Error::new(io::ErrorKind::BrokenPipe, "an earlier frame was not sent to its end");
-            return Err(Error::Network { action: "send to", peer: peer.clone(), source });
+            return Err(Error::Network { action: "send to", peer: peer.clone(), source: source.into() });
         }
         Ok(())
     }

@@ -56,7 +56,11 @@ impl Gate {
         while !*opened {
             self.changed.wait(&mut opened);
         }
-        Err(Error::Io { action: "go on behind", path: "the gate".into(), source: std::io::ErrorKind::Other.into() })
+        Err(Error::Io {
+            action: "go on behind",
+            path: "the gate".into(),
+            source: Arc::new(std::io::ErrorKind::Other.into()),
+        })
     }
 
     /// Lets everything pass from now on. Who waits is sent back.
@@ -167,7 +171,7 @@ impl BaseSource for DoledSource {
             return Err(Error::Io {
                 action: "read",
                 path: "the base".into(),
-                source: std::io::ErrorKind::Other.into(),
+                source: Arc::new(std::io::ErrorKind::Other.into()),
             });
         }
         self.inner.next_run(buffer)

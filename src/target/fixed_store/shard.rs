@@ -346,7 +346,7 @@ impl Shard {
     pub(super) fn poison(&self, action: &'static str, source: std::io::Error) -> Error {
         let _ = self.poisoned.set(format!("cannot {action} {}: {source}", self.path.display()));
         log::error!("shard {} is read-only: cannot {action} {}: {source}", self.id, self.path.display());
-        Error::Io { action, path: self.path.clone(), source }
+        Error::Io { action, path: self.path.clone(), source: source.into() }
     }
 }
 
