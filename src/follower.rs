@@ -127,6 +127,11 @@ impl Following {
         }
     }
 
+    /// What ended following for good.
+    fn failure(&self) -> Result<()> {
+        self.failure.lock().clone().map_or(Ok(()), Err)
+    }
+
     /// Ends following for good.
     pub(crate) fn fail(&self, shard: ShardId, error: Error) {
         log::error!("shard {shard}: following ends: {error}");
@@ -409,10 +414,10 @@ impl Follower {
     ///
     /// # Errors
     ///
-    /// That failure.
+    /// That failure: the same each time, also from [`shutdown`](Self::shutdown).
     pub fn wait(&self) -> Result<()> {
         self.following.stop.wait();
-        self.following.failure.lock().take().map_or(Ok(()), Err)
+        self.following.failure()
     }
 
     /// The signal that ends this follower, for a handler of Ctrl-C, say.
@@ -425,10 +430,11 @@ impl Follower {
     ///
     /// # Errors
     ///
-    /// [`Error::Poisoned`] if something in the log is not on stable storage; else what ended following for good.
+    /// [`Error::Poisoned`] if something in the log is not on stable storage; else what ended following for good, also where
+    /// [`wait`](Self::wait) has told it already.
     pub fn shutdown(mut self) -> Result<()> {
         self.stop()?;
-        self.following.failure.lock().take().map_or(Ok(()), Err)
+        self.following.failure()
     }
 
     fn stop(&mut self) -> Result<()> {

@@ -489,6 +489,8 @@ fn a_target_that_cannot_be_synced_ends_the_shard_as_one_that_refuses_records_doe
     append(&mut writer, 10);
     let error = reason_of_end(&follower);
     assert!(matches!(error, Error::Target { shard: S0, .. }) && error.is_permanent(), "{error}");
+    let again = [follower.wait(), follower.wait(), follower.shutdown()].map(|ended| ended.unwrap_err().to_string());
+    assert_eq!(again, [(); 3].map(|()| error.to_string()), "the failure stays");
     assert_says(&error.to_string(), &["the target of shard 0 failed", "the device of the target keeps nothing"]);
     until("the leader takes no more records", || writer.append(b"one more").is_err());
     let error = writer.append(b"one more").unwrap_err();
