@@ -92,7 +92,14 @@ pub trait ReplicationTarget: Send + Sync {
     ///
     /// # Errors
     ///
-    /// Whatever prevents it. The record then counts as not applied, and is offered again.
+    /// Whatever prevents it: [`Error::target`] makes an error of it that names the shard. There is no second attempt while
+    /// the node runs. A follower ends following, for all of its shards, and [`Follower::wait`](crate::Follower::wait) and
+    /// [`Follower::shutdown`](crate::Follower::shutdown) tell the error. A leader's shard becomes read-only
+    /// ([`Error::Poisoned`]), and its other shards go on. During a rebuild it is the rebuild that ends, and following with it
+    /// if the error [is permanent](Error::is_permanent).
+    ///
+    /// Nothing of the batch counts as applied. It is offered again, from its first record on and behind whatever else is not
+    /// known durable, when the node is next started, or the rebuild next begun.
     fn apply(&self, shard: ShardId, record: Record<'_>) -> Result<()>;
 
     /// Applies the records of a batch, in order: one by one, unless a target knows better.
