@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::caught::caught;
 use crate::divergence::refusal_for;
 use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, Result};
@@ -313,7 +314,8 @@ impl AckLane {
 
     /// Acknowledges what moves without the receiver, and shows that this node lives.
     pub(crate) fn run_acknowledger(&self, over: &ShutdownSignal) {
-        if let Err(error) = self.acknowledge_until(over) {
+        let shard = self.log.shard();
+        if let Err(error) = caught(format_args!("the sender of shard {shard}"), || self.acknowledge_until(over)) {
             *self.failure.lock() = Some(error);
             over.shutdown();
         }

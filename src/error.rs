@@ -89,6 +89,13 @@ pub enum Error {
         /// What the target said.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// Code that this crate calls and others wrote panicked on a thread of this crate: a target, a transport.
+    Panicked {
+        /// Whose code, as in "the target of shard 3".
+        whose: String,
+        /// What it panicked with.
+        message: String,
+    },
     /// The caller asked for something that has no meaning.
     Invalid {
         /// What, and what would be right.
@@ -248,7 +255,7 @@ impl Error {
     /// For `map_err`: whatever a target said, with the shard that it said it of.
     pub(crate) fn of_target(shard: ShardId) -> impl Fn(Error) -> Error {
         move |error| match error {
-            Error::Target { .. } | Error::Poisoned { .. } | Error::ShutDown => error,
+            Error::Target { .. } | Error::Panicked { .. } | Error::Poisoned { .. } | Error::ShutDown => error,
             other => Error::target(shard, other),
         }
     }
@@ -341,6 +348,7 @@ impl Error {
             | Error::Mismatch { .. }
             | Error::Poisoned { .. }
             | Error::Target { .. }
+            | Error::Panicked { .. }
             | Error::Invalid { .. }
             | Error::RecordTooLarge { .. }
             | Error::StaleEpoch { .. }
@@ -378,6 +386,7 @@ impl fmt::Display for Error {
                 "a record of {len} bytes does not fit in a segment (at most {max} bytes); split it or use larger segments"
             ),
             Error::Target { shard, source } => write!(f, "the target of shard {shard} failed: {source}"),
+            Error::Panicked { whose, message } => write!(f, "{whose} panicked: {message}"),
             Error::Invalid { reason } => f.write_str(reason),
             Error::NotRetained { shard, lsn, tail, head } => {
                 write!(f, "LSN {lsn} of shard {shard} is not in the log, which holds LSN {tail} to {head}")

@@ -22,6 +22,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use crate::backoff::Backoff;
+use crate::caught::caught;
 use crate::commit::Commits;
 use crate::data_dir::{DataDir, Manifest};
 use crate::epoch_fence::EpochFence;
@@ -352,10 +353,10 @@ impl Follower {
         let following = Arc::clone(&self.following);
         let mut receiver = Box::new(Receiver { own });
         self.threads.spawn(format!("tl-recv-s{shard}"), move || {
-            if let Err(error) = receiver.run() {
+            if let Err(error) = caught(format_args!("the receiver of shard {shard}"), || receiver.run()) {
                 following.fail(shard, error);
             }
-            if let Err(error) = receiver.own.close() {
+            if let Err(error) = caught(format_args!("the target of shard {shard}"), || receiver.own.close()) {
                 following.unclean.lock().get_or_insert(error);
             }
         })

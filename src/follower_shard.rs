@@ -33,6 +33,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use crate::applier::Applier;
+use crate::caught::caught;
 use crate::commit::Commits;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::{Following, ShardState};
@@ -121,7 +122,8 @@ impl AppliedMark {
         if let Some(reason) = &*failed {
             return Err(Error::Poisoned { shard, reason: reason.clone() });
         }
-        let synced = target.sync(shard).map_err(Error::of_target(shard));
+        let sync = || target.sync(shard).map_err(Error::of_target(shard));
+        let synced = caught(format_args!("the target of shard {shard}"), sync);
         synced.inspect_err(|error| *failed = Some(error.to_string()))
     }
 
@@ -289,7 +291,7 @@ impl FollowerShard {
         };
         let (node, shard) = (Arc::clone(&self.node), self.shard);
         let run = move || {
-            let Err(error) = applier.run() else { return };
+            let Err(error) = caught(format_args!("the target of shard {shard}"), || applier.run()) else { return };
             match rebuild.filter(|rebuild| !rebuild.session.lock().is_completed()) {
                 Some(rebuild) => {
                     rebuild.failure.lock().get_or_insert(error);

@@ -24,6 +24,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use crate::applier::Applier;
+use crate::caught::caught;
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
@@ -143,7 +144,7 @@ impl Leader {
         for applier in appliers {
             let server = Arc::clone(&server);
             leader.threads.spawn(format!("tl-apply-s{}", applier.shard), move || {
-                if let Err(error) = applier.run() {
+                if let Err(error) = caught(format_args!("the target of shard {}", applier.shard), || applier.run()) {
                     log::error!("shard {}: applying ends: {error}", applier.shard);
                     server.applying_failed(applier.shard, &error);
                 }

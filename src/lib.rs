@@ -76,6 +76,7 @@ mod allocate;
 mod applier;
 mod atomic_file;
 mod backoff;
+mod caught;
 mod checkpointer;
 pub mod commit;
 pub mod data_dir;

@@ -313,7 +313,7 @@ impl NodeBuilder {
 
     /// Called with how a shard stands whenever that changes in more than its numbers: mode, reason, sessions. Calls come
     /// in order for each shard, from threads of the node, and should be short. The callback may ask the node for its
-    /// status.
+    /// status. If it panics, that is logged, and the node goes on.
     #[must_use]
     pub fn on_projection(mut self, callback: impl Fn(&Projection) + Send + Sync + 'static) -> Self {
         self.on_projection = Some(Arc::new(callback));

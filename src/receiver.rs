@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::ack_lane::{AckLane, WakeReaders};
 use crate::backoff::Backoff;
+use crate::caught::caught;
 use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower_shard::FollowerShard;
@@ -111,10 +112,15 @@ impl Receiver {
         let stack = self.own.node.options.on_demand_stack;
         let mut agreed = run_aside(&format!("tl-agree-s{}", self.own.shard), stack, || self.agree(&over))?;
         let result = self.run_stream(&mut agreed, &over);
-        if let Some(intake) = &agreed.intake {
-            intake.end(&mut self.own);
-        }
-        result
+        let Some(intake) = &agreed.intake else { return result };
+        let shard = self.own.shard;
+        let own = &mut self.own;
+        // The first failure is the one to tell: a target that has panicked may do so again when it is let go of.
+        let ended = caught(format_args!("the target of shard {shard}"), || {
+            intake.end(own);
+            Ok(())
+        });
+        result.and(ended)
     }
 
     /// Connects, agrees with the leader on how this log goes on, and gets ready for that.
@@ -183,7 +189,10 @@ impl Receiver {
                 let run = move || intake.run_completer(completion, lane);
                 started = start_in(scope, format!("tl-rebuild-s{shard}"), NODE_THREAD_STACK, run);
             }
-            let result = started.and_then(|()| self.receive(peer, receiver.as_mut(), (lane, &acknowledge), intake));
+            // The other threads of the stream end only when told to, and are waited for.
+            let result = caught(format_args!("the receiver of shard {shard}"), || {
+                started.and_then(|()| self.receive(peer, receiver.as_mut(), (lane, &acknowledge), intake))
+            });
             end_stream(lane, intake, result, over)
         })
     }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 
 use crate::admission;
+use crate::caught::caught;
 use crate::commit::Commits;
 use crate::data_dir::DataDir;
 use crate::divergence::HistoryCheck;
@@ -159,7 +160,7 @@ impl Server {
 
     fn accept(server: &Arc<Server>, listener: &dyn Listener) {
         while !server.draining.is_shutdown() {
-            match listener.accept() {
+            match caught("the listener", || listener.accept()) {
                 Ok(connection) => Server::serve_on_thread(server, connection),
                 Err(error) if error.is_shutdown() => return,
                 Err(error) => {

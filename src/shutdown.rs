@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::caught::message_of;
 use crate::sync::Mutex;
 use crate::types::Lsn;
 use crate::watermark::{Until, WaitStrategy, Waited, Watermark, wait_any};
@@ -179,9 +180,7 @@ impl Scope {
 /// Runs a closer and drops it, both within the catch: what it owns may panic when dropped.
 fn run(closer: Closer) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(closer)) {
-        let message = panic.downcast_ref::<&str>().copied().map(str::to_owned);
-        let message = message.or_else(|| panic.downcast_ref::<String>().cloned());
-        log::error!("something registered to be closed at shutdown panicked: {}", message.unwrap_or_default());
+        log::error!("something registered to be closed at shutdown panicked: {}", message_of(panic.as_ref()));
     }
 }
 

@@ -497,3 +497,93 @@ fn a_target_that_cannot_be_synced_ends_the_shard_as_one_that_refuses_records_doe
     assert!(matches!(error, Error::Poisoned { .. }), "{error}");
     assert_says(&error.to_string(), &["the device of the target keeps nothing"]);
 }
+
+/// A target that panics over a record, and whose lock of that shard is poisoned from then on.
+#[derive(Default)]
+struct Clumsy([std::sync::Mutex<Lsn>; 2]);
+
+impl ReplicationTarget for Clumsy {
+    fn durable_applied(&self, _: ShardId) -> towline::Result<Option<Lsn>> {
+        Ok(None)
+    }
+
+    fn apply(&self, shard: ShardId, record: Record<'_>) -> towline::Result<()> {
+        let mut last = self.0[usize::from(shard.0)].lock().unwrap();
+        assert_ne!(record.bytes, b"a stone", "stumbled at LSN {}", record.lsn);
+        *last = record.lsn;
+        Ok(())
+    }
+
+    fn sync(&self, shard: ShardId) -> towline::Result<()> {
+        let _last = self.0[usize::from(shard.0)].lock().unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_target_that_panics_over_a_record_ends_the_shard_as_one_that_refuses_it_does() {
+    let (_parent, leader_dir, follower_dir) = directories();
+    let leader = Node::builder(&leader_dir).shards(2).target(Arc::new(Clumsy::default())).segment_size(SEGMENT);
+    let leader = leader.lead("127.0.0.1:0").unwrap();
+    let target = Arc::new(Clumsy::default());
+    let follower = Node::builder(&follower_dir).follow(leader.local_address(), target).unwrap();
+    let mut writer = leader.writer(ShardId(1)).unwrap();
+    writer.append(b"before").unwrap();
+    writer.append(b"a stone").unwrap();
+
+    let words = ["the target of shard 1 panicked", "stumbled at LSN 2"];
+    let error = reason_of_end(&follower);
+    assert!(matches!(error, Error::Panicked { .. }) && error.is_permanent(), "{error}");
+    assert_says(&error.to_string(), &words);
+    assert_says(&follower.shutdown().unwrap_err().to_string(), &words);
+
+    until("the leader takes no more records", || leader.log(ShardId(1)).unwrap().poison().is_some());
+    let error = writer.append(b"one more").unwrap_err();
+    assert!(matches!(error, Error::Poisoned { .. }), "{error}");
+    assert_says(&error.to_string(), &words);
+    leader.writer(S0).unwrap().append(b"the other shard goes on").unwrap();
+    drop(leader);
+}
+
+/// A target whose sync panics.
+struct SyncPanics;
+
+impl ReplicationTarget for SyncPanics {
+    fn durable_applied(&self, _: ShardId) -> towline::Result<Option<Lsn>> {
+        Ok(None)
+    }
+
+    fn apply(&self, _: ShardId, _: Record<'_>) -> towline::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self, _: ShardId) -> towline::Result<()> {
+        panic!("there is no device")
+    }
+}
+
+#[test]
+fn a_target_whose_sync_panics_ends_the_shard_too() {
+    let (_parent, leader_dir, follower_dir) = directories();
+    let leader = Node::builder(&leader_dir).target(Arc::new(SyncPanics)).segment_size(SEGMENT);
+    let leader = leader.lead("127.0.0.1:0").unwrap();
+    let follower = Node::builder(&follower_dir).follow(leader.local_address(), Arc::new(SyncPanics)).unwrap();
+    append(&mut leader.writer(S0).unwrap(), 10);
+    let words = ["the target of shard 0 panicked", "there is no device"];
+    assert_says(&reason_of_end(&follower).to_string(), &words);
+    until("the leader takes no more records", || leader.log(S0).unwrap().poison().is_some());
+    assert_says(leader.log(S0).unwrap().poison().unwrap(), &words);
+}
+
+#[test]
+fn a_callback_that_panics_stops_nothing() {
+    let (_parent, leader_dir, follower_dir) = directories();
+    let leader = Node::builder(&leader_dir).segment_size(SEGMENT).on_projection(|_| panic!("over a projection"));
+    let leader = leader.lead("127.0.0.1:0").unwrap();
+    let follower = Node::builder(&follower_dir).on_projection(|_| panic!("over a projection"));
+    let follower = follower.follow(leader.local_address(), Arc::new(LogOnly)).unwrap();
+    append(&mut leader.writer(S0).unwrap(), 10);
+    catch_up(&leader, &follower);
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+}

@@ -41,6 +41,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::caught::caught;
 use crate::commit::Commit;
 use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
@@ -655,7 +656,14 @@ impl Host {
                 // The lock is not held while the callback runs, so that it may ask for the status.
                 let next = self.state.lock().outbox.pop_front();
                 let Some(projection) = next else { break };
-                on_projection(&projection);
+                // Whichever thread this is, others wait for it, and the node does not depend on what is done here.
+                let called = caught(format_args!("on_projection of shard {}", projection.shard), || {
+                    on_projection(&projection);
+                    Ok(())
+                });
+                if let Err(error) = called {
+                    log::error!("{error}");
+                }
             }
         }
     }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::ack_lane::AckLane;
+use crate::caught::caught;
 use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
@@ -392,7 +393,9 @@ impl Intake {
     /// Waits until the rebuild can be completed, completes it, and reports that. For a thread of its own. What goes wrong
     /// ends the stream.
     pub(crate) fn run_completer(&self, own: &Completion, lane: &AckLane) {
-        if let Err(error) = self.complete_when_ready(own, lane) {
+        let shard = own.log.shard();
+        if let Err(error) = caught(format_args!("the target of shard {shard}"), || self.complete_when_ready(own, lane))
+        {
             self.failure.lock().get_or_insert(error);
             self.over.shutdown();
         }
@@ -616,10 +619,18 @@ pub(crate) fn while_beating<T>(
         if let Err(error) = beats.spawn_scoped(scope, beat) {
             log::warn!("no signs of life for now: {error}");
         }
-        let result = work();
-        done.shutdown();
-        result
+        let _over_with_it = EndsBeats(&done);
+        work()
     })
+}
+
+/// Ends signs of life when the work is over, also by a panic: their thread is waited for.
+struct EndsBeats<'a>(&'a ShutdownSignal);
+
+impl Drop for EndsBeats<'_> {
+    fn drop(&mut self) {
+        self.0.shutdown();
+    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::{Lanes, Server, ServerShard};
 use crate::admission;
+use crate::caught::caught;
 use crate::commit::{Commits, FollowerMarks};
 use crate::divergence::HistoryCheck;
 use crate::error::{Error, Result};
@@ -111,7 +112,10 @@ impl Stream {
         shipper: &Arc<Shipper>,
         receiver: &mut dyn FrameReceiver,
     ) -> Result<()> {
-        let result = self.read_acknowledgements(stream, &self.of_shard.commits, follower, receiver);
+        // However it ends, the shipper is to end with it.
+        let result = caught(format_args!("the transport to {}", self.peer), || {
+            self.read_acknowledgements(stream, &self.of_shard.commits, follower, receiver)
+        });
         if let Err(error) = &result {
             self.end_history(error, follower, receiver);
         }
@@ -152,7 +156,7 @@ impl Stream {
         let run = {
             let shipper = Arc::clone(&shipper);
             move || {
-                if let Err(error) = shipper.run(rebuild)
+                if let Err(error) = caught(format_args!("the shipper of shard {shard}"), || shipper.run(rebuild))
                     && !over.is_shutdown()
                 {
                     log::warn!("node {node}, shard {shard}: shipping ended: {error}");
@@ -400,13 +404,13 @@ impl Stream {
         let over = self.signals.over.clone();
         let shard = self.request.shard;
         self.server.threads.spawn(format!("tl-tail-s{shard}"), move || {
-            if let Err(error) = shipper.run(rebuild) {
+            if let Err(error) = caught(format_args!("the shipper of shard {shard}"), || shipper.run(rebuild)) {
                 log::debug!("shard {shard}: a reader's stream ended: {error}");
             }
             over.shutdown();
         })?;
         receiver.set_timeout(None)?;
-        let result = receiver.receive_header();
+        let result = caught(format_args!("the transport to {}", self.peer), || receiver.receive_header());
         self.signals.over.shutdown();
         match result {
             Ok(header) => Err(Error::protocol(&self.peer, format!("{:?} is not for a reader to send", header.kind))),

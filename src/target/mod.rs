@@ -44,6 +44,14 @@ use crate::wal::{Batch, Record};
 /// LSN. Therefore targets are fed what is durable, not what is received, unless they say that they
 /// [do not need that](ReplicationTarget::needs_durable_log), because what they keep is gone with the process, say.
 ///
+/// # Panics
+///
+/// A panic on a thread of the node counts as an error of the call that panicked, and [`Error::Panicked`] says what it said:
+/// in [`apply`](Self::apply) and [`sync`](Self::sync) it ends following, or makes the leader's shard read-only; in a base
+/// that is given it ends the stream, and in one that is taken, following. The target may be called again after that, to
+/// sync another shard or to cancel a base: a lock that the panic has poisoned is its own to see to. Where panics abort, the
+/// process ends.
+///
 /// ```
 /// use std::sync::Mutex;
 /// use towline::target::ReplicationTarget;

@@ -28,6 +28,8 @@ pub struct Gate {
     pub reached: Watermark,
     pub opened: Mutex<bool>,
     pub changed: Condvar,
+    /// Whether who comes to it panics, instead of waiting.
+    pub falls: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -44,6 +46,10 @@ impl Gate {
         Arc::new(Gate { left: AtomicU64::new(after), at: Mutex::new(point), ..Gate::default() })
     }
 
+    pub fn falling(point: Point, after: u64) -> Arc<Gate> {
+        Arc::new(Gate { left: AtomicU64::new(after), at: Mutex::new(point), falls: true, ..Gate::default() })
+    }
+
     /// Blocks at the gate once enough have passed, until it is opened.
     pub fn pass(&self, point: Point) -> Result<()> {
         if *self.at.lock() != point
@@ -52,6 +58,7 @@ impl Gate {
             return Ok(());
         }
         self.reached.advance(Lsn(1));
+        assert!(!self.falls, "the gate fell");
         let mut opened = self.opened.lock();
         while !*opened {
             self.changed.wait(&mut opened);
@@ -154,6 +161,9 @@ pub struct Doled {
 /// Allows no more runs: the base ends with an error.
 pub const BROKEN: Lsn = Lsn(u64::MAX - 1);
 
+/// Whoever asks for the next run panics, once; behind that, all are allowed.
+pub const FALLS: Lsn = Lsn(u64::MAX - 2);
+
 struct DoledSource {
     inner: Box<dyn BaseSource>,
     allowed: Arc<Watermark>,
@@ -167,6 +177,10 @@ impl BaseSource for DoledSource {
     fn next_run(&mut self, buffer: &mut [u8]) -> Result<Option<BlockRun>> {
         self.given = self.given.next();
         wait_any(&[self.allowed.until(self.given)], WaitStrategy::Park, None);
+        if self.allowed.load() == FALLS {
+            self.allowed.advance(Lsn::MAX);
+            panic!("over a base");
+        }
         if self.allowed.load() == BROKEN {
             return Err(Error::Io {
                 action: "read",

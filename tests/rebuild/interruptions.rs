@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
-use towline::{Epoch, Follower, Lsn, ShardId, Watermark};
+use towline::{Epoch, Error, Follower, Lsn, ShardId, Watermark};
 
 use crate::common::until;
-use crate::gates::{BROKEN, Doled, Gate, Gated, Point, start_gated};
+use crate::gates::{BROKEN, Doled, FALLS, Gate, Gated, Point, start_gated};
 use crate::scene::{Load, SHARD, Scene, over_both, reach};
 
 #[test]
@@ -34,6 +34,29 @@ fn a_follower_that_goes_down_in_a_rebuild_serves_nothing_until_another_completes
             reach(follower.applied(SHARD).unwrap(), Lsn(1));
             drop(load);
             assert_eq!(follower.rebuild_progress(SHARD).unwrap().phase, RebuildPhase::Completed, "{point:?}");
+            scene.stop_and_compare(vec![("follower", follower, store)]);
+        }
+    });
+}
+
+#[test]
+fn a_target_that_panics_in_a_rebuild_ends_following_and_is_rebuilt_by_another() {
+    over_both(|wire| {
+        for (point, after) in [(Point::Begun, 0), (Point::Block, 300), (Point::Record, 5), (Point::Complete, 0)] {
+            let scene = Scene::filled(wire);
+            let load = Load::on(&scene);
+            let gate = Gate::falling(point, after);
+            let target = Gated { inner: scene.open_store("follower"), gate, tells: true };
+            let follower = scene.follow("follower", Arc::new(target));
+            for error in [follower.wait(), follower.wait(), follower.shutdown()].map(Result::unwrap_err) {
+                assert!(matches!(error, Error::Panicked { .. }), "{point:?}: {error}");
+                assert!(error.to_string().ends_with("of shard 0 panicked: the gate fell"), "{point:?}: {error}");
+            }
+            let store = scene.open_store("follower");
+            assert!(store.is_rebuilding(SHARD).unwrap(), "{point:?}");
+            let follower = scene.follow("follower", store.clone());
+            reach(follower.applied(SHARD).unwrap(), Lsn(1));
+            drop(load);
             scene.stop_and_compare(vec![("follower", follower, store)]);
         }
     });
@@ -156,6 +179,19 @@ fn a_follower_that_lost_its_leader_goes_on_with_its_rebuild() {
         from_now_on.advance(Lsn::MAX);
         reach(follower.applied(SHARD).unwrap(), Lsn(1));
         drop(load);
+        assert_went_on(&follower);
+        scene.stop_and_compare(vec![("follower", follower, store)]);
+    });
+}
+
+#[test]
+fn a_base_that_panics_ends_the_stream_and_is_asked_for_again() {
+    over_both(|wire| {
+        let (scene, allowed) = Scene::doled(wire, MANY, |builder| builder);
+        let (follower, store) = half_rebuilt(&scene, &allowed);
+        allowed.advance(FALLS);
+        reach(&allowed, Lsn::MAX);
+        reach(follower.applied(SHARD).unwrap(), scene.head());
         assert_went_on(&follower);
         scene.stop_and_compare(vec![("follower", follower, store)]);
     });
