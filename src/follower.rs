@@ -23,6 +23,7 @@ use parking_lot::Mutex;
 
 use crate::backoff::Backoff;
 use crate::caught::caught;
+use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::commit::Commits;
 use crate::data_dir::{DataDir, Manifest};
 use crate::epoch_fence::EpochFence;
@@ -30,10 +31,8 @@ use crate::error::{Error, Result};
 use crate::follower_shard::{AppliedMark, FollowerShard};
 use crate::host::Host;
 use crate::limits::MAX_SHARDS;
-use crate::node::{
-    CheckpointShard, Checkpointer, Hosting, NodeBuilder, NodeOptions, OpenLogs, Threads, check_shard_count, open_logs,
-    start_scrubbing,
-};
+use crate::node::running::{Hosting, OpenLogs, Threads, open_logs, start_scrubbing};
+use crate::node::{NodeBuilder, NodeOptions, check_shard_count};
 use crate::rebuild::RebuildProgress;
 use crate::receiver::Receiver;
 use crate::server::{Server, ServerShard};

@@ -34,10 +34,11 @@ use parking_lot::Mutex;
 
 use crate::applier::Applier;
 use crate::caught::caught;
+use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::commit::Commits;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::{Following, ShardState};
-use crate::node::{CheckpointShard, Checkpointer, NODE_THREAD_STACK};
+use crate::node::running::NODE_THREAD_STACK;
 use crate::rebuild::RebuildSession;
 use crate::rebuild::interrupted::{self, Interrupted};
 use crate::server::{Server, ServerShard};

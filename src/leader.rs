@@ -25,10 +25,12 @@ use parking_lot::Mutex;
 
 use crate::applier::Applier;
 use crate::caught::caught;
+use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
-use crate::node::{CheckpointShard, Checkpointer, Hosting, NodeBuilder, OpenLogs, Threads, open_logs, start_scrubbing};
+use crate::node::NodeBuilder;
+use crate::node::running::{Hosting, OpenLogs, Threads, open_logs, start_scrubbing};
 use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;

@@ -27,7 +27,7 @@ use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower_shard::FollowerShard;
 use crate::limits::MAX_PATIENCE_MS;
-use crate::node::NODE_THREAD_STACK;
+use crate::node::running::NODE_THREAD_STACK;
 use crate::on_demand::run_aside;
 use crate::parting::{self, OwnHistory};
 use crate::rebuild::intake::{Arrived, Completion, Intake};

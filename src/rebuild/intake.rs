@@ -19,12 +19,12 @@ use parking_lot::Mutex;
 
 use crate::ack_lane::AckLane;
 use crate::caught::caught;
+use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
 use crate::limits::MAX_BASE_DATA_LEN;
-use crate::node::{CheckpointShard, Checkpointer};
 use crate::rebuild::interrupted::{self, Interrupted};
 use crate::rebuild::{RebuildContract, RebuildSession};
 use crate::receiver::{blame, refusal};

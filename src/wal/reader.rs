@@ -267,7 +267,7 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`](crate::Error::NotRetained) if `lsn` is before the tail or more than one past the head.
+    /// [`Error::NotRetained`] if `lsn` is before the tail or more than one past the head.
     pub fn position_before(&self, lsn: Lsn) -> Result<LogPosition> {
         self.positions_before(lsn).map(|(place, _)| place)
     }
@@ -363,7 +363,7 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`](crate::Error::NotRetained) if `lsn` is before the tail or more than one past the head.
+    /// [`Error::NotRetained`] if `lsn` is before the tail or more than one past the head.
     pub fn segment_start_for(&self, lsn: Lsn) -> Result<LogPosition> {
         if lsn > self.head().next() {
             return Err(self.not_retained(lsn));
@@ -382,7 +382,7 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`](crate::Error::NotRetained) if the record after `lsn` is not retained, or `lsn` is past the head.
+    /// [`Error::NotRetained`] if the record after `lsn` is not retained, or `lsn` is past the head.
     pub fn position_after(&self, lsn: Lsn, chain: Chain) -> Result<Option<LogPosition>> {
         let place = self.position_before(lsn.next())?;
         if place.lsn == lsn && place.chain == chain {
