@@ -234,6 +234,8 @@ impl Follower {
     pub(crate) fn start(builder: NodeBuilder, leader: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
         let transport = builder.make_transport();
         let stop = builder.abort_signal().child();
+        // Before anything is made, and before the leader is waited for: an address that is taken is a mistake.
+        let listener = builder.listen.as_ref().map(|address| transport.listen(address)).transpose()?;
         let directory = match crate::data_dir::DataDir::open(&builder.directory)? {
             Some(directory) => directory,
             None => DataDir::create(&builder.directory, meet_leader(&builder, transport.as_ref(), leader)?)?,
@@ -308,8 +310,7 @@ impl Follower {
         follower.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         hosting.start(&follower.threads)?;
         start_scrubbing(&follower.server, &builder.options, &follower.following.stop, &follower.threads)?;
-        if let Some(address) = &builder.listen {
-            let listener = transport.listen(address)?;
+        if let Some(listener) = listener {
             follower.address = Some(listener.local_address());
             Server::listen(&follower.server, listener)?;
         }

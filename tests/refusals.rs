@@ -423,6 +423,10 @@ fn addresses_that_cannot_work_fail_at_once() {
     }
     assert!(!follower_dir.exists(), "nothing was made");
     let leader = Node::builder(&leader_dir).lead("127.0.0.1:0").unwrap();
+    let listens = Node::builder(&follower_dir).listen(leader.local_address());
+    let taken = listens.follow("127.0.0.1:1", Arc::new(LogOnly)).unwrap_err();
+    assert_says(&taken.to_string(), &["listen on", leader.local_address()]);
+    assert!(!follower_dir.exists(), "nor was the leader waited for");
     let taken = Node::builder(&follower_dir).lead(leader.local_address()).unwrap_err();
     assert_says(&taken.to_string(), &["listen on", leader.local_address()]);
 }
