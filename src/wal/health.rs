@@ -42,7 +42,7 @@ pub struct ScrubStatus {
     pub completed_at_ms: u64,
     /// Bytes that it read.
     pub bytes: u64,
-    /// All damage found, in the order in which it was found; at most [`MAX_FINDINGS`].
+    /// Damage found, in the order in which it was found; at most [`MAX_FINDINGS`].
     pub findings: Vec<Finding>,
 }
 

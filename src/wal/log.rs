@@ -164,10 +164,12 @@ impl Log {
         &self.health
     }
 
-    /// What scrubbing has found since the log was opened.
+    /// What scrubbing has found since the log was opened, in segments that it still has.
     #[must_use]
     pub fn scrub_status(&self) -> ScrubStatus {
-        self.health.status()
+        let (tail, mut status) = (self.tail(), self.health.status());
+        status.findings.retain(|finding| finding.segment >= tail);
+        status
     }
 
     /// Its settings.

@@ -4,7 +4,7 @@ use super::*;
 use crate::types::{Chain, WalSegmentId};
 use crate::wal::log_fixture::{IDENTITY, LogFixture, image};
 use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION};
-use crate::wal::{LogWriter, SyncPolicy, Wal};
+use crate::wal::{Finding, LogWriter, SyncPolicy, Wal};
 
 /// A log whose waiters give way for an hour, and an LSN of it that is not synced.
 fn with_waiters_that_give_way(directory: &Path) -> (Wal, Lsn) {
@@ -63,6 +63,31 @@ fn a_sync_opens_no_file() {
     wal.log().wait_synced(lsn, None).unwrap();
     assert_eq!(wal.log().named.load(Ordering::Acquire), lsn.0);
     std::fs::rename(&elsewhere, &here).unwrap();
+}
+
+#[test]
+fn damage_is_told_for_as_long_as_the_log_has_its_segment() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = Wal::open(directory.path(), IDENTITY, WalOptions::default()).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    let log = wal.log();
+    while log.segments().len() < 3 {
+        writer.append(&[7; 1000]).unwrap();
+    }
+    log.wait_synced(log.head(), None).unwrap();
+    let of = |segment: &Arc<Segment>| Finding {
+        path: segment.path().to_owned(),
+        segment: segment.id().first_lsn,
+        offset: SEGMENT_HEADER_LEN,
+        end: SEGMENT_HEADER_LEN + 8,
+        lsn: segment.id().first_lsn,
+        reason: "a test says so".to_owned(),
+    };
+    let found: Vec<_> = log.segments()[..2].iter().map(of).collect();
+    found.iter().for_each(|finding| assert!(log.health().found(finding.clone())));
+    assert_eq!(log.scrub_status().findings, found);
+    assert_eq!(log.release_through(log.segments()[0].sealed_last_lsn().unwrap(), "a test makes room").unwrap(), 1);
+    assert_eq!(log.scrub_status().findings, found[1..]);
 }
 
 /// Takes in the header page of the segment that begins with the next LSN.
