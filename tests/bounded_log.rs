@@ -1,20 +1,20 @@
 //! A log that may not grow: it stays within its bound although nothing of it is ever synced.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
+
+mod common;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use common::{PATIENCE, SEGMENT, until};
 use towline::target::LogOnly;
 use towline::wal::{LogWriter, SyncPolicy, WalOptions};
 use towline::{Commit, Error, Follower, Leader, Lsn, Node, NodeId, Outcome, ShardId};
 
-const SEGMENT: u64 = 64 * 1024;
 const BOUND: u64 = 16 * SEGMENT;
 const SHARD: ShardId = ShardId(0);
-/// Fails a test that hangs; nothing is expected to take so long.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A leader that syncs only when somebody waits for it.
 fn lead(directory: &Path) -> Leader {
@@ -44,15 +44,6 @@ fn bytes_in(directory: &Path) -> u64 {
     files.filter_map(|file| file.ok()?.metadata().ok()).map(|metadata| metadata.len()).sum()
 }
 
-/// Waits for what no mark tells: looks, lets others run, looks again.
-fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what} did not come about");
-        std::thread::yield_now();
-    }
-}
-
 #[test]
 fn a_log_that_nobody_syncs_stays_within_its_bound() {
     let directory = tempfile::tempdir().unwrap();
@@ -70,11 +61,11 @@ fn a_log_that_nobody_syncs_stays_within_its_bound() {
     for _ in 0..30 {
         append_segments(&mut writer, 4);
         // Open segment, spares and what is set aside are within the bound.
-        eventually("keeping within the bound", || bytes_in(&path) <= BOUND);
+        until("keeping within the bound", || bytes_in(&path) <= BOUND);
     }
     assert!(log.tail() > first, "what the follower needs is gone");
     assert_eq!(log.synced().load(), synced, "nothing was synced for that");
-    eventually("losing its place", || leader.status().shards[0].followers[0].place_lost);
+    until("losing its place", || leader.status().shards[0].followers[0].place_lost);
 
     // Whoever waits for what is gone unsynced learns that it is; and what is left opens again.
     assert!(matches!(log.wait_synced(first, None), Err(Error::NotRetained { .. })));

@@ -2,13 +2,15 @@
 #![cfg(all(unix, feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod common;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
+use common::net::free_port;
+use common::until;
 use towline::target::{FixedStore, FixedStoreOptions};
 
 type Model = BTreeMap<String, String>;
@@ -138,25 +140,6 @@ fn get(directory: &Path, key: &str) -> Option<String> {
     }
 }
 
-/// Looks again and again: each look is a process, so this does not spin.
-fn eventually(mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !holds() {
-        assert!(Instant::now() < deadline, "it never came to hold");
-    }
-}
-
-/// An address that nobody listens at, and that no connection gets for its own end either, as systems give higher ports to
-/// those: one that tries to reach it could otherwise be given it, and reach itself.
-fn free_port() -> String {
-    // None twice, however many tests run here.
-    static TAKEN: AtomicU32 = AtomicU32::new(0);
-    let first = 20_000 + std::process::id() % 5_000;
-    let mut addresses =
-        (0..5_000).map(|_| format!("127.0.0.1:{}", first + TAKEN.fetch_add(1, Ordering::Relaxed) % 5_000));
-    addresses.find(|address| std::net::TcpListener::bind(address).is_ok()).unwrap()
-}
-
 fn assert_committed(line: &str, level: &str) {
     let words: Vec<_> = line.split(' ').collect();
     assert_eq!((words[0], words[1], words[3], words[4]), (words[2], "of", "records", "committed"), "{line}");
@@ -191,7 +174,7 @@ fn stores_of_leader_and_followers_hold_what_was_written_and_do_so_after_a_restar
     }
 
     // The stores know what they were made for, and a follower starts before its leader can be reached.
-    let port = free_port();
+    let port = format!("127.0.0.1:{}", free_port());
     let followers = [follow(&nodes[1], &port), follow(&nodes[2], &port)];
     let mut leader = Running::start(
         towline(&["leader", "--dir", text(&nodes[0]), "--listen", &port, "--stdin", "--commit", "applied:2"])
@@ -253,7 +236,7 @@ fn nodes_killed_under_load_agree_again_after_a_restart() {
     written.extend(String::from_utf8_lossy(&lines).lines().map(str::to_owned));
     let feeding = std::thread::spawn(move || drop(stdin.write_all(&lines)));
     // Beside a node that changes it, a key that moves from one slot to another can be seen in both.
-    eventually(|| !run(&["scan", "--dir", text(&nodes[1])], b"").1.is_empty());
+    until("it shows", || !run(&["scan", "--dir", text(&nodes[1])], b"").1.is_empty());
     follower.0.kill().unwrap();
     leader.0.kill().unwrap();
     feeding.join().unwrap();
@@ -301,12 +284,12 @@ fn an_interrupt_loses_nothing_committed() {
     let follower_directory = directory.path().with_extension("f");
     let follower = follow(&follower_directory, &address);
     stdin.write_all(b"first\tx\n").unwrap();
-    eventually(|| get(&follower_directory, "first").is_some());
+    until("it shows", || get(&follower_directory, "first").is_some());
     let mut model = Model::from([("first".to_owned(), "x".to_owned())]);
     let lines = changes(3, 5000, &mut model);
     stdin.write_all(&lines).unwrap();
     // The pipe stays open, so only the interrupt ends it; what the leader had not read by then was not taken.
-    eventually(|| scan(directory.path()) == model);
+    until("it shows", || scan(directory.path()) == model);
     assert!(Command::new("kill").args(["-INT", &leader.0.id().to_string()]).status().unwrap().success());
     assert_committed(&leader.prints(), "synced");
     assert_eq!(leader.0.wait().unwrap().code(), Some(0));
@@ -321,7 +304,7 @@ fn interrupts_end_every_kind_of_waiting() {
     let directory = tempfile::tempdir().unwrap();
     let nodes = ["f", "l", "f2"].map(|name| directory.path().join(name));
     // A follower that has never met its leader.
-    let port = free_port();
+    let port = format!("127.0.0.1:{}", free_port());
     let mut follower = Running::start(&mut towline(&["follower", "--dir", text(&nodes[0]), "--leader", &port]));
     follower.says("towline: cannot connect");
     assert_eq!(follower.interrupt(), 0);
@@ -330,7 +313,7 @@ fn interrupts_end_every_kind_of_waiting() {
     let (leader, _, mut stdin) = lead(&nodes[1], &["--kv", "16:32", "--commit", "applied:1", "--exit-on-eof"]);
     stdin.write_all(b"a\tb\n").unwrap();
     drop(stdin);
-    eventually(|| get(&nodes[1], "a").is_some());
+    until("it shows", || get(&nodes[1], "a").is_some());
     assert_eq!(leader.interrupt(), 1, "it was to leave when everything is committed, and it is not");
     // A leader that only serves.
     let mut leader =

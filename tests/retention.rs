@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use common::raw::{self, follow_request};
+use common::until;
 use parking_lot::Mutex;
 use towline::protocol::{FailureReason, Millis, Mode, Projection, Reason, SessionKind, SessionLimits};
 use towline::status::{FollowerStatus, ShardStatus};
@@ -130,15 +131,6 @@ impl ByHand {
     }
 }
 
-/// Waits for what no mark tells: looks, lets others run, looks again.
-fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let deadline = soon().unwrap();
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what} did not come about");
-        std::thread::yield_now();
-    }
-}
-
 fn follow(leader: &Leader, directory: &Path, node: u64, target: Arc<dyn ReplicationTarget>) -> Follower {
     let builder = plain(directory).node_id(NodeId(node));
     let builder = builder.reconnect(Duration::from_millis(20), Duration::from_millis(200));
@@ -245,7 +237,7 @@ fn laggards_neither_fill_the_disk_nor_stop_appends() {
     assert!(most > BOUND / 2, "{most} bytes: the log was held on to");
     assert!(most <= BOUND + (1 + spares) * SEGMENT, "{most} bytes at most");
     for node in [2, 3, 4] {
-        eventually("losing its place", || follower_status(&leader, node).place_lost);
+        until("losing its place", || follower_status(&leader, node).place_lost);
     }
     let lost = Some(Reason::Failed(FailureReason::PinLost));
     assert_eq!(follower_status(&leader, 3).reason, lost);
@@ -286,7 +278,7 @@ fn log_is_kept_for_the_followers_of_an_earlier_run() {
     wait_for(&leader, head, "applied:1");
     wait_for(&leader, head, "durable:1");
     drop(follower);
-    eventually("being given up", || leader.log(SHARD).unwrap().tail() > last);
+    until("being given up", || leader.log(SHARD).unwrap().tail() > last);
     leader.forget_follower(NodeId(2)).unwrap();
     assert_eq!(shard_status(&leader).followers, []);
 }
@@ -301,12 +293,12 @@ fn a_follower_bounds_its_own_log_by_what_it_has_applied() {
     let last = append_segments(&leader, &mut writer, 3 * BOUND / SEGMENT);
     wait_for(&leader, last, "applied:1");
     wait_for(&leader, last, "durable:1");
-    eventually("keeping within the bound", || follower.log(SHARD).unwrap().retained_bytes() <= BOUND);
+    until("keeping within the bound", || follower.log(SHARD).unwrap().retained_bytes() <= BOUND);
     assert!(follower.log(SHARD).unwrap().retained_bytes() > BOUND / 2, "no more than needed");
     assert_eq!(shard_status(&leader).mode, Mode::PublishHealthy);
     assert_eq!(follower.status().shards[0].mode, Mode::ReplicaReady);
     leader.shutdown().unwrap();
-    eventually("noticing", || follower.status().shards[0].reason == Some(Reason::AwaitingReceiverReady));
+    until("noticing", || follower.status().shards[0].reason == Some(Reason::AwaitingReceiverReady));
 }
 
 #[test]
@@ -339,11 +331,11 @@ fn a_pin_holds_the_log_and_says_for_whom() {
     assert!(pins.iter().any(|pin| (pin.owner.as_str(), pin.lsn) == ("archiver", first)), "{pins:?}");
     assert_eq!(log.tail(), first);
     pin.move_to(middle);
-    eventually("letting go up to the pin", || log.tail() > first);
+    until("letting go up to the pin", || log.tail() > first);
     assert!(log.tail() <= middle);
     // The log outgrows its bound: then no pin holds it.
     let head = append_segments(&leader, &mut writer, 2 * BOUND / SEGMENT);
-    eventually("losing the pin", || pin.is_lost());
+    until("losing the pin", || pin.is_lost());
     assert!(leader.pin(SHARD, "archiver", "copying", middle).is_err());
     drop(pin);
     wait_any(&[log.synced().until(head)], WaitStrategy::Park, soon());
@@ -387,7 +379,7 @@ fn a_catch_up_becomes_a_keep_up_on_the_same_stream() {
     let last = writer.append(b"record").unwrap();
     let mut stream = ask(&leader, request(&leader, 2)).ok().unwrap();
     stream.acknowledge((last, writer.end().chain));
-    eventually("keeping up", || {
+    until("keeping up", || {
         follower_status(&leader, 2).session.is_some_and(|session| session.kind == SessionKind::KeepUp)
     });
     assert_eq!(shard_status(&leader).mode, Mode::PublishHealthy);
@@ -414,7 +406,7 @@ fn what_a_follower_has_not_applied_is_kept_although_it_is_durable_there() {
     wait_for(&leader, head, "applied:1");
     append_segments(&leader, &mut writer, 4);
     stream.acknowledge_applied((head, chain), Lsn(8));
-    eventually("saying what is applied", || follower_status(&leader, 2).applied == Lsn(8));
+    until("saying what is applied", || follower_status(&leader, 2).applied == Lsn(8));
     assert_eq!(log.tail(), Lsn(1));
     drop(stream);
     let again = SyncRequest { received: head, durable: head, applied: Lsn(8), chain, ..request(&leader, 2) };
@@ -432,14 +424,14 @@ fn a_follower_that_says_late_what_it_has_applied_has_its_place_again() {
     wait_for(&leader, head, "synced");
     let mut stream = ask(&leader, request(&leader, 2)).ok().unwrap();
     stream.acknowledge((head, chain));
-    eventually("being given up", || log.tail() > Lsn(1));
+    until("being given up", || log.tail() > Lsn(1));
     // As one that has led, and does not know yet how much of its log is the new leader's.
     let again = SyncRequest { received: head, durable: head, chain, ..request(&leader, 2) };
     let mut stream = ask(&leader, again).ok().unwrap();
     assert_eq!(stream.info.session_kind, WireKind::KeepUp);
     assert!(follower_status(&leader, 2).place_lost, "what it would have to apply is gone");
     stream.acknowledge((head, chain));
-    eventually("having its place", || !follower_status(&leader, 2).place_lost);
+    until("having its place", || !follower_status(&leader, 2).place_lost);
     drop(stream);
     let newer = append_segments(&leader, &mut writer, 4);
     wait_for(&leader, newer, "synced");
