@@ -478,11 +478,16 @@ fn make_directory(path: &Path) -> Result<()> {
     sync_parent(path)
 }
 
-/// Makes the name of a directory durable that was there: whoever made it may have been killed before it was. Others have made
-/// it who may.
+/// Makes the name of a directory durable that was there: whoever made it may have been killed before it was. Where this node
+/// may not do that, or nobody can, others have made it: it may be where a file system is mounted on one that nobody writes to.
 fn sync_own_name(path: &Path) -> Result<()> {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem, Unsupported};
     match sync_parent(path) {
-        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(Error::Io { source, .. })
+            if matches!(source.kind(), PermissionDenied | InvalidInput | ReadOnlyFilesystem | Unsupported) =>
+        {
+            Ok(())
+        }
         result => result,
     }
 }

@@ -239,6 +239,20 @@ fn a_directory_is_made_only_where_there_is_none() {
     assert_eq!(names(other.path()).unwrap(), ["thesis.tex"], "not even a lock is left there");
 }
 
+/// What cannot be synced here is what a squashed root is: file systems that nobody writes to say that this cannot be.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_directory_is_made_below_one_whose_name_cannot_be_synced() {
+    use std::os::fd::AsRawFd;
+    let parent = tempfile::tempdir().unwrap();
+    let mounted = std::fs::File::open(parent.path()).unwrap();
+    let path = Path::new("/proc/self/fd").join(mounted.as_raw_fd().to_string());
+    assert!(sync_directory(Path::new("/proc/self/fd")).is_err());
+    create_directory(&path.join("store").join("below")).unwrap();
+    drop(DataDir::create(&path.join("node"), MANIFEST_OF_TWO).unwrap());
+    assert!(DataDir::open(&parent.path().join("node")).unwrap().is_some());
+}
+
 #[test]
 fn left_over_temporary_files_are_removed_and_a_missing_shard_is_noticed() {
     let parent = tempfile::tempdir().unwrap();
