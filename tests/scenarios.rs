@@ -231,7 +231,9 @@ fn a_target_that_overwrites_in_place_keeps_up(net: &Net) {
 }
 
 /// Takes no records, and fails if it is given one.
-struct Indifferent;
+struct Indifferent {
+    keeps_state: bool,
+}
 
 impl ReplicationTarget for Indifferent {
     fn durable_applied(&self, _: ShardId) -> towline::Result<Option<Lsn>> {
@@ -251,7 +253,7 @@ impl ReplicationTarget for Indifferent {
     }
 
     fn keeps_state(&self) -> bool {
-        false
+        self.keeps_state
     }
 }
 
@@ -259,8 +261,9 @@ fn a_target_that_takes_no_records_is_given_none(net: &Net) {
     let (_parent, at) = directories();
     let leader = net.lead(&at(0), 1);
     let mut writer = leader.writer(S0).unwrap();
-    for round in 1..=2 {
-        let follower = net.node(&at(1)).node_id(NodeId(1)).follow(&net.address, Arc::new(Indifferent)).unwrap();
+    for (round, keeps_state) in [(1, false), (2, true)] {
+        let target = Arc::new(Indifferent { keeps_state });
+        let follower = net.node(&at(1)).node_id(NodeId(1)).follow(&net.address, target).unwrap();
         let head = append(&mut writer, 300);
         let commit = Commit::followers(AckLevel::Applied, 1).unwrap();
         assert_eq!(leader.wait(S0, head, commit, Some(deadline())).unwrap(), Outcome::Committed);

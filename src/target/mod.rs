@@ -134,10 +134,11 @@ pub trait ReplicationTarget: Send + Sync {
     }
 
     /// Whether this target must only be given records that are durable in the local log (the
-    /// [write-ahead rule](#the-write-ahead-rule)): unless told otherwise, if it [keeps state](Self::keeps_state). A target in
-    /// memory may say `false`, and is given records as soon as they are received.
+    /// [write-ahead rule](#the-write-ahead-rule)): unless told otherwise, if it [keeps state](Self::keeps_state) and
+    /// [takes records](Self::takes_records). A target in memory may say `false`, and is given records as soon as they are
+    /// received.
     fn needs_durable_log(&self) -> bool {
-        self.keeps_state()
+        self.keeps_state() && self.takes_records()
     }
 
     /// Whether records have to be handed to this target. Where not, what is received counts as applied at once, and nobody
