@@ -56,7 +56,8 @@ impl Tail {
         stop: &ShutdownSignal,
         on_batch: &mut dyn FnMut(&Batch<'_>) -> ControlFlow<()>,
     ) -> Result<Lsn> {
-        let mut reading = Reading { tail: self, last: self.from.previous(), chain: None, target: None, done: false };
+        let last = self.from.previous();
+        let mut reading = Reading { tail: self, last, chain: None, is_given_up: false, target: None, done: false };
         let seed = u64::from(std::process::id());
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30), seed);
         let at_first = Instant::now();
@@ -67,9 +68,9 @@ impl Tail {
                 return Ok(reading.last);
             }
             let Err(error) = result else { continue };
-            if matches!(error, Error::Refused { code: RefusalCode::NotRetained, .. }) && reading.chain.take().is_some()
-            {
+            if matches!(error, Error::Refused { code: RefusalCode::NotRetained, .. }) && reading.asks_again() {
                 // What was read last may have been given up since, and what follows it not.
+                reading.is_given_up = true;
                 continue;
             }
             let has_no_name = error.is_unresolved() && reading.last == self.from.previous();
@@ -93,6 +94,8 @@ struct Reading<'a> {
     last: Lsn,
     /// The chain there, if anything has been read that another stream can be compared with.
     chain: Option<Chain>,
+    /// What has been read last was not to be had again, and is not asked for once more.
+    is_given_up: bool,
     target: Option<Lsn>,
     done: bool,
 }
@@ -119,14 +122,20 @@ impl Reading<'_> {
         let Connection { peer, mut sender, mut receiver, closer } =
             transport.connect_until(address, self.tail.timeout, stop)?;
         let _close_at_stop = stop.on_shutdown(move || closer.close());
-        let from = match self.chain {
+        let from = match self.last {
             // Once more, to see that it is still the same log.
-            Some(_) => self.last,
-            None if self.last == Lsn::ZERO => self.tail.from,
-            None => self.last.next(),
+            last if self.asks_again() => last,
+            Lsn::ZERO => self.tail.from,
+            last => last.next(),
         };
         let request = request_for(Purpose::Tail, self.tail.shard, from);
         let info = exchange(&peer, sender.as_mut(), receiver.as_mut(), request, self.tail.timeout)?;
+        if self.is_given_up && info.tail <= self.last {
+            // It was behind the end of the log, which has come that far since: it can be another one.
+            self.is_given_up = false;
+            let reason = format!("its log has come as far as LSN {} only now, and is to be compared there", self.last);
+            return Err(Error::Refused { peer, code: RefusalCode::Superseded, reason });
+        }
         if !crate::wal::segment::is_valid_size(info.segment_size) {
             return Err(Error::protocol(peer, format!("it has segments of {} bytes", info.segment_size)));
         }
@@ -198,7 +207,7 @@ impl Reading<'_> {
             self.check_history(peer, &header)?;
             // What a stream begins with may be before what is wanted.
             if let Some((batch, _)) = Batch::split_off(header, whole).filter(|_| header.last_lsn() > self.last) {
-                (self.last, self.chain) = (header.last_lsn(), Some(header.crc));
+                (self.last, self.chain, self.is_given_up) = (header.last_lsn(), Some(header.crc), false);
                 flow = on_batch(&batch);
             }
             used += len;
@@ -215,6 +224,11 @@ impl Reading<'_> {
 }
 
 impl Reading<'_> {
+    /// Whether the last record read is to be asked for once more.
+    fn asks_again(&self) -> bool {
+        self.chain.is_some() && !self.is_given_up
+    }
+
     /// Whether a batch of another stream that holds the last record read is the one that it was read in.
     fn check_history(&self, peer: &str, header: &BatchHeader) -> Result<()> {
         let (last, theirs) = (self.last, header.crc);

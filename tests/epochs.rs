@@ -298,6 +298,34 @@ fn a_reader_goes_on_only_where_the_log_is_the_one_that_it_has_read() {
     assert_eq!(read.try_recv().ok(), None, "nothing of another history is handed out");
 }
 
+/// What is asked once more is behind the new leader's log, and that has grown beyond it when what follows is asked for.
+#[test]
+fn a_reader_takes_nothing_for_given_up_that_was_only_not_there_yet() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let (old, new) = old_and_new(&net, &a, &b);
+    old.shutdown().unwrap();
+    let old = net.node(&a).lead("old").unwrap();
+    append(&mut old.writer(S0).unwrap(), 4);
+    let mut of_new = new.writer(S0).unwrap();
+    let switch = Switch::new(&net, move |before| match before {
+        0 => "old".to_owned(),
+        1 => "new".to_owned(),
+        _ => {
+            append(&mut of_new, 7);
+            "new".to_owned()
+        }
+    });
+    let stop = ShutdownSignal::new();
+    let (reader, read) = read_on(&switch, &stop);
+    take_until(&read, Lsn(1), Lsn(9));
+    switch.closers.lock().last().unwrap().close();
+    until("the reader has noticed", || reader.is_finished());
+    let ended = reader.join().unwrap();
+    assert!(matches!(ended, Err(Error::ChainMismatch { lsn: Lsn(9), .. })), "{ended:?}");
+    assert_eq!(read.try_recv().ok(), None, "nothing of another history is handed out");
+}
+
 #[test]
 fn a_reader_whose_last_record_is_given_up_meanwhile_goes_on_behind_it() {
     let net = Net::in_process();
