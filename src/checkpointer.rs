@@ -342,9 +342,13 @@ mod tests {
             Applier { shard: ShardId(0), log, target: Arc::clone(&target) as _, applied: marks, rebuild: None, stop };
         assert!(applier.run().is_err());
         checkpointer.finish();
+        // Nor of a log that is cut before following ends for that.
+        let cut = Some((applied.cut_behind(lsn), Arc::clone(&target) as _));
+        checkpointer.take_up(ShardId(0), CheckpointShard::new(Arc::clone(wal.log()), cut));
+        checkpointer.finish();
         let entry = Checkpoint::load(&path).unwrap().unwrap().entries[&ShardId(0)];
         assert_eq!(entry, CheckpointEntry { applied: Lsn::ZERO, synced: lsn });
-        assert_eq!((target.syncs.load(Ordering::Relaxed), told.lock().len()), (1, 1));
+        assert_eq!((target.syncs.load(Ordering::Relaxed), told.lock().len()), (1, 2));
     }
 
     #[test]

@@ -99,6 +99,14 @@ impl AppliedMark {
         Arc::new(mark)
     }
 
+    /// The mark of what is left of its log when that is cut behind `lsn`. A sync that has failed has failed for it too.
+    pub(crate) fn cut_behind(&self, lsn: Lsn) -> Arc<AppliedMark> {
+        let is_told = AtomicBool::new(self.is_told.load(Ordering::SeqCst));
+        let sync_failed = Mutex::new(self.sync_failed.lock().clone());
+        let own = Watermark::new(self.load().min(lsn));
+        Arc::new(AppliedMark { own, told: Arc::clone(&self.told), is_told, sync_failed })
+    }
+
     /// What the node tells.
     pub(crate) fn told(&self) -> &Arc<Watermark> {
         &self.told
@@ -370,10 +378,8 @@ impl FollowerShard {
     fn cut(&mut self, place: &LogPosition) -> Result<()> {
         self.checkpointer.lower(self.shard, place.lsn)?;
         let (identity, options, path) = self.log_settings();
-        let is_told = self.applied.is_told.load(Ordering::SeqCst);
-        let applied = self.applied.load().min(place.lsn);
-        self.applied = AppliedMark::new(applied, Arc::clone(&self.applied.told), is_told);
-        self.saved = Arc::new(Watermark::new(self.saved.load().min(applied)));
+        self.applied = self.applied.cut_behind(place.lsn);
+        self.saved = Arc::new(Watermark::new(self.saved.load().min(self.applied.load())));
         self.reopen(|| {
             wal::cut(&path, identity.segment_size, place)?;
             Wal::open(&path, identity, options)
