@@ -389,12 +389,11 @@ impl AckLane {
         state.send(ack)
     }
 
-    /// Sends the last acknowledgement, if the stream still stands, and ends the acknowledger.
-    pub(crate) fn stop(&self, over: &ShutdownSignal) {
+    /// Sends the last acknowledgement, if the stream still stands.
+    pub(crate) fn say_last(&self, over: &ShutdownSignal) {
         if !over.is_shutdown() {
             let _ = self.send_if_moved();
         }
-        over.shutdown();
     }
 }
 

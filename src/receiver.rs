@@ -500,13 +500,18 @@ impl Receiver {
 /// Ends a stream that came to this. Says why it did.
 #[inline(never)]
 fn end_stream(lane: &AckLane, intake: Option<&Intake>, result: Result<()>, over: &ShutdownSignal) -> Result<()> {
-    if let Err(error) = &result {
-        lane.say_why(error, intake);
-    }
-    lane.stop(over);
+    // A transport that has panicked may do so again, and threads wait here for the stream to be over.
+    let said = caught("the transport", || {
+        if let Err(error) = &result {
+            lane.say_why(error, intake);
+        }
+        lane.say_last(over);
+        Ok(())
+    });
+    over.shutdown();
     // What another thread met first is the cause: it closes the stream under the receiver.
     let elsewhere = intake.and_then(|intake| intake.failure.lock().take());
-    elsewhere.or(lane.failure.lock().take()).map_or(result, Err)
+    elsewhere.or(lane.failure.lock().take()).map_or(result.and(said), Err)
 }
 
 /// Starts a thread of a stream.

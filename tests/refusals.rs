@@ -5,6 +5,7 @@ mod common;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::net::{Net, pair_with};
@@ -14,8 +15,9 @@ use common::{
 };
 use towline::scrub::ScrubOptions;
 use towline::target::{LogOnly, ReplicationTarget};
-use towline::wal::Record;
-use towline::wire::{Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
+use towline::transport::{Body, Connection, FrameSender, Listener, Transport};
+use towline::wal::{Record, SyncPolicy, WalOptions};
+use towline::wire::{FrameKind, Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
 use towline::{
     Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, RefusalCode, RegionId, ShardId,
 };
@@ -547,6 +549,65 @@ fn a_target_that_panics_over_a_record_ends_the_shard_as_one_that_refuses_it_does
     assert_says(&error.to_string(), &words);
     leader.writer(S0).unwrap().append(b"the other shard goes on").unwrap();
     drop(leader);
+}
+
+/// A transport whose senders have a lock that the first panic poisons.
+struct Stumbles {
+    inner: Arc<dyn Transport>,
+    over: Arc<AtomicBool>,
+}
+
+struct Stumbling(std::sync::Mutex<Box<dyn FrameSender>>, Arc<AtomicBool>);
+
+impl Transport for Stumbles {
+    fn connect(&self, address: &str, timeout: Duration) -> towline::Result<Connection> {
+        let connection = self.inner.connect(address, timeout)?;
+        let sender = Box::new(Stumbling(std::sync::Mutex::new(connection.sender), Arc::clone(&self.over)));
+        Ok(Connection { sender, ..connection })
+    }
+
+    fn listen(&self, address: &str) -> towline::Result<Box<dyn Listener>> {
+        self.inner.listen(address)
+    }
+}
+
+impl FrameSender for Stumbling {
+    fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> towline::Result<()> {
+        let mut inner = self.0.lock().unwrap();
+        assert!(!self.1.load(Ordering::SeqCst), "stumbled over {kind:?}");
+        inner.send(kind, flags, prefix, body)
+    }
+
+    fn finish(&mut self) -> towline::Result<()> {
+        self.0.lock().unwrap().finish()
+    }
+
+    fn peer(&self) -> &str {
+        "the leader"
+    }
+}
+
+/// The thread that acknowledges beside the receiver waits for the stream to be over, or for its next sign of life.
+#[test]
+fn a_transport_that_panics_and_panics_again_ends_following_at_once() {
+    let (net, over) = (Net::in_process(), Arc::new(AtomicBool::new(false)));
+    let (_parent, leader_dir, follower_dir) = directories();
+    let leader = net.node(&leader_dir).commit("durable:1".parse().unwrap()).lead(&net.address).unwrap();
+    let transport = Arc::new(Stumbles { inner: Arc::clone(&net.transport), over: Arc::clone(&over) });
+    let follower = Node::builder(&follower_dir)
+        .transport(transport)
+        .heartbeat(PATIENCE * 10)
+        .wal(WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() })
+        .follow(&net.address, Arc::new(LogOnly))
+        .unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    append(&mut writer, 10);
+    catch_up(&leader, &follower);
+    over.store(true, Ordering::SeqCst);
+    append(&mut writer, 1);
+    let error = reason_of_end(&follower);
+    assert!(matches!(error, Error::Panicked { .. }), "{error}");
+    assert_says(&error.to_string(), &["the receiver of shard 0", "stumbled over Ack"]);
 }
 
 /// A target whose sync panics.
