@@ -120,8 +120,8 @@ impl AppliedMark {
         self.own.load()
     }
 
-    /// Has the target make durable what it has applied: for appliers that end and for the checkpoint. Where a sync has failed
-    /// neither asks again, as another one may succeed although what has been applied is lost.
+    /// Has the target make durable what it has applied: for appliers that end, for rebuilds and for the checkpoint. Where a
+    /// sync has failed none asks again, as another one may succeed although what has been applied is lost.
     ///
     /// # Errors
     ///
@@ -134,6 +134,11 @@ impl AppliedMark {
         let sync = || target.sync(shard).map_err(Error::of_target(shard));
         let synced = caught(format_args!("the target of shard {shard}"), sync);
         synced.inspect_err(|error| *failed = Some(error.to_string()))
+    }
+
+    /// Whether a [sync](Self::sync) has failed.
+    pub(crate) fn has_failed_to_sync(&self) -> bool {
+        self.sync_failed.lock().is_some()
     }
 
     /// Moves it. For the one who does.

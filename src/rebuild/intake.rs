@@ -464,7 +464,7 @@ impl Intake {
         // One that has failed, in the middle of a run perhaps, leaves nothing to go on with.
         let Some(kept) = self.session.lock().kept() else { return Ok(()) };
         let shard = own.log.shard();
-        own.target.sync(shard).map_err(Error::of_target(shard))?;
+        own.applied.sync(own.target.as_ref(), shard)?;
         let RebuildContract { epoch, base, .. } = self.contract;
         Interrupted { shard, block_len: base.block_len, epoch, kept }.save(&own.path)?;
         // Log before that is not needed here any more.
@@ -480,13 +480,15 @@ impl Intake {
             (session.is_completed(), session.failure(), session.progress())
         };
         own.state.set_rebuild(progress);
-        if failure == SessionFailure::LocalBaseCorrupt
+        if !is_completed {
+            own.stop_applier();
+        }
+        // Of what could not be synced, blocks that are kept may have had a part: it would not be written to them again.
+        let is_lost = !is_completed && own.applied.has_failed_to_sync();
+        if (failure == SessionFailure::LocalBaseCorrupt || is_lost)
             && let Err(error) = own.forget_interrupted("it has failed here")
         {
             log::error!("{error}");
-        }
-        if !is_completed {
-            own.stop_applier();
         }
     }
 

@@ -38,6 +38,7 @@ pub enum Point {
     Begun,
     Block,
     Record,
+    Sync,
     Complete,
 }
 
@@ -116,6 +117,7 @@ impl ReplicationTarget for Gated {
         self.inner.apply(shard, record)
     }
     fn sync(&self, shard: ShardId) -> Result<()> {
+        self.gate.pass(Point::Sync)?;
         self.inner.sync(shard)
     }
     fn topology(&self) -> TargetTopology {

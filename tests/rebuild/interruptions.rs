@@ -1,6 +1,7 @@
 //! Rebuilds that end in the middle, by either side, and what the next one makes of what is left.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use towline::rebuild::RebuildPhase;
 use towline::target::{FixedStore, ReplicationTarget};
@@ -194,6 +195,33 @@ fn a_base_that_panics_ends_the_stream_and_is_asked_for_again() {
         reach(follower.applied(SHARD).unwrap(), scene.head());
         assert_went_on(&follower);
         scene.stop_and_compare(vec![("follower", follower, store)]);
+    });
+}
+
+/// What breaks: the device of a target that is being rebuilt, for one sync. What would be lost: what the log had written to
+/// blocks that are kept, were it not written again.
+#[test]
+fn a_rebuild_begins_anew_where_the_target_could_not_be_synced() {
+    over_both(|wire| {
+        let (scene, allowed) = Scene::doled(wire, MANY, |builder| builder);
+        let inner = scene.open_store("follower");
+        let gate = Gate::at(Point::Sync, u64::MAX);
+        gate.open();
+        let target = Gated { inner: inner.clone(), gate: Arc::clone(&gate), tells: true };
+        let follower = scene.follow("follower", Arc::new(target));
+        allowed.advance(Lsn(3));
+        let saved = scene.path("follower").join("rebuild-0000");
+        until("it is saved how far the base has come", || saved.exists());
+        gate.left.store(0, Ordering::SeqCst);
+        allowed.advance(BROKEN);
+        reach(&gate.reached, Lsn(1));
+        gate.left.store(u64::MAX, Ordering::SeqCst);
+        let again = Doled { inner: scene.store.clone(), allowed: Arc::new(Watermark::new(Lsn::MAX)) };
+        let scene = scene.restart(|builder| builder.target(Arc::new(again)));
+        reach(follower.applied(SHARD).unwrap(), scene.head());
+        let progress = follower.rebuild_progress(SHARD).unwrap();
+        assert_eq!((progress.phase, progress.blocks_kept), (RebuildPhase::Completed, 0));
+        scene.stop_and_compare(vec![("follower", follower, inner)]);
     });
 }
 
