@@ -196,7 +196,9 @@ impl Intake {
         interrupted: &Interrupted,
         over: &ShutdownSignal,
     ) -> Result<Intake> {
-        let resumed = Self::keep(own, contract, interrupted).and_then(|session| {
+        let shard = own.shard;
+        let resumed = caught(format_args!("the target of shard {shard}"), || {
+            let session = Self::keep(own, contract, interrupted)?;
             let intake = Intake::new(own, contract, session, over);
             intake.rehydrate(own).map(|()| intake)
         });

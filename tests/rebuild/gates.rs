@@ -36,6 +36,7 @@ pub struct Gate {
 pub enum Point {
     #[default]
     Begun,
+    Resumed,
     Block,
     Record,
     Sync,
@@ -134,6 +135,7 @@ impl ReplicationTarget for Gated {
     }
     fn resume_base(&self, shard: ShardId, info: BaseInfo, kept: KeptBase) -> Result<Box<dyn BaseSink>> {
         let sink = self.inner.resume_base(shard, info, kept)?;
+        self.gate.pass(Point::Resumed)?;
         Ok(Box::new(GatedSink(sink, Arc::clone(&self.gate))))
     }
     fn begin_base(&self, shard: ShardId, info: BaseInfo) -> Result<Box<dyn BaseSink>> {

@@ -226,6 +226,28 @@ fn a_rebuild_begins_anew_where_the_target_could_not_be_synced() {
 }
 
 #[test]
+fn a_target_that_panics_where_it_is_to_go_on_is_rebuilt_from_the_beginning() {
+    over_both(|wire| {
+        let (scene, allowed) = Scene::doled(wire, MANY, |builder| builder);
+        let (follower, store) = half_rebuilt(&scene, &allowed);
+        drop(follower);
+        drop(store);
+        allowed.advance(Lsn::MAX);
+        let inner = scene.open_store("follower");
+        let follow = || {
+            let gate = Gate::falling(Point::Resumed, 0);
+            scene.follow("follower", Arc::new(Gated { inner: inner.clone(), gate, tells: true }))
+        };
+        let error = follow().wait().unwrap_err();
+        assert!(matches!(error, Error::Panicked { .. }), "{error}");
+        let follower = follow();
+        reach(follower.applied(SHARD).unwrap(), scene.head());
+        assert_eq!(follower.rebuild_progress(SHARD).unwrap().blocks_kept, 0);
+        scene.stop_and_compare(vec![("follower", follower, inner)]);
+    });
+}
+
+#[test]
 fn a_rebuild_begins_anew_where_what_is_left_does_not_fit() {
     over_both(|wire| {
         for case in ["another epoch", "the log is gone", "the note is damaged", "the note is gone"] {
