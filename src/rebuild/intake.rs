@@ -554,7 +554,7 @@ fn failed(contract: &RebuildContract, reason: SessionFailure) -> Message {
 /// What an interrupted rebuild has left cannot be used: the next stream begins anew, so nothing is lost for good.
 fn begin_anew(error: Error) -> Error {
     match error.cause() {
-        Error::Corrupt { .. } | Error::Invalid { .. } => Error::Refused {
+        Error::Corrupt { .. } | Error::Mismatch { .. } | Error::Invalid { .. } => Error::Refused {
             peer: "this node".to_owned(),
             code: crate::error::RefusalCode::Superseded,
             reason: format!("an interrupted rebuild cannot go on: {error}"),
@@ -640,6 +640,18 @@ impl Drop for EndsBeats<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_target_that_cannot_go_on_says_is_no_reason_to_end_following() {
+        let reason = || "the blocks have another size".into();
+        for said in [
+            Error::Mismatch { path: PathBuf::new(), reason: reason() },
+            Error::corrupt("", 0, None, "damaged"),
+            Error::invalid("nothing was interrupted"),
+        ] {
+            assert!(said.is_permanent() && !begin_anew(said.clone()).is_permanent(), "{said}");
+        }
+    }
 
     #[test]
     fn small_bases_are_saved_often_and_slow_saves_are_far_apart() {
