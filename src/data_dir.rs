@@ -38,19 +38,19 @@
 //! Every version begins with magic and version and ends with the CRC of all bytes before it, so that a newer version
 //! can be told from damage.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
 use crate::atomic_file;
+use crate::directory_lock::{LOCK_FILE, lock_directory};
 use crate::error::{Error, Result};
 use crate::limits::MAX_SHARDS;
 use crate::types::{ClusterId, Epoch, NodeId, RegionId, ShardId, shard_directory_name};
 use crate::wal::segment::{is_valid_size, sync_directory};
 
-const LOCK: &str = "LOCK";
 const MANIFEST: &str = "MANIFEST";
 const CHECKPOINT: &str = "replication.ckpt";
 /// The directory within a data directory where a node's target may keep its state, before and after the data directory
@@ -222,10 +222,10 @@ impl DataDir {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             result => result.map_err(Error::io("read", path))?,
         };
-        if !exists(&path.join(LOCK))? && !exists(&path.join(MANIFEST))? {
+        if !exists(&path.join(LOCK_FILE))? && !exists(&path.join(MANIFEST))? {
             return refuse_orphaned_logs(path).map(|()| None);
         }
-        let lock = lock(path)?;
+        let lock = lock_directory(path)?;
         // Only now: before, another process may have been making it.
         if !exists(&path.join(MANIFEST))? {
             return refuse_orphaned_logs(path).map(|()| None);
@@ -258,10 +258,10 @@ impl DataDir {
         manifest.check().map_err(Error::invalid)?;
         create_directory(path)?;
         sync_own_name(path)?;
-        if !exists(&path.join(LOCK))? {
+        if !exists(&path.join(LOCK_FILE))? {
             refuse_foreign_content(path)?;
         }
-        let lock = lock(path)?;
+        let lock = lock_directory(path)?;
         refuse_foreign_content(path)?;
         refuse_orphaned_logs(path)?;
         remove_temporary_files(path)?;
@@ -434,23 +434,6 @@ impl DataDir {
     }
 }
 
-/// Takes the directory's lock, which ends with the file that is returned, at the latest when the process does.
-fn lock(directory: &Path) -> Result<File> {
-    let path = directory.join(LOCK);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(Error::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),
-        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
-    }
-}
-
 /// Unlike [`Path::exists`], an error is an error and not a "no".
 pub(crate) fn exists(path: &Path) -> Result<bool> {
     path.try_exists().map_err(Error::io("look for", path))
@@ -529,7 +512,7 @@ fn refuse_foreign_content(directory: &Path) -> Result<()> {
             "it exists already: this is the data directory of a node; open it instead".to_owned()
         } else if name.starts_with('.')
             || name == "lost+found"
-            || name == LOCK
+            || name == LOCK_FILE
             || name == CHECKPOINT
             || name == STORE
             || name == FOLLOWERS

@@ -80,6 +80,7 @@ mod caught;
 mod checkpointer;
 pub mod commit;
 pub mod data_dir;
+mod directory_lock;
 mod divergence;
 mod epoch_fence;
 pub mod error;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::data_dir::{DataDir, Manifest};
+use crate::directory_lock::lock_directory;
 use crate::error::{Error, Result};
 use crate::replication::{CHECKPOINT_FILE_NAME, Checkpoint};
 use crate::transport::Transport;
@@ -19,7 +20,7 @@ use crate::transport::segment::PeerLog;
 use crate::types::{Lsn, ShardId, shard_directory_name};
 use crate::wal::mend::{Mending, Source};
 use crate::wal::scan::{LogReport, Problem, ProblemKind, verify_log};
-use crate::wal::{KnownSynced, LogIdentity, WrittenHere, lock_directory};
+use crate::wal::{KnownSynced, LogIdentity, WrittenHere};
 
 pub use crate::wal::mend::MendedRange;
 

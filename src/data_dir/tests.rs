@@ -205,7 +205,7 @@ fn a_log_without_manifest_is_never_taken_for_nothing() {
     std::fs::remove_file(parent.path().join(MANIFEST)).unwrap();
     for lock_too in [false, true] {
         if lock_too {
-            std::fs::remove_file(parent.path().join(LOCK)).unwrap();
+            std::fs::remove_file(parent.path().join(LOCK_FILE)).unwrap();
         }
         let error = DataDir::open(parent.path()).unwrap_err();
         assert!(error.is_corruption() && error.to_string().contains("shard-0001 holds data"), "{error}");

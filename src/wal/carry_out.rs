@@ -10,6 +10,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use crate::directory_lock::LOCK_FILE;
 use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Epoch, Lsn, WalSegmentId};
@@ -160,7 +161,7 @@ fn tidy(others: &[PathBuf], segment_size: u64) -> Result<(Vec<PathBuf>, u64)> {
     for path in others {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         // What was set aside goes when the log is durable.
-        if name == crate::wal::LOCK_FILE || given_up::is_set_aside(path) {
+        if name == LOCK_FILE || given_up::is_set_aside(path) {
             continue;
         }
         if is_staged_name(name) {

@@ -19,13 +19,14 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use crate::directory_lock::lock_directory;
 use crate::error::{Error, Result};
 use crate::limits::{self, PAGE_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{Chain, Epoch, Lsn};
 use crate::wal::log::Log;
 use crate::wal::reader::{LogPosition, place_before_seal, start_of};
 use crate::wal::segment::{sync_directory, write_all_at, zero_in_pages};
-use crate::wal::{lock_directory, walk};
+use crate::wal::walk;
 
 impl Log {
     /// Where the records of each epoch end, the newest first, and behind them where the log begins. The end of an epoch

@@ -77,6 +77,7 @@ pub use segment::SegmentHeader;
 pub(crate) use writer::unix_ms;
 pub use writer::{LogEnd, LogWriter};
 
+use crate::directory_lock::lock_directory;
 use crate::error::{Error, Result};
 use crate::limits::SEGMENT_HEADER_LEN;
 use crate::types::{Epoch, HybridTimestamp, Lsn};
@@ -174,7 +175,7 @@ impl Wal {
         options: WalOptions,
     ) -> Result<(Wal, LogWriter)> {
         check_size(&identity)?;
-        let lock = lock_directory(directory)?;
+        let lock = Arc::new(lock_directory(directory)?);
         let recovered = recovery::recover(directory, &identity, options.known_synced)?;
         if let Some(torn) = &recovered.torn {
             ::log::warn!(
@@ -249,7 +250,7 @@ impl Wal {
         if next_lsn == Lsn::ZERO {
             return Err(Error::invalid("a log begins with LSN 1 or later"));
         }
-        let lock = lock_directory(directory)?;
+        let lock = Arc::new(lock_directory(directory)?);
         let (segments, others) = walk::list(directory)?;
         // The newest first, one after the other: what a crash leaves is a beginning of the old log, which is a log.
         for (_, path) in segments.into_iter().rev() {
@@ -313,21 +314,6 @@ impl Wal {
 impl Drop for Wal {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// The file whose lock says that a log is open.
-pub(crate) const LOCK_FILE: &str = "LOCK";
-
-/// Takes a shard's directory for one log. The lock goes with the file, also when the process is killed.
-pub(crate) fn lock_directory(directory: &Path) -> Result<Arc<File>> {
-    let path = directory.join(LOCK_FILE);
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.map_err(Error::io("create", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Arc::new(file)),
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),
-        Err(std::fs::TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
 }
 

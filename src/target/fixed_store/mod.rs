@@ -50,7 +50,7 @@ mod crash_tests;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -63,6 +63,7 @@ use self::format::{Header, Layout, Operation, SLOTS_OFFSET, Slot};
 use self::held::Room;
 use self::shard::{Shard, read_header};
 use crate::data_dir::{create_directory, exists, sync_parent};
+use crate::directory_lock::lock_directory;
 use crate::error::{Error, Result};
 use crate::target::{
     BaseInfo, BaseSink, BaseSource, BlockId, KeptBase, ReplicationTarget, ShardRouter, TargetTopology,
@@ -181,7 +182,7 @@ impl FixedStore {
         let layout = Layout::new(options.key_len, options.value_len).map_err(Error::invalid)?;
         let router = ShardRouter::new(options.shard_count, options.prefix_bits)?;
         create_directory(directory)?;
-        let lock = Arc::new(lock(directory)?);
+        let lock = Arc::new(lock_directory(directory)?);
         if !exists(&shard_path(directory, 0))? {
             refuse_orphaned_shards(directory)?;
             create(directory, options, layout)?;
@@ -497,17 +498,6 @@ fn check_key(key: &[u8], key_len: u32) -> Result<()> {
 
 fn shard_path(directory: &Path, number: u16) -> PathBuf {
     directory.join(format!("slots-{number:04}.tfs"))
-}
-
-fn lock(directory: &Path) -> Result<File> {
-    let path = directory.join("LOCK");
-    let file =
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(Error::io("lock", &path)(source)),
-    }
 }
 
 /// In a directory without a file of shard 0: fails if another shard's file was ever in use, or cannot be told not to
