@@ -92,7 +92,12 @@ fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
         last = end;
         // Between the two some may have been given up.
         before = before.filter(|before| before.sealed_last_lsn().map(Lsn::next) == Some(segment.id().first_lsn));
-        let findings = match scrub_segment(&segment, before.as_deref(), &mut |bytes| pace.read(bytes)) {
+        let scrubbed = scrub_segment(&segment, before.as_deref(), &mut |bytes| pace.read(bytes));
+        // Another log may have taken its place, for a rebuild or a cut: files are gone, or are that one's by now.
+        if log.is_closed() {
+            return Ok(());
+        }
+        let findings = match scrubbed {
             Ok(Some(findings)) => findings,
             Ok(None) => return Ok(()),
             Err(error) if !log.holds(&segment) => {
@@ -121,4 +126,52 @@ fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
     log.health().passed(bytes);
     log::debug!("shard {}: scrubbed {bytes} bytes", log.shard());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
+
+    use super::*;
+    use crate::limits::MIN_SEGMENT_SIZE;
+    use crate::types::{ClusterId, Epoch, RegionId, ShardId};
+    use crate::wal::{LogIdentity, LogWriter, Wal, WalOptions};
+
+    const IDENTITY: LogIdentity =
+        LogIdentity { cluster: ClusterId(7), region: RegionId(1), shard: ShardId(2), segment_size: MIN_SEGMENT_SIZE };
+
+    fn fill(writer: &mut LogWriter, byte: u8) {
+        for _ in 0..10 {
+            writer.append(&[byte; 20_000]).unwrap();
+        }
+        writer.log().sync_all().unwrap();
+    }
+
+    /// What breaks: a rebuild replaces a follower's log while it is being scrubbed, and retention has nothing to do with it.
+    /// How: files of the old log are gone, or their names have become those of the new log's. What prevents harm: a log that
+    /// is closed is not judged by what now stands in its place.
+    #[test]
+    fn a_log_that_another_has_replaced_is_not_found_to_be_damaged() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = Wal::open(directory.path(), IDENTITY, WalOptions::default()).unwrap();
+        fill(&mut writer, b'a');
+        let old = Arc::clone(wal.log());
+        assert!(old.sealed_segments_since(Lsn::ZERO).len() > 2);
+        drop(writer);
+        wal.close().unwrap();
+        let stop = ShutdownSignal::new();
+        let options = ScrubOptions { bytes_per_second: u64::MAX, ..ScrubOptions::default() };
+        let scrub_old = || scrub(&old, &mut Pace { options, stop: &stop, began: Instant::now(), bytes: 0 }).unwrap();
+
+        let replace = |first| Wal::open_at(directory.path(), IDENTITY, WalOptions::default(), first, Epoch(2)).unwrap();
+        let (wal, mut writer) = replace(Lsn::FIRST);
+        fill(&mut writer, b'b');
+        scrub_old();
+        drop(writer);
+        wal.close().unwrap();
+        let _new = replace(Lsn(1000));
+        scrub_old();
+        let status = old.scrub_status();
+        assert_eq!((status.passes, status.findings), (0, Vec::new()));
+    }
 }
