@@ -4,14 +4,15 @@
 //!
 //! | who needs it | until | beyond `max_wal_bytes` |
 //! |---|---|---|
-//! | a known follower | it has applied it, and has it on stable storage | loses its place, and is rebuilt |
+//! | a known follower | it has applied a newer record, and has that on stable storage | loses its place, and is rebuilt |
 //! | a [`Pin`] | it is dropped or moved on | is lost, and says so |
 //! | a first follower, while none is known | it comes | has to be rebuilt |
 //! | nobody, within `min_wal_bytes` | there is newer log | goes |
 //! | this node's own target | it has applied it durably | holds it, and is asked to hurry |
 //!
 //! A known follower that has everything on stable storage and has applied nothing yet still needs everything: with its
-//! first record, what it has applied decides where its log goes on.
+//! first record, what it has applied decides where its log goes on. One that has all records of a segment still needs the
+//! batch that seals it, until it is known to have a record of the next.
 //!
 //! So a follower that is slow, stopped or gone for ever neither fills the disk nor slows anybody: appends never wait
 //! for retention.
@@ -131,6 +132,13 @@ impl RetentionFacts<'_> {
         let over = self.file_bytes.saturating_sub(limit).div_ceil(self.segment_size);
         usize::try_from(over).unwrap_or(usize::MAX).min(self.sealed.len())
     }
+}
+
+/// Segments that end up to here are nothing any more to a follower that stands at `position`. Not so one that ends there: a
+/// batch seals it, which may have come after the last record, and where the follower's log ends before that batch it goes on
+/// with it.
+fn left_behind(position: Lsn) -> Lsn {
+    position.previous()
 }
 
 /// A hold on a shard's log: nothing from its LSN on is given up while it lives, unless the log grows past its bound.
@@ -344,11 +352,16 @@ impl ShardRetention {
     }
 
     /// Somebody who needed everything after `before` needs only what is after `now`.
-    pub(crate) fn moved(&self, before: Lsn, now: Lsn) {
+    fn moved(&self, before: Lsn, now: Lsn) {
         let awaited = self.awaited.load(Ordering::SeqCst);
         if before.0 < awaited && awaited <= now.0 {
             self.poke();
         }
+    }
+
+    /// A known follower that stood at `before` stands at `now`.
+    pub(crate) fn follower_moved(&self, before: Lsn, now: Lsn) {
+        self.moved(left_behind(before), left_behind(now));
     }
 
     /// Has the retaining thread look again.
@@ -417,7 +430,10 @@ impl ShardRetention {
     fn plan(&self, Kept { log, applied }: &Kept, sealed: &[Lsn], pins: &[Arc<Held>]) -> Plan {
         let shard = log.shard();
         let followers = self.registry.followers();
-        let places = followers.iter().filter(|known| !known.has_lost_place(shard)).map(|known| known.position(shard));
+        let places = followers
+            .iter()
+            .filter(|known| !known.has_lost_place(shard))
+            .map(|known| left_behind(known.position(shard)));
         let held = pins.iter().filter(|held| !held.lost.load(Ordering::Acquire));
         let held = held.map(|held| Lsn(held.lsn.load(Ordering::Acquire)).previous());
         // Up to here nobody needs anything. Where no follower is known, the first one may need everything.

@@ -17,10 +17,11 @@ use towline::status::{FollowerStatus, ShardStatus};
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Connection, TcpOptions, TcpTransport, Transport};
 use towline::wal::Record;
+use towline::wal::scan::Relation;
 use towline::wire::{Ack, Message, SessionKind as WireKind, ShardInfo, SyncRequest, VersionRange};
 use towline::{
-    Chain, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId, WaitStrategy,
-    wait_any,
+    Chain, Commit, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId,
+    WaitStrategy, wait_any,
 };
 
 const SEGMENT: u64 = 64 * 1024;
@@ -473,4 +474,40 @@ fn forgotten_followers_and_refused_strangers_leave_room() {
         assert_eq!(ask(&leader, request(&leader, node)).err().unwrap().0, RefusalCode::WrongTopology);
     }
     assert!(ask(&leader, request(&leader, 2)).is_ok());
+}
+
+/// What breaks: a segment goes while a follower that has all of its records is away. How: the batch that seals it came only
+/// after that, so that the follower's log goes on with it. What prevents harm: the segment stays until the follower has a
+/// record of the next one.
+#[test]
+fn a_segment_stays_for_who_may_not_have_the_batch_that_seals_it() {
+    let (_parent, a, b) = common::directories();
+    let leader = small(&a).lead("127.0.0.1:0").unwrap();
+    let follow = || {
+        let builder = common::quick(plain(&b)).node_id(NodeId(2));
+        builder.follow(leader.local_address(), Arc::new(LogOnly)).unwrap()
+    };
+    let follower = follow();
+    let mut writer = leader.writer(SHARD).unwrap();
+    let mut last = Lsn::ZERO;
+    while writer.end().offset + 4200 < SEGMENT {
+        last = writer.append(&[7; 4096]).unwrap();
+    }
+    common::catch_up(&leader, &follower);
+    common::until("it is known to have all", || {
+        let known = follower_status(&leader, 2);
+        (known.durable, known.applied) == (last, last)
+    });
+    follower.shutdown().unwrap();
+    assert_eq!(writer.end().segment, Lsn(1), "the segment is full, and not sealed");
+    let head = append_segments(&leader, &mut writer, 3);
+    assert!(leader.wait(SHARD, head, Commit::SYNCED, soon()).unwrap().is_committed());
+
+    let follower = follow();
+    common::catch_up(&leader, &follower);
+    common::until("the first segment goes", || leader.log(SHARD).unwrap().tail() > last);
+    follower.shutdown().unwrap();
+    drop(writer);
+    leader.shutdown().unwrap();
+    assert_eq!(common::compare(&a, &b, SHARD).relation, Relation::Identical);
 }

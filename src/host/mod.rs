@@ -236,7 +236,7 @@ impl Host {
         let due = state.engine.next_deadline();
         let quiet = state.outbox.is_empty();
         drop(state);
-        self.retention.moved(before, position);
+        self.retention.follower_moved(before, position);
         self.settings.clock.arm(due);
         if !quiet {
             self.publish();
