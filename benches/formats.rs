@@ -1,5 +1,5 @@
-//! What is encoded on the way out, and checked and decoded on the way in: batches by the receiver and by recovery, frames
-//! by every stream.
+//! What is encoded on the way out, and checked and decoded on the way in: batches by the receiver and by recovery,
+//! frames by every stream.
 
 use std::hint::black_box;
 

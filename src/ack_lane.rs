@@ -1,18 +1,18 @@
 //! The way back of a follower's stream: acknowledgements, which the receiver and the acknowledger send.
 //!
 //! Three marks go back in one frame: received, durable, applied. The receiver sends one when nothing more has arrived,
-//! when something else has arrived than the next little piece of log, or after a stretch of log while more keeps arriving.
-//! A second thread, the acknowledger, sends what moves without it: the durable mark after a sync in the background, the
-//! applied mark behind the applier, and a sign of life while the receiver is at something. Both use the one sender behind
-//! a lock, held for one small frame.
+//! when something else has arrived than the next little piece of log, or after a stretch of log while more keeps
+//! arriving. A second thread, the acknowledger, sends what moves without it: the durable mark after a sync in the
+//! background, the applied mark behind the applier, and a sign of life while the receiver is at something. Both use the
+//! one sender behind a lock, held for one small frame.
 //!
 //! # When the acknowledger is there
 //!
-//! The receiver starts it before something that can take long, as waiting for the rest of a frame can, and otherwise only
-//! once it has acknowledged, if more is to be said than that: but for what can take long, whoever waits at the leader waits
-//! for no thread to start. It ends when nothing has moved for a while, a heartbeat at least, and all that was received is
-//! durable, applied and acknowledged. On a quiet stream the receiver answers the leader's heartbeats instead; a leader that
-//! beats more slowly than this node has the acknowledger stay.
+//! The receiver starts it before something that can take long, as waiting for the rest of a frame can, and otherwise
+//! only once it has acknowledged, if more is to be said than that: but for what can take long, whoever waits at the
+//! leader waits for no thread to start. It ends when nothing has moved for a while, a heartbeat at least, and all that
+//! was received is durable, applied and acknowledged. On a quiet stream the receiver answers the leader's heartbeats
+//! instead; a leader that beats more slowly than this node has the acknowledger stay.
 //!
 //! Where no thread can be started, the stream goes on without: the receiver acknowledges what it receives, what moves
 //! besides goes with the answer to the next heartbeat, and with each frame it is tried again to start the acknowledger.
@@ -59,12 +59,12 @@ pub(crate) struct AckLane {
     applies: bool,
     /// The acknowledger is there whatever happens.
     stays: bool,
-    /// The acknowledger is there. Set by the receiver before it starts it, and taken back by the acknowledger when it is
-    /// about to end; it ends only if it has done so itself.
+    /// The acknowledger is there. Set by the receiver before it starts it, and taken back by the acknowledger when it
+    /// is about to end; it ends only if it has done so itself.
     is_acknowledging: AtomicBool,
     /// The receiver is at something that can take long. Written by it alone; it then looks whether there is an
-    /// acknowledger, which in turn looks here after saying that there is none, all in one order: one of the two sees the
-    /// other.
+    /// acknowledger, which in turn looks here after saying that there is none, all in one order: one of the two sees
+    /// the other.
     is_busy: AtomicBool,
     /// The last attempt to start the acknowledger failed, which was said.
     was_not_started: AtomicBool,
@@ -253,8 +253,8 @@ impl AckLane {
             return false;
         }
         self.is_acknowledging.store(false, Ordering::SeqCst);
-        // Else the receiver, which began something meanwhile or has published more, has started another one or finds this
-        // one there.
+        // Else the receiver, which began something meanwhile or has published more, has started another one or finds
+        // this one there.
         let is_needed = self.is_busy.load(Ordering::SeqCst) || !self.is_quiet();
         !is_needed || self.is_acknowledging.swap(true, Ordering::SeqCst)
     }
@@ -276,8 +276,8 @@ impl AckLane {
         self.applied_in_haste.store(flags & FLAG_ACK_APPLIED != 0 && !self.applies, Ordering::Relaxed);
     }
 
-    /// Whether the applied mark moves behind the receiver and somebody at the leader waits for it: then who applies is to be
-    /// woken before anything is acknowledged.
+    /// Whether the applied mark moves behind the receiver and somebody at the leader waits for it: then who applies is
+    /// to be woken before anything is acknowledged.
     pub(crate) fn awaits_applier(&self) -> bool {
         self.applied_in_haste.load(Ordering::Relaxed)
     }

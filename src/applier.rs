@@ -84,8 +84,8 @@ impl Applier {
                 // A segment publishes bytes just before the log's mark says so. What is applied is never ahead of it.
                 wait_any(&[self.log.written().until(last)], self.log.options().wait, None);
                 if durable_first && last > self.log.synced().load() {
-                    // Everything written so far in one sync, which this thread does. It is no writer that waits for each
-                    // record, so segments to come need not be settled on the device beforehand.
+                    // Everything written so far in one sync, which this thread does. It is no writer that waits for
+                    // each record, so segments to come need not be settled on the device beforehand.
                     self.log.sync_up_to(last)?;
                 }
                 if !self.apply(&batch)? {

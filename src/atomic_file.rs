@@ -18,8 +18,8 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 ///
 /// # Errors
 ///
-/// [`Error::Io`]. The old content is then still there, except if the directory could not be synced: then the new content
-/// is there, but may be gone after a power failure.
+/// [`Error::Io`]. The old content is then still there, except if the directory could not be synced: then the new
+/// content is there, but may be gone after a power failure.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let _turn = ONE_AT_A_TIME.lock();
     let mut temporary = path.as_os_str().to_owned();

@@ -1,8 +1,8 @@
 //! Panics in what the crate's threads call and others wrote: targets, transports, callbacks.
 //!
-//! A thread that ends by a panic tells nobody, and who waits for what it does would wait for ever. So such calls are made
-//! within [`caught`], where a thread runs or where something must be done behind them, and a panic goes the way of an
-//! error from there.
+//! A thread that ends by a panic tells nobody, and who waits for what it does would wait for ever. So such calls are
+//! made within [`caught`], where a thread runs or where something must be done behind them, and a panic goes the way of
+//! an error from there.
 
 use std::any::Any;
 use std::fmt::Display;
@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 
 /// Does `work`. If it panics, that is an error which says that `whose` code did.
 pub(crate) fn caught<T>(whose: impl Display, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    // What it leaves half done is not gone on with: whoever gets this error ends the shard, the stream or the rebuild, as
-    // after any other. Marks are moved behind the deed, and locks are let go of.
+    // What it leaves half done is not gone on with: whoever gets this error ends the shard, the stream or the rebuild,
+    // as after any other. Marks are moved behind the deed, and locks are let go of.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         Err(Error::Panicked { whose: whose.to_string(), message: message_of(panic.as_ref()).to_owned() })
     })

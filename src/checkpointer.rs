@@ -101,8 +101,8 @@ impl Checkpointer {
         self.save_or_say();
     }
 
-    /// Says nothing about a shard any more; durable on return. Recovery takes what the checkpoint calls synced and the log
-    /// lacks for damage, so this comes before a log is removed.
+    /// Says nothing about a shard any more; durable on return. Recovery takes what the checkpoint calls synced and the
+    /// log lacks for damage, so this comes before a log is removed.
     pub(crate) fn forget(&self, shard: ShardId) -> Result<()> {
         let mut state = self.state.lock();
         if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
@@ -118,8 +118,8 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Says no more about a shard than that `lsn` is synced and applied, and that until it is taken up again; durable on
-    /// return. For a log that is about to be cut there.
+    /// Says no more about a shard than that `lsn` is synced and applied, and that until it is taken up again; durable
+    /// on return. For a log that is about to be cut there.
     pub(crate) fn lower(&self, shard: ShardId, lsn: Lsn) -> Result<()> {
         let mut state = self.state.lock();
         if let Some(place) = state.shards.get_mut(usize::from(shard.0)) {
@@ -322,8 +322,8 @@ mod tests {
         assert_eq!((target.syncs.load(Ordering::Relaxed), told.lock().len(), saved.load()), (1, 1, Lsn::ZERO));
     }
 
-    /// What breaks: the device, when an applier has its target sync for the last time. What would be lost: what is applied,
-    /// were the checkpoint to have it synced once more.
+    /// What breaks: the device, when an applier has its target sync for the last time. What would be lost: what is
+    /// applied, were the checkpoint to have it synced once more.
     #[test]
     fn what_an_applier_could_not_have_synced_is_not_said() {
         let directory = tempfile::tempdir().unwrap();

@@ -166,7 +166,8 @@ pub enum Outcome {
     Poisoned(String),
     /// No record has this LSN yet.
     NotWritten,
-    /// This node gave it up before it was on stable storage, as a log does that outgrows its bound faster than it is synced.
+    /// This node gave it up before it was on stable storage, as a log does that outgrows its bound faster than it is
+    /// synced.
     GivenUp,
 }
 
@@ -460,7 +461,8 @@ impl Commits {
     }
 }
 
-/// What the followers of one shard have acknowledged, and what follows from that: the rule alone, without log and streams.
+/// What the followers of one shard have acknowledged, and what follows from that: the rule alone, without log and
+/// streams.
 #[derive(Default)]
 pub(crate) struct Acknowledged {
     followers: RwLock<Vec<Arc<FollowerMarks>>>,
@@ -503,9 +505,9 @@ impl Acknowledged {
         self.followers.write().retain(|known| known.node != node);
     }
 
-    /// A stream to a follower begins, which has what it said when it asked for it. During a rebuild that is nothing, and
-    /// it does not count. What it had acknowledged on an earlier stream is void before it counts again, and what still
-    /// arrives on one is: of the numbers of streams, newer ones are higher.
+    /// A stream to a follower begins, which has what it said when it asked for it. During a rebuild that is nothing,
+    /// and it does not count. What it had acknowledged on an earlier stream is void before it counts again, and what
+    /// still arrives on one is: of the numbers of streams, newer ones are higher.
     pub(crate) fn stream_begins(
         &self,
         follower: &FollowerMarks,
@@ -542,8 +544,8 @@ impl Acknowledged {
         self.compute(&one_at_a_time);
     }
 
-    /// Takes in what a follower says of itself, and wakes those whose commit it completes. Returns whether it may have woken
-    /// somebody.
+    /// Takes in what a follower says of itself, and wakes those whose commit it completes. Returns whether it may have
+    /// woken somebody.
     pub(crate) fn acknowledge(
         &self,
         follower: &FollowerMarks,

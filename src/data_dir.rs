@@ -31,9 +31,10 @@
 //! | 56 | 4 | `reserved` | 0 |
 //! | 60 | 4 | `crc` | CRC-32 (IEEE) of all bytes before it |
 //!
-//! Version 1 has no flags: whose its epoch is, is not known, and so it counts as another's. Version 2 is the same as version
-//! 3, which says that the logs may have segments of version 3, so that programs that do not know those leave them alone: they
-//! would take one for a torn tail. It is written before a node opens its logs, and so before there is any such segment.
+//! Version 1 has no flags: whose its epoch is, is not known, and so it counts as another's. Version 2 is the same as
+//! version 3, which says that the logs may have segments of version 3, so that programs that do not know those leave
+//! them alone: they would take one for a torn tail. It is written before a node opens its logs, and so before there is
+//! any such segment.
 //!
 //! Every version begins with magic and version and ends with the CRC of all bytes before it, so that a newer version
 //! can be told from damage.
@@ -64,8 +65,8 @@ pub const MANIFEST_VERSION: u16 = 3;
 const MANIFEST_LEN: usize = 64;
 const FLAG_OWN_EPOCH: u16 = 1;
 
-/// What a data directory is. Fixed when it is made, but for `epoch`, which only grows, whose it is, and `cluster`, which
-/// becomes known once.
+/// What a data directory is. Fixed when it is made, but for `epoch`, which only grows, whose it is, and `cluster`,
+/// which becomes known once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Manifest {
     /// The cluster that the node belongs to.
@@ -231,8 +232,8 @@ impl DataDir {
             return refuse_orphaned_logs(path).map(|()| None);
         }
         let manifest = DataDir::read_manifest(path)?;
-        // Whoever put what is found here in its place may have been killed before that was durable, and what is there already
-        // is not written again.
+        // Whoever put what is found here in its place may have been killed before that was durable, and what is there
+        // already is not written again.
         sync_directory(path).map_err(Error::io("sync", path))?;
         remove_temporary_files(path)?;
         let directory = DataDir { path: path.to_owned(), manifest: Mutex::new(manifest), _lock: lock };
@@ -274,8 +275,8 @@ impl DataDir {
         Ok(directory)
     }
 
-    /// Has older programs leave the directory alone, whose logs will be written as they do not know them: what they made is
-    /// marked with this version. For whoever is about to write; looking changes nothing.
+    /// Has older programs leave the directory alone, whose logs will be written as they do not know them: what they
+    /// made is marked with this version. For whoever is about to write; looking changes nothing.
     ///
     /// # Errors
     ///
@@ -332,8 +333,8 @@ impl DataDir {
         self.path.join(format!("rebuild-{shard:04}", shard = shard.0))
     }
 
-    /// Accepts the epoch of another leader: it is on stable storage on return, and nothing older will be accepted again.
-    /// Accepting the present one changes nothing. On an error the present one stays in force.
+    /// Accepts the epoch of another leader: it is on stable storage on return, and nothing older will be accepted
+    /// again. Accepting the present one changes nothing. On an error the present one stays in force.
     ///
     /// # Errors
     ///
@@ -439,8 +440,8 @@ pub(crate) fn exists(path: &Path) -> Result<bool> {
     path.try_exists().map_err(Error::io("look for", path))
 }
 
-/// Makes a directory and its missing parents, durably, and before that the name of the one in which they are made: each is
-/// durable before the next is made, so of what an earlier run has left that may be the one that is not.
+/// Makes a directory and its missing parents, durably, and before that the name of the one in which they are made: each
+/// is durable before the next is made, so of what an earlier run has left that may be the one that is not.
 pub(crate) fn create_directory(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Ok(());
@@ -461,8 +462,9 @@ fn make_directory(path: &Path) -> Result<()> {
     sync_parent(path)
 }
 
-/// Makes the name of a directory durable that was there: whoever made it may have been killed before it was. Where this node
-/// may not do that, or nobody can, others have made it: it may be where a file system is mounted on one that nobody writes to.
+/// Makes the name of a directory durable that was there: whoever made it may have been killed before it was. Where this
+/// node may not do that, or nobody can, others have made it: it may be where a file system is mounted on one that
+/// nobody writes to.
 fn sync_own_name(path: &Path) -> Result<()> {
     use io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem, Unsupported};
     match sync_parent(path) {

@@ -1,8 +1,8 @@
 //! The lock by which a directory is one owner's at a time: of a node, of a log, of a store.
 //!
-//! It goes with its file, also when the process is killed. A process that another thread starts meanwhile holds all locks
-//! of this one from when it is forked until it runs its program, which closes their files: so a lock that was let go of
-//! here can be taken for a moment more, and whoever takes it has the patience for that.
+//! It goes with its file, also when the process is killed. A process that another thread starts meanwhile holds all
+//! locks of this one from when it is forked until it runs its program, which closes their files: so a lock that was let
+//! go of here can be taken for a moment more, and whoever takes it has the patience for that.
 
 use std::fs::{File, TryLockError};
 use std::path::Path;

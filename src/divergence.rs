@@ -4,10 +4,11 @@
 //! The handshake compares the chains once, and every batch that arrives continues the follower's. What is left are logs
 //! that became different while a stream stood: a defect, memory or a middle that changes bytes, a peer that lies. So
 //! every acknowledgement carries the chain at the LSN that it names, and counts only if the leader's log has the same
-//! chain there. Heartbeats carry the chain that was last found to be the same, and the follower compares it with its own.
+//! chain there. Heartbeats carry the chain that was last found to be the same, and the follower compares it with its
+//! own.
 //!
-//! Whoever finds a difference tells the other with an `Error` frame ([`RefusalCode::ChainMismatch`]) and ends the stream.
-//! The follower then stops for good; on the leader it counts for no commit, and the status says why.
+//! Whoever finds a difference tells the other with an `Error` frame ([`RefusalCode::ChainMismatch`]) and ends the
+//! stream. The follower then stops for good; on the leader it counts for no commit, and the status says why.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -95,7 +96,8 @@ impl HistoryCheck {
         self.cursor.lock().agreed().map_or(Lsn::ZERO, |(lsn, _)| lsn)
     }
 
-    /// The chain at `head`, if that is where both logs were last found to be the same; else the chain that says nothing.
+    /// The chain at `head`, if that is where both logs were last found to be the same; else the chain that says
+    /// nothing.
     pub(crate) fn chain_for_heartbeat(&self, head: Lsn) -> Chain {
         let agreed = self.cursor.lock().agreed();
         agreed.filter(|(lsn, _)| *lsn == head).map(|(_, chain)| chain).unwrap_or_default()

@@ -1,14 +1,14 @@
 //! The epoch that a follower has accepted, and those of its streams that stand under older ones.
 //!
-//! Who leads under an epoch was chosen by what nodes had when they accepted it. A node that has accepted one therefore says
-//! nothing more to a leader of an older one, on whichever of its streams: what such a leader is told then could be missing in
-//! the new leader's log. The fence is raised before the epoch is written down, and each stream looks at it before it sends
-//! anything; then streams under older epochs end, and begin anew with whoever leads now. A request to follow counts at its
-//! leader like an acknowledgement: none is made under an older epoch than the fence's, so where that is not written down yet,
-//! it is first.
+//! Who leads under an epoch was chosen by what nodes had when they accepted it. A node that has accepted one therefore
+//! says nothing more to a leader of an older one, on whichever of its streams: what such a leader is told then could be
+//! missing in the new leader's log. The fence is raised before the epoch is written down, and each stream looks at it
+//! before it sends anything; then streams under older epochs end, and begin anew with whoever leads now. A request to
+//! follow counts at its leader like an acknowledgement: none is made under an older epoch than the fence's, so where
+//! that is not written down yet, it is first.
 //!
-//! An acknowledgement that is on its way while the fence is raised is of what the log had before: whoever looks at the log
-//! after the epoch was accepted finds it there.
+//! An acknowledgement that is on its way while the fence is raised is of what the log had before: whoever looks at the
+//! log after the epoch was accepted finds it there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,8 +47,8 @@ impl EpochFence {
         Epoch(self.accepted.load(Ordering::SeqCst))
     }
 
-    /// Has `accept` write an epoch down. From before that on no stream under an older one says anything, and if it succeeds
-    /// they end.
+    /// Has `accept` write an epoch down. From before that on no stream under an older one says anything, and if it
+    /// succeeds they end.
     pub(crate) fn accept(&self, epoch: Epoch, accept: impl FnOnce() -> Result<()>) -> Result<()> {
         self.accepted.fetch_max(epoch.0, Ordering::SeqCst);
         accept()?;

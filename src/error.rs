@@ -12,8 +12,8 @@ use crate::types::{Chain, Epoch, Lsn, ShardId};
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something could not be done. Every variant names the thing it is about, and prints as one plain sentence. What one
-/// failure ends can be told to everybody who asks: clones share what the operating system, or a target, said.
+/// Why something could not be done. Every variant names the thing it is about, and prints as one plain sentence. What
+/// one failure ends can be told to everybody who asks: clones share what the operating system, or a target, said.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -62,8 +62,8 @@ pub enum Error {
         /// Why, as a sentence that says what to do.
         reason: String,
     },
-    /// The directory is in use: by another process, or by something of this one that has not been dropped yet, such as a
-    /// [`LogWriter`](crate::wal::LogWriter) that outlives its [`Leader`](crate::Leader).
+    /// The directory is in use: by another process, or by something of this one that has not been dropped yet, such as
+    /// a [`LogWriter`](crate::wal::LogWriter) that outlives its [`Leader`](crate::Leader).
     InUse {
         /// The directory.
         path: PathBuf,
@@ -236,8 +236,8 @@ impl RefusalCode {
 }
 
 impl Error {
-    /// What a [`ReplicationTarget`](crate::target::ReplicationTarget) says of its own failure, be it an error of the storage
-    /// engine behind it or a sentence.
+    /// What a [`ReplicationTarget`](crate::target::ReplicationTarget) says of its own failure, be it an error of the
+    /// storage engine behind it or a sentence.
     ///
     /// ```
     /// use towline::{Error, ShardId};
@@ -338,8 +338,8 @@ impl Error {
         matches!(self, Error::Network { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Whether trying again without changing anything can never succeed. What a target says in words of its own is taken for
-    /// that: nobody here can tell.
+    /// Whether trying again without changing anything can never succeed. What a target says in words of its own is
+    /// taken for that: nobody here can tell.
     #[must_use]
     pub fn is_permanent(&self) -> bool {
         match self.cause() {

@@ -328,8 +328,8 @@ impl Follower {
         let state = self.states.get(usize::from(shard.0)).cloned().unwrap_or_default();
         let manifest = self.following.manifest();
         let end = open.1.end();
-        // Records of an older term than the accepted one: a newer leader may never have had them, whether this node wrote
-        // them or was to cut them when it stopped.
+        // Records of an older term than the accepted one: a newer leader may never have had them, whether this node
+        // wrote them or was to cut them when it stopped.
         let is_of_older_term = end.head > Lsn::ZERO && end.epoch < manifest.epoch;
         let mut own = FollowerShard {
             shard,
@@ -431,8 +431,8 @@ impl Follower {
     ///
     /// # Errors
     ///
-    /// [`Error::Poisoned`] if something in the log is not on stable storage; else what ended following for good, also where
-    /// [`wait`](Self::wait) has told it already.
+    /// [`Error::Poisoned`] if something in the log is not on stable storage; else what ended following for good, also
+    /// where [`wait`](Self::wait) has told it already.
     pub fn shutdown(mut self) -> Result<()> {
         self.stop()?;
         self.following.failure()

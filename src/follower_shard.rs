@@ -15,8 +15,8 @@
 //!
 //! # Cutting the log
 //!
-//! Where the newest records are of an epoch that ended without them, and nothing of them can be in the target, the log is
-//! [cut](crate::wal) and opened again. No stream carries anything meanwhile, and the applier has ended.
+//! Where the newest records are of an epoch that ended without them, and nothing of them can be in the target, the log
+//! is [cut](crate::wal) and opened again. No stream carries anything meanwhile, and the applier has ended.
 //!
 //! | step | a crash after it leaves |
 //! |---|---|
@@ -61,7 +61,8 @@ pub(crate) struct FollowerShard {
     /// log open before.
     pub(crate) opened_with: Lsn,
     pub(crate) applied: Arc<AppliedMark>,
-    /// Up to where that is durable. Moved by the checkpointer, and during a rebuild by whoever saves how far that has come.
+    /// Up to where that is durable. Moved by the checkpointer, and during a rebuild by whoever saves how far that has
+    /// come.
     pub(crate) saved: Arc<Watermark>,
     pub(crate) applier: Option<RunningApplier>,
     /// This node has led, and its newest records may be nobody else's: nothing is applied before a leader has been met.
@@ -77,8 +78,8 @@ pub(crate) struct FollowerShard {
 /// Up to where a shard's target has applied its log.
 #[derive(Debug)]
 pub(crate) struct AppliedMark {
-    /// Of the present log: a rebuild begins with another one. Moved by the shard's applier only, or by its receiver if it
-    /// has none.
+    /// Of the present log: a rebuild begins with another one. Moved by the shard's applier only, or by its receiver if
+    /// it has none.
     own: Watermark,
     /// What the node tells: it lives as long as the node, never moves back, and stands still while the target is being
     /// rebuilt and serves nothing.
@@ -120,8 +121,8 @@ impl AppliedMark {
         self.own.load()
     }
 
-    /// Has the target make durable what it has applied: for appliers that end, for rebuilds and for the checkpoint. Where a
-    /// sync has failed none asks again, as another one may succeed although what has been applied is lost.
+    /// Has the target make durable what it has applied: for appliers that end, for rebuilds and for the checkpoint.
+    /// Where a sync has failed none asks again, as another one may succeed although what has been applied is lost.
     ///
     /// # Errors
     ///
@@ -149,7 +150,8 @@ impl AppliedMark {
         }
     }
 
-    /// [`publish`](Self::publish) without waking anybody: the caller calls [`wake`](Self::wake) after something more urgent.
+    /// [`publish`](Self::publish) without waking anybody: the caller calls [`wake`](Self::wake) after something more
+    /// urgent.
     pub(crate) fn publish_quietly(&self, lsn: Lsn) {
         self.own.publish_quietly(lsn);
         if self.is_told.load(Ordering::SeqCst) {
@@ -216,8 +218,8 @@ impl FollowerShard {
         self.target().is_rebuilding(self.shard)
     }
 
-    /// Finds out what an interrupted rebuild has left that another can go on with; where that is not enough, says why and
-    /// forgets it. Notes it for the rebuild that begins on this stream.
+    /// Finds out what an interrupted rebuild has left that another can go on with; where that is not enough, says why
+    /// and forgets it. Notes it for the rebuild that begins on this stream.
     pub(crate) fn find_interrupted(&mut self) -> Result<Option<Interrupted>> {
         self.interrupted = None;
         if !self.is_incomplete()? || !self.target().resumes_bases() {
@@ -286,8 +288,8 @@ impl FollowerShard {
         self.start_applier(None)
     }
 
-    /// Whether what is received counts as applied, so that the receiver moves the applied mark with the log's: the target
-    /// takes no records, and no applier works for a rebuild of it.
+    /// Whether what is received counts as applied, so that the receiver moves the applied mark with the log's: the
+    /// target takes no records, and no applier works for a rebuild of it.
     pub(crate) fn applies_at_once(&self) -> bool {
         self.applier.is_none() && !self.target().takes_records() && !self.target().needs_durable_log()
     }
@@ -329,8 +331,8 @@ impl FollowerShard {
         }
     }
 
-    /// Replaces the log by an empty one that begins with `first_lsn`, for a target that has applied `base_lsn` and tells
-    /// nobody. The target has its mark and the applier has ended.
+    /// Replaces the log by an empty one that begins with `first_lsn`, for a target that has applied `base_lsn` and
+    /// tells nobody. The target has its mark and the applier has ended.
     ///
     /// # Errors
     ///
@@ -352,13 +354,13 @@ impl FollowerShard {
         self.reopen(|| Wal::open_at(&path, identity, options, first_lsn, newest_epoch))
     }
 
-    /// Cuts the log at a place of it, behind which nothing has been applied. What was told of marks stays told: they stand
-    /// still until the log has come that far again.
+    /// Cuts the log at a place of it, behind which nothing has been applied. What was told of marks stays told: they
+    /// stand still until the log has come that far again.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] if something behind it has been applied after all, since the leader was told otherwise: it is to
-    /// be told again. [`Error::Poisoned`]: the shard has no log then, and following must end.
+    /// [`Error::Refused`] if something behind it has been applied after all, since the leader was told otherwise: it is
+    /// to be told again. [`Error::Poisoned`]: the shard has no log then, and following must end.
     pub(crate) fn cut_log(&mut self, place: &LogPosition) -> Result<()> {
         let shard = self.shard;
         let (head, epoch) = self.writer().map(|writer| (writer.end().head, writer.end().epoch))?;

@@ -39,8 +39,8 @@ use crate::types::{Epoch, Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogWriter, Wal};
 use crate::watermark::Watermark;
 
-/// A running leader. Dropping it, or [`shutdown`](Self::shutdown), ends its threads, once what is pending was sent: that takes
-/// up to [`drain_timeout`](crate::NodeBuilder::drain_timeout).
+/// A running leader. Dropping it, or [`shutdown`](Self::shutdown), ends its threads, once what is pending was sent:
+/// that takes up to [`drain_timeout`](crate::NodeBuilder::drain_timeout).
 ///
 /// ```
 /// use std::time::{Duration, Instant};
@@ -185,8 +185,8 @@ impl Leader {
     /// append to the shard until the node is started again. So keep it as long as the leader; whoever wants several
     /// threads to append to one shard puts it behind a lock.
     ///
-    /// A writer that outlives the leader appends nothing any more ([`Error::ShutDown`]), and keeps the shard's directory in
-    /// use until it is dropped: opening that gives [`Error::InUse`], in this process too.
+    /// A writer that outlives the leader appends nothing any more ([`Error::ShutDown`]), and keeps the shard's
+    /// directory in use until it is dropped: opening that gives [`Error::InUse`], in this process too.
     ///
     /// # Errors
     ///
@@ -243,8 +243,8 @@ impl Leader {
     }
 
     /// Appends records as one batch and waits until they are committed as `commit` says: the quickest way from a record
-    /// to its acknowledgement, see [`Commits::append_and_wait`]. Returns the LSN of the last record, and how waiting for
-    /// it ended.
+    /// to its acknowledgement, see [`Commits::append_and_wait`]. Returns the LSN of the last record, and how waiting
+    /// for it ended.
     ///
     /// ```no_run
     /// # use towline::{Leader, Outcome, Result, ShardId};
@@ -269,12 +269,12 @@ impl Leader {
         self.commits(writer.log().shard())?.append_and_wait(writer, records, commit, deadline)
     }
 
-    /// Keeps a shard's log from `lsn` on for as long as the pin lives, within the shard's bound. Owner and reason are for
-    /// those who look at the status.
+    /// Keeps a shard's log from `lsn` on for as long as the pin lives, within the shard's bound. Owner and reason are
+    /// for those who look at the status.
     ///
-    /// A pin lives no longer than its node. Between the start of the next one and its first pins, what is kept for nobody
-    /// ([`min_wal_bytes`](crate::NodeBuilder::min_wal_bytes)) is all that is sure to be there; what must not be lost needs a
-    /// [target](crate::NodeBuilder::target).
+    /// A pin lives no longer than its node. Between the start of the next one and its first pins, what is kept for
+    /// nobody ([`min_wal_bytes`](crate::NodeBuilder::min_wal_bytes)) is all that is sure to be there; what must not be
+    /// lost needs a [target](crate::NodeBuilder::target).
     ///
     /// # Errors
     ///
@@ -283,8 +283,8 @@ impl Leader {
         self.server.shard(shard)?.host.retention().pin(owner, reason, lsn)
     }
 
-    /// Forgets a follower that will not come back: no log is kept for it, and it ends its streams. It is remembered anew
-    /// if it asks to follow again.
+    /// Forgets a follower that will not come back: no log is kept for it, and it ends its streams. It is remembered
+    /// anew if it asks to follow again.
     ///
     /// # Errors
     ///
@@ -293,12 +293,12 @@ impl Leader {
         self.server.forget_follower(node)
     }
 
-    /// Steps down because another node leads under `newer`, or is about to: nothing is appended any more, whoever waits is
-    /// told [`Outcome::Deposed`], followers' streams end, and this directory leads again only under a higher epoch that it is
-    /// given. Records that no follower has may be cut when it comes back as a follower.
+    /// Steps down because another node leads under `newer`, or is about to: nothing is appended any more, whoever waits
+    /// is told [`Outcome::Deposed`], followers' streams end, and this directory leads again only under a higher epoch
+    /// that it is given. Records that no follower has may be cut when it comes back as a follower.
     ///
-    /// A leader that is not told, because it is cut off say, goes on until a node that has accepted `newer` connects to it:
-    /// what it answers as [synced](Commit::SYNCED) meanwhile is on its own disk alone.
+    /// A leader that is not told, because it is cut off say, goes on until a node that has accepted `newer` connects to
+    /// it: what it answers as [synced](Commit::SYNCED) meanwhile is on its own disk alone.
     ///
     /// ```
     /// # use towline::{Epoch, Node, Outcome, ShardId};
@@ -314,8 +314,8 @@ impl Leader {
     ///
     /// # Errors
     ///
-    /// [`Error::StaleEpoch`] unless `newer` is higher than the epoch that it leads under; [`Error::Invalid`] for the last epoch
-    /// there is; [`Error::Io`] if it could not be written down: then it leads on.
+    /// [`Error::StaleEpoch`] unless `newer` is higher than the epoch that it leads under; [`Error::Invalid`] for the
+    /// last epoch there is; [`Error::Io`] if it could not be written down: then it leads on.
     pub fn depose(&self, newer: Epoch) -> Result<()> {
         let led = self.server.led();
         if newer <= led {
@@ -337,8 +337,8 @@ impl Leader {
     ///
     /// # Errors
     ///
-    /// [`Error::Poisoned`] if something written is not on stable storage; [`Error::StaleEpoch`] if that is because the node was
-    /// deposed.
+    /// [`Error::Poisoned`] if something written is not on stable storage; [`Error::StaleEpoch`] if that is because the
+    /// node was deposed.
     pub fn shutdown(mut self) -> Result<()> {
         self.stop()
     }

@@ -2,8 +2,8 @@
 //!
 //! Synchronous and thread-per-shard: each shard is one ordered log of memory-mapped segments; each follower and shard
 //! has one blocking TCP stream; threads hand work to each other by moving atomic watermarks over the log itself. There
-//! is no async runtime, and an idle node makes no system calls but heartbeats, and once a day those that read its log again
-//! (see [`scrub`]).
+//! is no async runtime, and an idle node makes no system calls but heartbeats, and once a day those that read its log
+//! again (see [`scrub`]).
 //!
 //! ```text
 //!  caller ──append──▶ log writer ──▶ mapped segment ──written──┬──▶ shipper (follower A) ──▶ TCP
@@ -26,14 +26,14 @@
 //! | [`target`] | the applier hands the records to the state machine, in order |
 //! | [`commit`] | acknowledgements come back, and whoever waits for the record's commit wakes |
 //!
-//! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and [`retention`] bounds what
-//! each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart;
-//! [`rebuild`] brings back followers that the log cannot; [`status`] and [`tail`] look in from outside; [`repair`] mends a
-//! damaged log from a peer's copy; [`shutdown`] ends everything at once.
+//! Around it: a [`Node`] leads or follows; [`protocol`] decides how each follower recovers, and [`retention`] bounds
+//! what each log keeps for whom; [`data_dir`] and [`replication`] keep what must survive a restart; [`rebuild`] brings
+//! back followers that the log cannot; [`status`] and [`tail`] look in from outside; [`repair`] mends a damaged log
+//! from a peer's copy; [`shutdown`] ends everything at once.
 //!
-//! An application needs what stands at the root, [`target`], [`wal`] to read a log, [`status`] and [`tail`]. The other modules
-//! are for tools, for transports of one's own, and for those who read how it works: the document of a format is its
-//! specification.
+//! An application needs what stands at the root, [`target`], [`wal`] to read a log, [`status`] and [`tail`]. The other
+//! modules are for tools, for transports of one's own, and for those who read how it works: the document of a format is
+//! its specification.
 //!
 //! # Words
 //!

@@ -1,5 +1,5 @@
-//! Bounds of formats, peers and settings, each checked against the others when the crate is compiled. Those of a store's files
-//! stand with their format, and what was tuned by measuring beside its use.
+//! Bounds of formats, peers and settings, each checked against the others when the crate is compiled. Those of a
+//! store's files stand with their format, and what was tuned by measuring beside its use.
 
 /// Bytes of a page: segment headers take one, so that batches begin at a page and the header's page stays clean.
 pub const PAGE_LEN: u64 = 4096;
@@ -21,8 +21,8 @@ pub const RECORD_HEADER_LEN: u64 = 4;
 pub const MIN_SEGMENT_SIZE: u64 = 64 * 1024;
 /// Largest segment: every offset in one fits in 32 bits, and a 32-bit process can map it.
 pub const MAX_SEGMENT_SIZE: u64 = 1024 * 1024 * 1024;
-/// Segment size unless asked otherwise. An idle shard keeps three such files beside its sealed ones: the open one and two
-/// spares.
+/// Segment size unless asked otherwise. An idle shard keeps three such files beside its sealed ones: the open one and
+/// two spares.
 pub const DEFAULT_SEGMENT_SIZE: u64 = 16 * 1024 * 1024;
 /// Bytes of segments that a shard keeps at most, unless asked otherwise: enough for a follower that is away for a
 /// while, small enough for a small disk.

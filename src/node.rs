@@ -178,8 +178,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Where the log originates. Fixed when the directory is made: opening it with another region is refused. Default: what
-    /// the directory says, else region 0. A follower takes its leader's.
+    /// Where the log originates. Fixed when the directory is made: opening it with another region is refused. Default:
+    /// what the directory says, else region 0. A follower takes its leader's.
     #[must_use]
     pub fn region(mut self, region: RegionId) -> Self {
         self.region = Some(region);
@@ -206,16 +206,16 @@ impl NodeBuilder {
     /// refused.
     ///
     /// One node alone leads under an epoch. So a directory whose newest epoch came from another leader, because it has
-    /// followed one or was deposed by one, leads only under a higher epoch, which must be given. Who gives it makes sure
-    /// that no other node is given the same.
+    /// followed one or was deposed by one, leads only under a higher epoch, which must be given. Who gives it makes
+    /// sure that no other node is given the same.
     #[must_use]
     pub fn epoch(mut self, epoch: Epoch) -> Self {
         self.epoch = Some(epoch);
         self
     }
 
-    /// What committed means on this node. Followers acknowledge at its level at once, and at others when it suits them, unless
-    /// somebody waits. Default: [`Commit::SYNCED`].
+    /// What committed means on this node. Followers acknowledge at its level at once, and at others when it suits them,
+    /// unless somebody waits. Default: [`Commit::SYNCED`].
     #[must_use]
     pub fn commit(mut self, commit: Commit) -> Self {
         self.options.commit = commit;
@@ -236,8 +236,8 @@ impl NodeBuilder {
         self
     }
 
-    /// A peer from which no byte came for this long is gone: several of its heartbeats. Default: 10 s; a follower gives a
-    /// leader that beats more slowly three of its heartbeats at least.
+    /// A peer from which no byte came for this long is gone: several of its heartbeats. Default: 10 s; a follower gives
+    /// a leader that beats more slowly three of its heartbeats at least.
     #[must_use]
     pub fn peer_timeout(mut self, timeout: Duration) -> Self {
         self.options.peer_timeout = timeout;
@@ -258,8 +258,8 @@ impl NodeBuilder {
         self
     }
 
-    /// How long a follower waits before it tries again: first `base`, then twice as long each time, at most `cap`, and each
-    /// time less by a random part of up to a half. Default: 1 s and 30 s.
+    /// How long a follower waits before it tries again: first `base`, then twice as long each time, at most `cap`, and
+    /// each time less by a random part of up to a half. Default: 1 s and 30 s.
     #[must_use]
     pub fn reconnect(mut self, base: Duration, cap: Duration) -> Self {
         self.options.backoff_base = base;
@@ -270,19 +270,19 @@ impl NodeBuilder {
     /// The most bytes of segments that each shard keeps; `None` or 0 for no bound. Default: 1 GiB
     /// ([`DEFAULT_MAX_WAL_BYTES`](crate::limits::DEFAULT_MAX_WAL_BYTES)).
     ///
-    /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be rebuilt.
-    /// The bound includes the open segment, the spares and files that wait to be spares again. Segments begin to go a
-    /// reserve below it, an eighth of it or three segments if that is more, so that all files together stay under it; they
-    /// go unsynced if need be, for the device may be slower than whoever appends. What this node's own target has not applied
-    /// durably is kept in any case.
+    /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be
+    /// rebuilt. The bound includes the open segment, the spares and files that wait to be spares again. Segments begin
+    /// to go a reserve below it, an eighth of it or three segments if that is more, so that all files together stay
+    /// under it; they go unsynced if need be, for the device may be slower than whoever appends. What this node's own
+    /// target has not applied durably is kept in any case.
     #[must_use]
     pub fn max_wal_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.options.retention.max_wal_bytes = bytes.into().filter(|&bytes| bytes > 0);
         self
     }
 
-    /// Bytes of segments that each shard keeps although nobody needs them, within the bound above: a follower that comes
-    /// back from a crash may have forgotten some of what it had applied. Default: 128 MiB
+    /// Bytes of segments that each shard keeps although nobody needs them, within the bound above: a follower that
+    /// comes back from a crash may have forgotten some of what it had applied. Default: 128 MiB
     /// ([`DEFAULT_MIN_WAL_BYTES`](crate::limits::DEFAULT_MIN_WAL_BYTES)).
     #[must_use]
     pub fn min_wal_bytes(mut self, bytes: u64) -> Self {
@@ -297,18 +297,18 @@ impl NodeBuilder {
         self
     }
 
-    /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning, and the
-    /// others that the directory remembers are forgotten. Default: whoever of the same cluster asks may follow, and is
-    /// remembered.
+    /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning,
+    /// and the others that the directory remembers are forgotten. Default: whoever of the same cluster asks may follow,
+    /// and is remembered.
     #[must_use]
     pub fn followers(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
         self.members = Some(nodes.into_iter().collect());
         self
     }
 
-    /// Called with how a shard stands whenever that changes in more than its numbers: mode, reason, sessions. Calls come
-    /// in order for each shard, from threads of the node, and should be short. The callback may ask the node for its
-    /// status. If it panics, that is logged, and the node goes on.
+    /// Called with how a shard stands whenever that changes in more than its numbers: mode, reason, sessions. Calls
+    /// come in order for each shard, from threads of the node, and should be short. The callback may ask the node for
+    /// its status. If it panics, that is logged, and the node goes on.
     #[must_use]
     pub fn on_projection(mut self, callback: impl Fn(&Projection) + Send + Sync + 'static) -> Self {
         self.on_projection = Some(Arc::new(callback));
@@ -322,8 +322,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Connections open at a time from one address; more are refused. A follower needs one for each shard. Default: seven
-    /// eighths of all.
+    /// Connections open at a time from one address; more are refused. A follower needs one for each shard. Default:
+    /// seven eighths of all.
     #[must_use]
     pub fn max_connections_per_address(mut self, connections: usize) -> Self {
         self.options.max_connections_per_address = Some(connections);
@@ -370,18 +370,18 @@ impl NodeBuilder {
 
     /// Makes a leader apply its own log to a target too, on one thread a shard. Default: it keeps the log only.
     ///
-    /// The target is given records once they are written, or once they are synced here where it
-    /// [needs that](ReplicationTarget::needs_durable_log): not once they are committed. So it can show what a failover takes
-    /// back. What it has not applied yet when the node starts is applied after [`lead`](Self::lead) has returned: it is up to
-    /// date once [`Leader::applied`] has reached the head of the log.
+    /// The target is given records once they are written, or once they are synced here where it [needs
+    /// that](ReplicationTarget::needs_durable_log): not once they are committed. So it can show what a failover takes
+    /// back. What it has not applied yet when the node starts is applied after [`lead`](Self::lead) has returned: it is
+    /// up to date once [`Leader::applied`] has reached the head of the log.
     #[must_use]
     pub fn target(mut self, target: Arc<dyn ReplicationTarget>) -> Self {
         self.target = Some(target);
         self
     }
 
-    /// Gives a signal that stops a follower, also while it still waits for a leader to come up. On a leader it ends listener
-    /// and streams, once what is pending was sent; its writers write on until [`Leader::shutdown`].
+    /// Gives a signal that stops a follower, also while it still waits for a leader to come up. On a leader it ends
+    /// listener and streams, once what is pending was sent; its writers write on until [`Leader::shutdown`].
     #[must_use]
     pub fn stop_signal(mut self, stop: ShutdownSignal) -> Self {
         self.stop = stop;
@@ -397,8 +397,8 @@ impl NodeBuilder {
     /// # Errors
     ///
     /// [`Error::InUse`], [`Error::Mismatch`] (also where [`epoch`](Self::epoch) must be given), [`Error::Corrupt`],
-    /// [`Error::StaleEpoch`], [`Error::Network`] for the address, [`Error::Io`]. [`Error::Invalid`] for settings that have no
-    /// meaning, and for a target that does not belong to this log or whose rebuild was interrupted.
+    /// [`Error::StaleEpoch`], [`Error::Network`] for the address, [`Error::Io`]. [`Error::Invalid`] for settings that
+    /// have no meaning, and for a target that does not belong to this log or whose rebuild was interrupted.
     pub fn lead(self, address: &str) -> Result<Leader> {
         self.check_meaning()?;
         Leader::start(self, address)
@@ -409,8 +409,8 @@ impl NodeBuilder {
     ///
     /// # Errors
     ///
-    /// As [`lead`](Self::lead); [`Error::Refused`] if the leader will not have it; [`Error::ShutDown`] if it was stopped
-    /// before the leader was reached.
+    /// As [`lead`](Self::lead); [`Error::Refused`] if the leader will not have it; [`Error::ShutDown`] if it was
+    /// stopped before the leader was reached.
     pub fn follow(self, address: &str, target: Arc<dyn ReplicationTarget>) -> Result<Follower> {
         self.check_meaning()?;
         Follower::start(self, address, target)
@@ -422,8 +422,8 @@ impl NodeBuilder {
         })
     }
 
-    /// Refuses settings that have no meaning, before anything is made with them: an identity that nobody can have, numbers of
-    /// nothing, and times of zero that would have threads go round without end, or nobody ever be in time.
+    /// Refuses settings that have no meaning, before anything is made with them: an identity that nobody can have,
+    /// numbers of nothing, and times of zero that would have threads go round without end, or nobody ever be in time.
     fn check_meaning(&self) -> Result<()> {
         let options = &self.options;
         if self.node == Some(NodeId(0)) {
@@ -511,8 +511,8 @@ impl NodeBuilder {
         other.map_or(Ok(()), |(what, asked, found)| Err(differs(what, asked.to_string(), found.to_string())))
     }
 
-    /// Where applying begins: what the target knows of itself, else what the checkpoint says. A target whose rebuild was
-    /// interrupted has applied nothing.
+    /// Where applying begins: what the target knows of itself, else what the checkpoint says. A target whose rebuild
+    /// was interrupted has applied nothing.
     pub(crate) fn applied_of(
         target: &dyn ReplicationTarget,
         log: &Log,

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Stack of such a thread, in bytes. More than it needs: the C library keeps the stacks of threads that have ended, with
-/// the pages they touched, up to a number of bytes, so of larger ones it keeps fewer; and it gives none of them to a
-/// thread, perhaps one that stays, that asks for less than a quarter.
+/// Stack of such a thread, in bytes. More than it needs: the C library keeps the stacks of threads that have ended,
+/// with the pages they touched, up to a number of bytes, so of larger ones it keeps fewer; and it gives none of them to
+/// a thread, perhaps one that stays, that asks for less than a quarter.
 pub(crate) const ON_DEMAND_STACK: usize = if cfg!(target_pointer_width = "64") { 8 << 20 } else { 1 << 20 };
 
 /// No such thread stays longer than this without anything to do: whoever comes less often has one started each time.
@@ -38,8 +38,8 @@ impl Stay {
     }
 }
 
-/// Runs what takes much stack on a thread that then ends, so that the one that waits for it, which stays, need not keep it:
-/// a thread keeps every page of its stack that it once touched. Where there can be no such thread, it is run here.
+/// Runs what takes much stack on a thread that then ends, so that the one that waits for it, which stays, need not keep
+/// it: a thread keeps every page of its stack that it once touched. Where there can be no such thread, it is run here.
 pub(crate) fn run_aside<T: Send>(name: &str, stack: usize, mut run: impl FnMut() -> T + Send) -> T {
     let done = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(stack);

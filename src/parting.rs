@@ -1,14 +1,14 @@
 //! Where two logs part: the exchange by which a leader learns it of a follower whose log is no beginning of its own.
 //!
-//! It happens in the handshake, and only then: after an epoch has ended with records that never reached the next leader,
-//! the node that has them follows, and its log must be [cut](crate::wal::cut) at the common point or given up. The leader
-//! tells where the epochs of its log end ([`EpochHistory`]), the follower names the newest point that its own log shares
-//! with that ([`CommonPoint`]), and the leader looks the point up in its log: by LSN and chain, so that it is proven on
-//! both sides. What then happens is the [decision](crate::protocol::decide) of the protocol engine.
+//! It happens in the handshake, and only then: after an epoch has ended with records that never reached the next
+//! leader, the node that has them follows, and its log must be [cut](crate::wal::cut) at the common point or given up.
+//! The leader tells where the epochs of its log end ([`EpochHistory`]), the follower names the newest point that its
+//! own log shares with that ([`CommonPoint`]), and the leader looks the point up in its log: by LSN and chain, so that
+//! it is proven on both sides. What then happens is the [decision](crate::protocol::decide) of the protocol engine.
 //!
-//! The follower looks after itself all the same. It cuts only at the point that it has named, only for a leader of a newer
-//! epoch than its own newest record, and never what its target may hold: after a power cut that can be more than it knows
-//! to have applied, where it overwrites in place.
+//! The follower looks after itself all the same. It cuts only at the point that it has named, only for a leader of a
+//! newer epoch than its own newest record, and never what its target may hold: after a power cut that can be more than
+//! it knows to have applied, where it overwrites in place.
 
 use std::time::Duration;
 
@@ -219,9 +219,9 @@ impl<H: History> OwnHistory<'_, H> {
 }
 
 impl Told {
-    /// Where this log, with this head and the place `due` for the next byte, is to be cut before what `info` announces can
-    /// follow, if it is. The place decides, not the LSN alone: a log that ends with another batch sealing its segment than
-    /// the leader's is cut before that, and loses no record.
+    /// Where this log, with this head and the place `due` for the next byte, is to be cut before what `info` announces
+    /// can follow, if it is. The place decides, not the LSN alone: a log that ends with another batch sealing its
+    /// segment than the leader's is cut before that, and loses no record.
     ///
     /// # Errors
     ///
@@ -253,8 +253,8 @@ impl Told {
         }
     }
 
-    /// Whether what this node has beyond the leader's history may be given up for a leader of this epoch: its records are
-    /// of an older one, and both logs have been shown to have been one.
+    /// Whether what this node has beyond the leader's history may be given up for a leader of this epoch: its records
+    /// are of an older one, and both logs have been shown to have been one.
     pub(crate) fn gives_way_to(&self, epoch: Epoch) -> bool {
         epoch > self.tail_epoch && self.common.is_some()
     }

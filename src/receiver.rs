@@ -4,8 +4,8 @@
 //! bytes, checks every batch against the chain, publishes it, and acknowledges. It comes back by itself when the
 //! stream fails, at the LSN where the log then ends, after a wait that doubles from 1 s to 30 s, shortened at random.
 //!
-//! Where the leader says that only a rebuild helps, the stream begins with one: see [`rebuild`](crate::rebuild). The log
-//! lane is received as ever, into a log that begins with it, and the stream then goes on as any other.
+//! Where the leader says that only a rebuild helps, the stream begins with one: see [`rebuild`](crate::rebuild). The
+//! log lane is received as ever, into a log that begins with it, and the stream then goes on as any other.
 //!
 //! # Acknowledgements
 //!
@@ -197,8 +197,8 @@ impl Receiver {
         })
     }
 
-    /// Says where this log ends, and checks that what the leader will send continues it. From then on the stream stands under
-    /// the leader's epoch.
+    /// Says where this log ends, and checks that what the leader will send continues it. From then on the stream stands
+    /// under the leader's epoch.
     fn shake_hands(
         &mut self,
         peer: &str,
@@ -206,8 +206,8 @@ impl Receiver {
         over: &ShutdownSignal,
     ) -> Result<(ShardInfo, StreamUnder)> {
         let node = Arc::clone(&self.own.node);
-        // What another stream has met may still be on its way to the disk, or may not have got there. What is asked here tells
-        // what the log has, and a leader of an older epoch would count that.
+        // What another stream has met may still be on its way to the disk, or may not have got there. What is asked
+        // here tells what the log has, and a leader of an older epoch would count that.
         let met = node.fence.accepted();
         if met > node.manifest().epoch {
             node.accept_epoch(met).map_err(|error| stale_answer(peer, error))?;
@@ -341,8 +341,8 @@ impl Receiver {
         }
     }
 
-    /// One frame of log, and its acknowledgement unless more has arrived that can go with it. Of what is not acknowledged
-    /// the caller keeps count, in bytes.
+    /// One frame of log, and its acknowledgement unless more has arrived that can go with it. Of what is not
+    /// acknowledged the caller keeps count, in bytes.
     #[inline(never)]
     fn follow_log(
         &mut self,

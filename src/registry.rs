@@ -7,8 +7,8 @@
 //! # Session ids
 //!
 //! No session id is used twice under one epoch, however often the node starts: the file holds a bound, ids are only
-//! used below it, and a node begins at the bound that it finds. Ids of a newer epoch are above those of every older one,
-//! on whichever node: the epoch stands in their upper 32 bits.
+//! used below it, and a node begins at the bound that it finds. Ids of a newer epoch are above those of every older
+//! one, on whichever node: the epoch stands in their upper 32 bits.
 //!
 //! # Format of `followers`, version 1
 //!
@@ -24,10 +24,10 @@
 //! | 24 | (16 + 16 *s*) *n* | followers | each: `node` (8), `seen_at_ms` since 1970 (8), then for each shard `durable` (8) and `applied` (8) |
 //! | 24 + (16 + 16 *s*) *n* | 4 | `crc` | CRC-32 (IEEE) of everything before it |
 //!
-//! It is valid exactly if magic, CRC and version are right, its length is the one that `count` and `shard_count` ask for,
-//! the shards are as many as the node's, and followers stand in strictly ascending order of their nodes, of which none
-//! is 0. The CRC is looked at before the version, in this and every later version. A file that is not valid is an error
-//! and never taken for an empty one.
+//! It is valid exactly if magic, CRC and version are right, its length is the one that `count` and `shard_count` ask
+//! for, the shards are as many as the node's, and followers stand in strictly ascending order of their nodes, of which
+//! none is 0. The CRC is looked at before the version, in this and every later version. A file that is not valid is an
+//! error and never taken for an empty one.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -2,8 +2,8 @@
 //!
 //! Damage to what was synced keeps a node from opening its log. [`Repair`] fetches just the damaged ranges from another
 //! node that holds the same log, a leader or a follower that listens, and puts them in place so that a crash leaves
-//! either the old or the repaired segments. What is believed of the peer's bytes, and what is not, stands in the sources
-//! at `wal/mend.rs`: they must fit the chain of the log before and behind the damage.
+//! either the old or the repaired segments. What is believed of the peer's bytes, and what is not, stands in the
+//! sources at `wal/mend.rs`: they must fit the chain of the log before and behind the damage.
 //!
 //! A log is damaged here in the sense of [`verify_log`]: a torn tail is none, recovery cuts it.
 
@@ -100,9 +100,9 @@ impl Repair {
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] if the node runs, [`Error::Invalid`] if it has no such shard; [`Error::Corrupt`] where the damage
-    /// cannot be repaired from this peer, which has another history or not enough of it; [`Error::Refused`] if the peer
-    /// is of another cluster, or does not have the range any more; [`Error::Mismatch`], [`Error::Protocol`],
+    /// [`Error::InUse`] if the node runs, [`Error::Invalid`] if it has no such shard; [`Error::Corrupt`] where the
+    /// damage cannot be repaired from this peer, which has another history or not enough of it; [`Error::Refused`] if
+    /// the peer is of another cluster, or does not have the range any more; [`Error::Mismatch`], [`Error::Protocol`],
     /// [`Error::Network`], [`Error::Io`]. The shard at which it failed is as it was; those before it are repaired.
     pub fn run(&self, transport: &dyn Transport, address: &str) -> Result<RepairReport> {
         let missing = || Error::invalid(format!("there is no node's data in {}", self.directory.display()));

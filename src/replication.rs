@@ -1,9 +1,9 @@
 //! How far each shard has been applied and synced, and the checkpoint that remembers it.
 //!
-//! Now and then, and when it stops, a node writes a [`Checkpoint`], so that after a restart recovery knows which part of the
-//! log was on stable storage, and the applier where to go on. [`ReplicationState`] holds the same marks while they move, for
-//! programs that run logs and appliers of their own: whoever applies a shard moves its applied mark, whoever syncs it its synced
-//! mark, and everyone else reads or waits.
+//! Now and then, and when it stops, a node writes a [`Checkpoint`], so that after a restart recovery knows which part
+//! of the log was on stable storage, and the applier where to go on. [`ReplicationState`] holds the same marks while
+//! they move, for programs that run logs and appliers of their own: whoever applies a shard moves its applied mark,
+//! whoever syncs it its synced mark, and everyone else reads or waits.
 //!
 //! # Format of a checkpoint, version 1
 //!
@@ -202,8 +202,8 @@ impl ReplicationState {
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`] if the bytes are damaged, [`Error::Mismatch`] if their version is unknown or they have a shard
-    /// that is not among `shards`. As bytes have no path, the errors name [`CHECKPOINT_FILE_NAME`].
+    /// [`Error::Corrupt`] if the bytes are damaged, [`Error::Mismatch`] if their version is unknown or they have a
+    /// shard that is not among `shards`. As bytes have no path, the errors name [`CHECKPOINT_FILE_NAME`].
     pub fn from_checkpoint_bytes(bytes: &[u8], shards: &[ShardId]) -> Result<Self> {
         let checkpoint = Checkpoint::decode(bytes).map_err(|error| error.of_file(Path::new(CHECKPOINT_FILE_NAME)))?;
         Self::from_checkpoint(&checkpoint, shards)

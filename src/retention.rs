@@ -11,25 +11,25 @@
 //! | this node's own target | it has applied it durably | holds it, and is asked to hurry |
 //!
 //! A known follower that has everything on stable storage and has applied nothing yet still needs everything: with its
-//! first record, what it has applied decides where its log goes on. One that has all records of a segment still needs the
-//! batch that seals it, until it is known to have a record of the next.
+//! first record, what it has applied decides where its log goes on. One that has all records of a segment still needs
+//! the batch that seals it, until it is known to have a record of the next.
 //!
 //! So a follower that is slow, stopped or gone for ever neither fills the disk nor slows anybody: appends never wait
 //! for retention.
 //!
 //! # What the bound includes
 //!
-//! All files of the shard's directory: sealed segments, the open one, the spares (as many as are kept ready, and at most
-//! one more), files given up that wait to be spares again (one at the bound, more only where all files together take less than
-//! half of where segments begin to go) and what is [set aside](crate::wal) of segments given up unsynced (at most two files).
-//! Segments begin to go a reserve below the bound, an eighth of it or three segments if that is more, so that the directory
-//! stays under it while they do. A bound that is smaller than all this together leaves the open segment, its spares and
-//! little else.
+//! All files of the shard's directory: sealed segments, the open one, the spares (as many as are kept ready, and at
+//! most one more), files given up that wait to be spares again (one at the bound, more only where all files together
+//! take less than half of where segments begin to go) and what is [set aside](crate::wal) of segments given up unsynced
+//! (at most two files). Segments begin to go a reserve below the bound, an eighth of it or three segments if that is
+//! more, so that the directory stays under it while they do. A bound that is smaller than all this together leaves the
+//! open segment, its spares and little else.
 //!
 //! What nobody needs goes once it is synced. What goes because the log is too large goes at once, synced or not: a
-//! writer that waits for no sync may be faster than the device, and its log is bounded all the same. Only the node's own
-//! target can hold a log that is too large. It is asked to hurry when half of the limit is held, and what it has not
-//! applied durably stays.
+//! writer that waits for no sync may be faster than the device, and its log is bounded all the same. Only the node's
+//! own target can hold a log that is too large. It is asked to hurry when half of the limit is held, and what it has
+//! not applied durably stays.
 //!
 //! One thread a node does this. It waits for a new segment, for a follower that leaves one behind, for a pin that
 //! moves, and for the checkpoint; between those it does nothing, and it never waits for a device.
@@ -70,7 +70,8 @@ impl RetentionOptions {
         self.max_wal_bytes.map(|max| max.saturating_sub((max / 8).max(3 * segment_size)).max(segment_size))
     }
 
-    /// Up to this many bytes of files, some may wait to be filled again: from here on the node's own target is asked to hurry.
+    /// Up to this many bytes of files, some may wait to be filled again: from here on the node's own target is asked to
+    /// hurry.
     fn room(&self, segment_size: u64) -> u64 {
         self.limit(segment_size).map_or(u64::MAX, |limit| limit / 2)
     }
@@ -134,9 +135,9 @@ impl RetentionFacts<'_> {
     }
 }
 
-/// Segments that end up to here are nothing any more to a follower that stands at `position`. Not so one that ends there: a
-/// batch seals it, which may have come after the last record, and where the follower's log ends before that batch it goes on
-/// with it.
+/// Segments that end up to here are nothing any more to a follower that stands at `position`. Not so one that ends
+/// there: a batch seals it, which may have come after the last record, and where the follower's log ends before that
+/// batch it goes on with it.
 fn left_behind(position: Lsn) -> Lsn {
     position.previous()
 }
@@ -212,7 +213,8 @@ pub(crate) struct ShardRetention {
     registry: Arc<Registry>,
     /// Locked to take, drop and judge pins: never while files are touched.
     pins: Mutex<Vec<Arc<Held>>>,
-    /// The oldest LSN that is not given up. Moved by the retaining thread under the lock of `pins`, before the files go.
+    /// The oldest LSN that is not given up. Moved by the retaining thread under the lock of `pins`, before the files
+    /// go.
     tail: AtomicU64,
     /// The newest LSN of the oldest segment that somebody holds: whoever moves past it wakes the retaining thread.
     awaited: AtomicU64,
@@ -253,8 +255,8 @@ impl ShardRetention {
         }
     }
 
-    /// Puts another log in the place of the present one, whose files `open` removes: nothing is released meanwhile. Pins
-    /// on the old one are lost. `applied` is up to where the target has durably applied the new one.
+    /// Puts another log in the place of the present one, whose files `open` removes: nothing is released meanwhile.
+    /// Pins on the old one are lost. `applied` is up to where the target has durably applied the new one.
     pub(crate) fn replace_log(
         &self,
         applied: &Arc<Watermark>,
@@ -318,7 +320,8 @@ impl ShardRetention {
         Ok(Pin { held, retention: Arc::clone(self) })
     }
 
-    /// Holds the log from what the node's own target has applied durably on: no base that it opens from now on is older.
+    /// Holds the log from what the node's own target has applied durably on: no base that it opens from now on is
+    /// older.
     ///
     /// # Errors
     ///

@@ -1,12 +1,13 @@
 //! Scrubbing: reading an open node's sealed segments again, slowly, to find what a disk has forgotten.
 //!
 //! One thread a node, `tl-scrub`, goes through the shards one after the other, at a bounded rate, and then sleeps until
-//! the next pass is due. Each pass checks every sealed and synced segment: its header, every batch, and that each segment
-//! continues the one before. A node reads its whole log when it opens it, so the first pass comes a whole interval later.
+//! the next pass is due. Each pass checks every sealed and synced segment: its header, every batch, and that each
+//! segment continues the one before. A node reads its whole log when it opens it, so the first pass comes a whole
+//! interval later.
 //!
-//! What is found stands in the log output and in the status, and those bytes are given to nobody any more. The node goes
-//! on otherwise: what it has in its target does not depend on an old segment. Stop it when that suits, and repair the
-//! log with [`Repair`](crate::repair::Repair).
+//! What is found stands in the log output and in the status, and those bytes are given to nobody any more. The node
+//! goes on otherwise: what it has in its target does not depend on an old segment. Stop it when that suits, and repair
+//! the log with [`Repair`](crate::repair::Repair).
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -147,9 +148,9 @@ mod tests {
         writer.log().sync_all().unwrap();
     }
 
-    /// What breaks: a rebuild replaces a follower's log while it is being scrubbed, and retention has nothing to do with it.
-    /// How: files of the old log are gone, or their names have become those of the new log's. What prevents harm: a log that
-    /// is closed is not judged by what now stands in its place.
+    /// What breaks: a rebuild replaces a follower's log while it is being scrubbed, and retention has nothing to do
+    /// with it. How: files of the old log are gone, or their names have become those of the new log's. What prevents
+    /// harm: a log that is closed is not judged by what now stands in its place.
     #[test]
     fn a_log_that_another_has_replaced_is_not_found_to_be_damaged() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Ways into what is private, for the fuzzing and the simulation of this repository. Not part of the interface: anything
-//! here may change or go at any time.
+//! Ways into what is private, for the fuzzing and the simulation of this repository. Not part of the interface:
+//! anything here may change or go at any time.
 //!
 //! Each function is what the crate itself calls, with other bytes under it. Everything else that the simulation runs is
 //! public: the [engine](crate::protocol), [rebuild sessions](crate::rebuild), [batches](crate::wal::batch),
@@ -235,7 +235,8 @@ pub fn decode_store_slot((key_len, value_len): (u32, u32), slot: u64, bytes: &[u
     crate::target::fixed_store::decode_slot((key_len, value_len), slot, bytes)
 }
 
-/// Reads a record of a fixed store for keys and values of up to these lengths, and gives it as it would be written again.
+/// Reads a record of a fixed store for keys and values of up to these lengths, and gives it as it would be written
+/// again.
 ///
 /// # Errors
 ///

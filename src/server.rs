@@ -1,10 +1,10 @@
 //! What a node answers to those who connect: followers, readers of the log, and who asks how it is.
 //!
-//! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served at
-//! all; how a follower recovers is decided by the shard's [`Host`] alone. For a follower it then starts the shipper and, in
-//! its own place, the thread that reads acknowledgements. Nothing that a peer sends makes a node do more than its limits
-//! allow: frames have a maximum length by type, connections a maximum number, in all and from one address ([`admission`]).
-//! What happens on a connection once its request has been answered is in [`stream`].
+//! Each connection has a thread. It reads the request, within the handshake time-out, and checks that it can be served
+//! at all; how a follower recovers is decided by the shard's [`Host`] alone. For a follower it then starts the shipper
+//! and, in its own place, the thread that reads acknowledgements. Nothing that a peer sends makes a node do more than
+//! its limits allow: frames have a maximum length by type, connections a maximum number, in all and from one address
+//! ([`admission`]). What happens on a connection once its request has been answered is in [`stream`].
 
 mod stream;
 
@@ -89,8 +89,8 @@ enum Lanes {
     None,
     /// The log from a place on.
     Log(LogPosition),
-    /// A base of this target and the log beside it: from where an interrupted rebuild's goes on, or from where the rebuild
-    /// will say.
+    /// A base of this target and the log beside it: from where an interrupted rebuild's goes on, or from where the
+    /// rebuild will say.
     Rebuild(LogReader, Option<LogPosition>, Arc<dyn ReplicationTarget>),
     /// Ranges of segments, as they are asked for.
     Ranges,
@@ -196,8 +196,8 @@ impl Server {
         }
     }
 
-    /// Serves what has been agreed on: on a thread that has none of the stack that agreeing touched, and whose beginning is
-    /// the end of this one; where there can be none, on this one.
+    /// Serves what has been agreed on: on a thread that has none of the stack that agreeing touched, and whose
+    /// beginning is the end of this one; where there can be none, on this one.
     fn serve_on_another_thread(agreed: Box<Agreed>, name: String) {
         let (server, peer) = (Arc::clone(&agreed.stream.server), agreed.stream.peer.clone());
         let handed_over = Arc::new(Mutex::new(Some(agreed)));

@@ -7,12 +7,13 @@
 //!
 //! Who waits for a commit need not wait for this thread to wake up: if the shipper is idle and its follower has
 //! everything shipped before, the waiting thread ships the little that is new by itself ([`Shipper::ship_at_once`]).
-//! What makes up the position and the stream is therefore behind a lock, which the shipper's thread holds while it works
-//! and not while it is parked. Others only try it, and send only what the stream takes at once, so a slow follower
-//! holds up nobody.
+//! What makes up the position and the stream is therefore behind a lock, which the shipper's thread holds while it
+//! works and not while it is parked. Others only try it, and send only what the stream takes at once, so a slow
+//! follower holds up nobody.
 //!
 //! During a rebuild the stream carries two lanes. The log has priority: before each run of the base what is published
-//! is sent, up to a bound. So the log need not be held back for the length of the copy, and the follower's applier is never far behind.
+//! is sent, up to a bound. So the log need not be held back for the length of the copy, and the follower's applier is
+//! never far behind.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -107,10 +108,10 @@ impl LogLane {
 
 /// How a base and the log beside it share a stream.
 ///
-/// Of a log that grows by *L* while the stream carries *C*, a base of *R* bytes that has the part *s* of the stream leaves
-/// *R* (1 + (*L* / *C* - 1) / *s*) behind, to be kept until it has been sent. Where the stream carries more than is appended,
-/// that is less the more of it the log has. Where more is appended than all of the stream carries, it is less the sooner the
-/// base is over: then the base goes first.
+/// Of a log that grows by *L* while the stream carries *C*, a base of *R* bytes that has the part *s* of the stream
+/// leaves *R* (1 + (*L* / *C* - 1) / *s*) behind, to be kept until it has been sent. Where the stream carries more than
+/// is appended, that is less the more of it the log has. Where more is appended than all of the stream carries, it is
+/// less the sooner the base is over: then the base goes first.
 #[derive(Debug, Default)]
 struct Shares {
     /// Bytes of either sent since the last look.
@@ -189,8 +190,8 @@ impl Shipper {
             }
             let draining = self.draining.is_shutdown();
             if draining && is_awaited {
-                // Of a rebuild that nobody has taken on yet, nothing is pending, and what the follower says meanwhile is that it
-                // lives.
+                // Of a rebuild that nobody has taken on yet, nothing is pending, and what the follower says meanwhile
+                // is that it lives.
                 lane.sender.finish()?;
                 self.stream_over.shutdown();
                 return Ok(());
@@ -235,9 +236,9 @@ impl Shipper {
         }
     }
 
-    /// Lets whoever appends go on first where more threads are ready than there are processors, again and again as long as
-    /// that brings more to ship: one frame then takes what several would have, each with its wake-ups on both sides. On a
-    /// processor that nobody else wants this returns at once; who waits for a commit has shipped by itself.
+    /// Lets whoever appends go on first where more threads are ready than there are processors, again and again as long
+    /// as that brings more to ship: one frame then takes what several would have, each with its wake-ups on both sides.
+    /// On a processor that nobody else wants this returns at once; who waits for a commit has shipped by itself.
     fn give_way(&self) {
         let mut written = self.log.written().load();
         for _ in 0..MOST_GIVEN_WAY {

@@ -1,5 +1,5 @@
-//! What a node says about itself: a snapshot of marks, cheap to take, for people, programs and the wire, which has it in the
-//! format of [`codec`].
+//! What a node says about itself: a snapshot of marks, cheap to take, for people, programs and the wire, which has it
+//! in the format of [`codec`].
 
 pub mod codec;
 mod json;

@@ -26,8 +26,8 @@ pub struct Tail {
     /// Whether to go on with what is appended later. Otherwise reading ends at the head that the log had when the
     /// first connection was made.
     pub follow: bool,
-    /// How long connecting, and each answer, may take; and for how long a node is tried that has not been reached once, unless
-    /// its log is [followed](Self::follow).
+    /// How long connecting, and each answer, may take; and for how long a node is tried that has not been reached once,
+    /// unless its log is [followed](Self::follow).
     pub timeout: Duration,
 }
 
@@ -47,8 +47,9 @@ impl Tail {
     /// # Errors
     ///
     /// What trying again cannot mend: a refusal, a name that does not resolve, a protocol violation;
-    /// [`Error::ChainMismatch`] if the log has another history now than what was read of it, as where records that the next
-    /// leader never had were cut. And what has kept the node from being reached at first, after [`timeout`](Self::timeout).
+    /// [`Error::ChainMismatch`] if the log has another history now than what was read of it, as where records that the
+    /// next leader never had were cut. And what has kept the node from being reached at first, after
+    /// [`timeout`](Self::timeout).
     pub fn read(
         &self,
         transport: &dyn Transport,
@@ -335,8 +336,8 @@ pub fn ask_status(transport: &dyn Transport, address: &str, timeout: Duration) -
     Status::decode(&body).map_err(|reason| Error::protocol(peer, format!("its status cannot be read: {reason}")))
 }
 
-/// Asks the node at `address` how many shards it has, and of what size its segments are. Where the log of a shard begins and
-/// ends, each shard is asked.
+/// Asks the node at `address` how many shards it has, and of what size its segments are. Where the log of a shard
+/// begins and ends, each shard is asked.
 ///
 /// # Errors
 ///

@@ -199,11 +199,11 @@ impl Watermark {
         self.wake_if_reached(self.value.load(Ordering::Relaxed));
     }
 
-    /// Lets the waiter of that name sleep on until the mark reaches `at_least`, because the caller has done what it would
-    /// have been woken for below. Does nothing if it is awake: then it looks for itself.
+    /// Lets the waiter of that name sleep on until the mark reaches `at_least`, because the caller has done what it
+    /// would have been woken for below. Does nothing if it is awake: then it looks for itself.
     ///
-    /// Only thresholds rise, and `next_wake` follows them under the lock: at every moment it is not above the old or the
-    /// new threshold, so claims 1 to 3 hold for the new one as they did for the old.
+    /// Only thresholds rise, and `next_wake` follows them under the lock: at every moment it is not above the old or
+    /// the new threshold, so claims 1 to 3 hold for the new one as they did for the old.
     #[doc(hidden)]
     pub fn postpone(&self, name: WaiterName, at_least: Lsn) {
         let mut waiters = self.waiters.0.lock();
@@ -213,12 +213,12 @@ impl Watermark {
         self.set_next_wake(&waiters);
     }
 
-    /// Has `call` made once the mark stands at `at_least` or beyond: by the thread that moves it there, once it has woken
-    /// those who wait. If it stands there already, gives the call back, unless another thread has just taken it. A mark has
-    /// one such call; another takes its place.
+    /// Has `call` made once the mark stands at `at_least` or beyond: by the thread that moves it there, once it has
+    /// woken those who wait. If it stands there already, gives the call back, unless another thread has just taken it.
+    /// A mark has one such call; another takes its place.
     ///
-    /// It stands in for a waiter that is not there yet: claims 1 and 2 hold for it, and instead of the third, it is only
-    /// taken out by a thread that then makes it.
+    /// It stands in for a waiter that is not there yet: claims 1 and 2 hold for it, and instead of the third, it is
+    /// only taken out by a thread that then makes it.
     #[must_use = "what is given back is to be called"]
     pub(crate) fn call_at(&self, at_least: Lsn, call: Call) -> Option<Call> {
         let before = {

@@ -1,5 +1,5 @@
-//! Logs of small records, whose batches say only what is new: a node that begins anywhere in such a log must not miss what
-//! the batches before would have told it.
+//! Logs of small records, whose batches say only what is new: a node that begins anywhere in such a log must not miss
+//! what the batches before would have told it.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

@@ -1,6 +1,7 @@
-//! Hostile input, kept: every case under `tests/corpus` is replayed through its decoder, whole, cut and changed, and so is
-//! whatever a fuzzer finds and somebody adds there. The fuzz targets of the `fuzz` crate run the same decoders, and each case is in a
-//! directory with the decoder's name. A decoder that panics, or that takes what it would write differently, fails here.
+//! Hostile input, kept: every case under `tests/corpus` is replayed through its decoder, whole, cut and changed, and so
+//! is whatever a fuzzer finds and somebody adds there. The fuzz targets of the `fuzz` crate run the same decoders, and
+//! each case is in a directory with the decoder's name. A decoder that panics, or that takes what it would write
+//! differently, fails here.
 //!
 //! `TOWLINE_FUZZ_SECONDS=60 cargo test --release --test corpus -- --ignored` goes on with random changes for that long
 //! for each decoder; `TOWLINE_FUZZ_DECODER` chooses one.

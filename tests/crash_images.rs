@@ -2,18 +2,18 @@
 //! by the code that would open it, and checked.
 //!
 //! **What breaks.** Until a sync, the device holds any mixture of what a file has held since the sync before, in pieces
-//! of 512 bytes or of 4 KiB; and of the names made, changed and removed in a directory since it was synced, any subset. A
-//! log with a bound on its size gives up what is not synced, and relies on names changing in order: for such a run, a
+//! of 512 bytes or of 4 KiB; and of the names made, changed and removed in a directory since it was synced, any subset.
+//! A log with a bound on its size gives up what is not synced, and relies on names changing in order: for such a run, a
 //! beginning of the changes instead.
 //!
-//! A sync can fail, too: the kernel tells of that once, and takes the pages for written. Whoever is started again on the same
-//! machine finds them in the page cache, and no later sync puts them on the device unless they are written again. And a write
-//! can find no room in the middle.
+//! A sync can fail, too: the kernel tells of that once, and takes the pages for written. Whoever is started again on
+//! the same machine finds them in the page cache, and no later sync puts them on the device unless they are written
+//! again. And a write can find no room in the middle.
 //!
 //! **How an image is made.** `calls.rs` sees every sync, rename and removal of this process; `disk.rs` keeps what was
-//! durable after each, and makes images of it and of what the files hold in the page cache. A run is a workload, cut off
-//! at random moments, also in the middle of a call; several images of each moment are opened, some of them while a trap
-//! waits for the recovery itself, and some live on and are cut off again.
+//! durable after each, and makes images of it and of what the files hold in the page cache. A run is a workload, cut
+//! off at random moments, also in the middle of a call; several images of each moment are opened, some of them while a
+//! trap waits for the recovery itself, and some live on and are cut off again.
 //!
 //! **What must hold.** Nothing said to be synced is missing, byte for byte. Nothing is taken for damaged. Nothing is
 //! found that was not written, stale bytes of recycled segments and of cut tails least of all. What is cut is zero
@@ -25,16 +25,17 @@
 //! begins in, left out of the sync; the directory not synced with a segment's first sync; a recycled segment not filled
 //! with zeros; a cut not carried out, with the chain compared or not; removals of several segments not made durable one
 //! by one; a recycled file renamed without a sync of the directory; a log's first segment named and not made durable
-//! before the second; a segment released before its successor was durable; a torn tail not told. By the tests
-//! of syncs that fail: what was found of a log not written again, or all of it but the batch that seals a segment; slots newer
-//! than the applied mark, or a store's header, not written again. By the test of the store: the clean mark written before the slots were synced, or left in place by the next change; the applied mark
-//! written before the slots were synced; a header that tells of new slots written before the file's growth was synced. By
-//! the others: the mark of a rebuild set after the slots were emptied, or taken away before they were synced; how far a
-//! base has come noted before that was synced; a small file renamed before it was synced, or its name not synced; a
-//! manifest made before its shards' directories were durable; a directory's name that an earlier run had made, or a new
-//! manifest's, left unsynced. Not noticed: the chain of a batch not compared, as long as cut bytes are zeroed and what a
-//! recycled file brings back has lower LSNs. Found in the code by these tests when they were new: the removals, the first
-//! segment's name, and a store whose directory had no durable name.
+//! before the second; a segment released before its successor was durable; a torn tail not told. By the tests of syncs
+//! that fail: what was found of a log not written again, or all of it but the batch that seals a segment; slots newer
+//! than the applied mark, or a store's header, not written again. By the test of the store: the clean mark written
+//! before the slots were synced, or left in place by the next change; the applied mark written before the slots were
+//! synced; a header that tells of new slots written before the file's growth was synced. By the others: the mark of a
+//! rebuild set after the slots were emptied, or taken away before they were synced; how far a base has come noted
+//! before that was synced; a small file renamed before it was synced, or its name not synced; a manifest made before
+//! its shards' directories were durable; a directory's name that an earlier run had made, or a new manifest's, left
+//! unsynced. Not noticed: the chain of a batch not compared, as long as cut bytes are zeroed and what a recycled file
+//! brings back has lower LSNs. Found in the code by these tests when they were new: the removals, the first segment's
+//! name, and a store whose directory had no durable name.
 //!
 //! A failing run prints a seed, which gives the same choices again (threads in the background may still come at other
 //! moments), and leaves the directory that it had opened. `TOWLINE_CRASH_IMAGES` says how many images there are to be.

@@ -1,7 +1,7 @@
 //! Logs that became different while a stream stood, as by memory or a middle that changes bytes: the follower's newest
-//! batch is another one than the leader's, sound by itself and with a chain of its own. Whichever side can see it stops,
-//! tells the other, and says so in its status. Seen to fail where the leader does not compare acknowledgements, and where
-//! the follower does not compare heartbeats.
+//! batch is another one than the leader's, sound by itself and with a chain of its own. Whichever side can see it
+//! stops, tells the other, and says so in its status. Seen to fail where the leader does not compare acknowledgements,
+//! and where the follower does not compare heartbeats.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

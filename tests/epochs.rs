@@ -1,5 +1,5 @@
-//! Epochs between leaders and followers: who has accepted one says nothing under an older one, a deposed leader lets go of
-//! everybody, and neither ends a follower that can go on.
+//! Epochs between leaders and followers: who has accepted one says nothing under an older one, a deposed leader lets go
+//! of everybody, and neither ends a follower that can go on.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;
@@ -117,8 +117,8 @@ fn who_has_accepted_an_epoch_acknowledges_nothing_under_an_older_one() {
     follower.shutdown().unwrap();
 }
 
-/// What breaks: the disk, which does not take the newer epoch. What would be lost: a record that an old leader calls committed
-/// because of what it is told by the request that begins the stream anew.
+/// What breaks: the disk, which does not take the newer epoch. What would be lost: a record that an old leader calls
+/// committed because of what it is told by the request that begins the stream anew.
 #[test]
 fn who_cannot_write_an_epoch_down_asks_nobody_under_an_older_one() {
     let net = Net::in_process();

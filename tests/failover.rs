@@ -1,5 +1,5 @@
-//! Failover: a deposed leader with records that never reached the next one comes back as a follower. Its log is cut at the
-//! common point if what is cut was applied to nothing, otherwise it is rebuilt; whatever is less sure is refused.
+//! Failover: a deposed leader with records that never reached the next one comes back as a follower. Its log is cut at
+//! the common point if what is cut was applied to nothing, otherwise it is rebuilt; whatever is less sure is refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;
@@ -304,9 +304,9 @@ fn a_store_that_applied_nothing_of_it_is_kept(net: &Net) {
     assert_identical(&a, &b, &[21]);
 }
 
-/// What breaks: the power goes while the old leader's store has applied strays and not synced them. How: slots reach the
-/// disk as they please, so the newest of them are there, and the header still says that nothing of them was applied. What
-/// prevents harm: the store knows the newest version in its slots, and the log is not cut below that.
+/// What breaks: the power goes while the old leader's store has applied strays and not synced them. How: slots reach
+/// the disk as they please, so the newest of them are there, and the header still says that nothing of them was
+/// applied. What prevents harm: the store knows the newest version in its slots, and the log is not cut below that.
 fn a_store_that_a_power_cut_left_ahead_of_what_it_knows_is_rebuilt(net: &Net) {
     let (_parent, a, b) = directories();
     let (store_a, store_b) = (store(&a), store(&b));
@@ -431,7 +431,8 @@ fn a_target_that_cannot_tell_what_it_holds_is_rebuilt(net: &Net) {
     assert_same_log(&a, &b);
 }
 
-/// Both logs hold the same records, but each of the two leaders has sealed the segment behind them, each in its own way.
+/// Both logs hold the same records, but each of the two leaders has sealed the segment behind them, each in its own
+/// way.
 fn another_batch_sealing_the_same_segment_is_cut(net: &Net) {
     let (_parent, a, b) = directories();
     let (leader, _) = fail_over(net, &a, &b, &[50], &[0], 5);
@@ -793,8 +794,8 @@ impl ReplicationTarget for Gated {
     }
 }
 
-/// A log that outgrows its bound leaves a follower behind whose log has what its target is still to apply. By the time that
-/// its rebuild begins, that has been applied, and is more than the base has.
+/// A log that outgrows its bound leaves a follower behind whose log has what its target is still to apply. By the time
+/// that its rebuild begins, that has been applied, and is more than the base has.
 fn a_follower_that_went_on_applying_before_its_rebuild_asks_again(net: &Net) {
     let (_parent, a, b) = directories();
     let leader = lead(net, &a, A, 1);

@@ -1,5 +1,5 @@
-//! Golden files: bytes of the first version of each format, which every version to come must read as they are read here.
-//! They are never written again. A new version of a format gets files of its own beside them.
+//! Golden files: bytes of the first version of each format, which every version to come must read as they are read
+//! here. They are never written again. A new version of a format gets files of its own beside them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;
@@ -73,8 +73,8 @@ fn compact_records() -> [Vec<u8>; 5] {
     [b"one".to_vec(), b"two".to_vec(), Vec::new(), vec![4; 4095], b"five".to_vec()]
 }
 
-/// A segment of which all batches but the first and the sealing one are compact. They begin where the bits of an LSN that
-/// they have go on with zeros, and with the highest timestamp that they can have.
+/// A segment of which all batches but the first and the sealing one are compact. They begin where the bits of an LSN
+/// that they have go on with zeros, and with the highest timestamp that they can have.
 fn compact_segment() -> Vec<u8> {
     let first_lsn = Lsn((7 << 26) - 2);
     let id = WalSegmentId { region: RegionId(2), shard: ShardId(3), first_lsn };

@@ -1,13 +1,13 @@
-//! Whole processes on a network that delays, stalls, cuts, doubles and falsifies, while some of them are killed: what was
-//! acknowledged is there at the end, applied once, and the logs are identical.
+//! Whole processes on a network that delays, stalls, cuts, doubles and falsifies, while some of them are killed: what
+//! was acknowledged is there at the end, applied once, and the logs are identical.
 //!
 //! Any bit of a stream is falsified, in either direction: a checksum covers every one, and nobody ends by it.
 //!
 //! Where bodies are received without a look at their checksum, both tests of falsified streams fail within a few
-//! connections: a mark that has grown by one bit has a follower told, for good, that the leader has lost data, and an epoch
-//! deposes the leader. Where the checksum leaves out the prefixes of raw bytes,
-//! they pass: the log takes bytes only at the place that is due, and a store's blocks name their place. That fault is found
-//! by `every_flipped_bit_that_the_frame_covers_ends_the_stream` of the transports, and by the kept cases of the decoders.
+//! connections: a mark that has grown by one bit has a follower told, for good, that the leader has lost data, and an
+//! epoch deposes the leader. Where the checksum leaves out the prefixes of raw bytes, they pass: the log takes bytes
+//! only at the place that is due, and a store's blocks name their place. That fault is found by
+//! `every_flipped_bit_that_the_frame_covers_ends_the_stream` of the transports, and by the kept cases of the decoders.
 #![cfg(all(unix, feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
@@ -361,8 +361,8 @@ fn usage(process: &Beside) -> Option<(u64, u64)> {
     Some((memory, home.join("fd").read_dir().ok()?.count() as u64))
 }
 
-/// Off unless asked for. Bad weather all the time, a bounded log, and nobody is killed: the same processes at the end as
-/// at the beginning, which hold no more than after the first quarter.
+/// Off unless asked for. Bad weather all the time, a bounded log, and nobody is killed: the same processes at the end
+/// as at the beginning, which hold no more than after the first quarter.
 #[test]
 #[cfg(target_os = "linux")]
 fn memory_and_descriptors_stay_flat() {

@@ -1,6 +1,6 @@
 //! What anybody may do to a node's port: bytes that are no request, connections that say nothing or too little, garbage
-//! behind a valid handshake, acknowledgements that cannot be true, a leader that lies. It is named in the log, and nobody
-//! else is disturbed.
+//! behind a valid handshake, acknowledgements that cannot be true, a leader that lies. It is named in the log, and
+//! nobody else is disturbed.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

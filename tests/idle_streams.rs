@@ -1,4 +1,5 @@
-//! Streams with little to do: what is acknowledged without a thread of its own for it, and threads that end and come back.
+//! Streams with little to do: what is acknowledged without a thread of its own for it, and threads that end and come
+//! back.
 //!
 //! Whether a thread is there is told by its name, so the scenarios of this file run one after the other.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
@@ -70,8 +71,8 @@ fn session_of(leader: &Leader) -> SessionId {
     session().unwrap().id
 }
 
-/// Nothing moves at the follower but what is received, nobody beats, and behind the log comes the word that this was all:
-/// the acknowledgement can come from nobody but the receiver, and for no other reason.
+/// Nothing moves at the follower but what is received, nobody beats, and behind the log comes the word that this was
+/// all: the acknowledgement can come from nobody but the receiver, and for no other reason.
 fn what_came_before_the_follower_is_acknowledged(net: &Net) {
     let _alone = alone();
     let never = Duration::from_secs(600);
@@ -92,7 +93,8 @@ fn what_came_before_the_follower_is_acknowledged(net: &Net) {
     }
 }
 
-/// As long as nothing moves there is no acknowledger, and the leader hears from the follower all the same, on one stream.
+/// As long as nothing moves there is no acknowledger, and the leader hears from the follower all the same, on one
+/// stream.
 fn a_quiet_stream_is_kept_alive_by_the_receiver(net: &Net) {
     let _alone = alone();
     let heartbeat = Duration::from_millis(50);

@@ -1,5 +1,5 @@
-//! The protocol engine stays pure: its sources are read here, and using a clock, I/O, threads, locks, randomness, hidden
-//! order or another part of the crate fails the test.
+//! The protocol engine stays pure: its sources are read here, and using a clock, I/O, threads, locks, randomness,
+//! hidden order or another part of the crate fails the test.
 
 // A test may panic, also in the functions that it is made of.
 #![allow(clippy::unwrap_used)]

@@ -8,10 +8,10 @@
 //!
 //! That these checks can fail has been tried by planting faults, each of which at least one of them finds: parking
 //! without looking again after registration; leaving out the total order between the writer's store and load, or
-//! between the waiter's; a registration that does not lower `next_wake`; waking that forgets those not yet reached, takes
-//! them off as well, or forgets to unpark; waking only strictly above the threshold; a waiter that leaves without
-//! deregistering, on only one of its marks, or taking the others along; a relaxed `publish`; an `advance` that is a load
-//! and a store; a closer registered, or a child made, without looking whether shutdown has begun.
+//! between the waiter's; a registration that does not lower `next_wake`; waking that forgets those not yet reached,
+//! takes them off as well, or forgets to unpark; waking only strictly above the threshold; a waiter that leaves without
+//! deregistering, on only one of its marks, or taking the others along; a relaxed `publish`; an `advance` that is a
+//! load and a store; a closer registered, or a child made, without looking whether shutdown has begun.
 //!
 //! Where three threads wait and wake, only interleavings with up to three preemptions are searched, as the rest would
 //! take minutes.

@@ -1,7 +1,7 @@
 //! Scripts for the protocol engine, with the transcript that each must give.
 //!
-//! A script in `tests/protocol/` is made of blocks: one input line, a line of four dashes, and the expected output up to
-//! the next empty line. Output is the outcome, then the commands in order, indented. Lines that begin with `#` are
+//! A script in `tests/protocol/` is made of blocks: one input line, a line of four dashes, and the expected output up
+//! to the next empty line. Output is the outcome, then the commands in order, indented. Lines that begin with `#` are
 //! comments.
 //!
 //! ```text

@@ -1,9 +1,9 @@
 //! Rebuilds between whole processes that are killed without warning, under a load of writes.
 //!
 //! What breaks: the leader or the follower is killed at any moment of a rebuild, also of one that goes on with an
-//! interrupted one, again and again. What prevents harm: the store's durable mark, the note of how far a rebuild has come,
-//! which is written behind what it speaks of, and the log that both sides kept. Whenever the follower's store can be read
-//! at all, every key that was ever written is in it; and in the end it is the leader's.
+//! interrupted one, again and again. What prevents harm: the store's durable mark, the note of how far a rebuild has
+//! come, which is written behind what it speaks of, and the log that both sides kept. Whenever the follower's store can
+//! be read at all, every key that was ever written is in it; and in the end it is the leader's.
 #![cfg(all(unix, feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
@@ -29,14 +29,14 @@ const SHARDS: u16 = 2;
 /// Keys that are never deleted: a store that lacks one of them is half built.
 const KEYS: u64 = 25_000;
 
-/// How long the feeder rests after a hundred lines, in rounds of three kinds. Without a rest, the log outgrows its bound in
-/// a fraction of a second, so that the follower loses its place before, in and after a rebuild.
+/// How long the feeder rests after a hundred lines, in rounds of three kinds. Without a rest, the log outgrows its
+/// bound in a fraction of a second, so that the follower loses its place before, in and after a rebuild.
 const RESTS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(4), A_LONG_REST];
 /// So long that the log's bound lasts for seconds: a rebuild can complete, on a slow machine too.
 const A_LONG_REST: Duration = Duration::from_millis(20);
 
-/// Looks again and again, each time with a process: so this does not spin. Longer than others are waited for, since both
-/// sides wait a while before they connect again.
+/// Looks again and again, each time with a process: so this does not spin. Longer than others are waited for, since
+/// both sides wait a while before they connect again.
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + 4 * PATIENCE;
     while !holds() {
@@ -196,8 +196,8 @@ fn scan(directory: &Path) -> Option<BTreeMap<String, String>> {
     Some(pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
 
-/// Fails if a shard of the store can be read although it is half built. Says whether all of the store can be read, and is
-/// not that of a new follower whose rebuild has not begun.
+/// Fails if a shard of the store can be read although it is half built. Says whether all of the store can be read, and
+/// is not that of a new follower whose rebuild has not begun.
 fn is_read_only_if_whole(directory: &Path) -> bool {
     let Some(store) = scan(directory) else { return false };
     let router = ShardRouter::new(SHARDS, 0).unwrap();

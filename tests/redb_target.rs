@@ -1,5 +1,5 @@
-//! Replicating an embedded database: redb as the target of a leader and of its follower, in some 100 lines, and in 80 more
-//! the images that rebuilds are made of.
+//! Replicating an embedded database: redb as the target of a leader and of its follower, in some 100 lines, and in 80
+//! more the images that rebuilds are made of.
 //!
 //! Records are puts and deletes; the position stands in the same transaction as what it counts; a read transaction is
 //! the image for a rebuild.

@@ -1,7 +1,8 @@
 //! Damage, found and repaired: over real nodes and their streams.
 //!
-//! What breaks: a disk forgets bytes of a sealed segment, a file system loses a file or the end of one. How it is found:
-//! when a log is opened, by `verify`, and by the scrub of a running node. What mends it: a peer's copy, if it fits.
+//! What breaks: a disk forgets bytes of a sealed segment, a file system loses a file or the end of one. How it is
+//! found: when a log is opened, by `verify`, and by the scrub of a running node. What mends it: a peer's copy, if it
+//! fits.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

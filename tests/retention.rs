@@ -476,9 +476,9 @@ fn forgotten_followers_and_refused_strangers_leave_room() {
     assert!(ask(&leader, request(&leader, 2)).is_ok());
 }
 
-/// What breaks: a segment goes while a follower that has all of its records is away. How: the batch that seals it came only
-/// after that, so that the follower's log goes on with it. What prevents harm: the segment stays until the follower has a
-/// record of the next one.
+/// What breaks: a segment goes while a follower that has all of its records is away. How: the batch that seals it came
+/// only after that, so that the follower's log goes on with it. What prevents harm: the segment stays until the
+/// follower has a record of the next one.
 #[test]
 fn a_segment_stays_for_who_may_not_have_the_batch_that_seals_it() {
     let (_parent, a, b) = common::directories();

@@ -520,8 +520,8 @@ fn whoever_ships_waits_for_nobody_else(net: &Net) {
     assert_eq!(common::compare(&at(0), &at(1), S0).relation, Relation::Identical);
 }
 
-/// Records that the socket does not take whole: what is left of a frame goes out at once, and not with a heartbeat, which
-/// comes long after the test has lost its patience.
+/// Records that the socket does not take whole: what is left of a frame goes out at once, and not with a heartbeat,
+/// which comes long after the test has lost its patience.
 fn what_does_not_fit_into_the_stream_at_once_is_sent_without_a_heartbeat(net: &Net) {
     let (_parent, at) = directories();
     let rare = |node| net.node(&at(node)).heartbeat(Duration::from_secs(600)).peer_timeout(Duration::from_secs(3600));

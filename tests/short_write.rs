@@ -1,5 +1,5 @@
-//! A write to a store's file that fails half way: nothing more is written or called durable, and opening it again finds what
-//! was torn.
+//! A write to a store's file that fails half way: nothing more is written or called durable, and opening it again finds
+//! what was torn.
 //!
 //! The limit on the size of files is a process's, so that each case runs in a process of its own.
 

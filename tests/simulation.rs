@@ -3,22 +3,22 @@
 //! # What is real
 //!
 //! The protocol engine, the rebuild session with its bitmap, the wire codec, batches and segment headers, what recovery
-//! makes of the bytes on a disk, what retention gives up, where two logs part, and the rule by which acknowledgements make
-//! a record committed. They are called as the crate itself calls them; what sits behind files and threads comes through
-//! `towline::seams`. Written for the simulation are the threads' part: moving
-//! bytes (`log`, `leader`, `follower`), the disk, the network, and the authority that says who leads (`scenario`).
+//! makes of the bytes on a disk, what retention gives up, where two logs part, and the rule by which acknowledgements
+//! make a record committed. They are called as the crate itself calls them; what sits behind files and threads comes
+//! through `towline::seams`. Written for the simulation are the threads' part: moving bytes (`log`, `leader`,
+//! `follower`), the disk, the network, and the authority that says who leads (`scenario`).
 //!
 //! Not modelled: several shards of a node, which share nothing but its manifest and its threads; followers that feed
-//! followers; commits at the received and the applied level; a log that gives up what is not synced (`crash_images` does
-//! that on real files).
+//! followers; commits at the received and the applied level; a log that gives up what is not synced (`crash_images`
+//! does that on real files).
 //!
 //! # What a run is
 //!
 //! One seed is one run, and always the same: two to five nodes, of which any number must have a record for it to count,
-//! clients that write, and faults: power cuts that keep any unsynced 512-byte sectors, failing syncs, full disks, bit rot,
-//! connections that are late, cut within a frame, half open, stalled or cut all at once, nodes parted from each other or
-//! from the authority, another leader. After the faults everything must come together. All the time the `oracle` looks
-//! whether
+//! clients that write, and faults: power cuts that keep any unsynced 512-byte sectors, failing syncs, full disks, bit
+//! rot, connections that are late, cut within a frame, half open, stalled or cut all at once, nodes parted from each
+//! other or from the authority, another leader. After the faults everything must come together. All the time the
+//! `oracle` looks whether
 //!
 //! - anything acknowledged is lost: from the log of a new leader, of any node at the end, or by two acknowledgements of
 //!   one LSN; or is not on as many disks as it is said to be;
@@ -29,15 +29,15 @@
 //!
 //! # That it can fail
 //!
-//! Each [`Plant`] builds one defect in, and `every_planted_defect_is_found` expects the oracle to meet it. Three of them are
-//! no inventions:
+//! Each [`Plant`] builds one defect in, and `every_planted_defect_is_found` expects the oracle to meet it. Three of
+//! them are no inventions:
 //!
 //! - `BelieveSynced`: batches carry what their *leader* had synced. Where recovery takes that for what this disk had, a
 //!   follower is refused its sound log after a power cut.
-//! - `TakeAcceptedEpoch`: a follower's accepted epoch says nothing about its newest record. Taken for that, the tail of a
-//!   deposed leader looks like data that the new one has lost, and it is refused for good.
-//! - `CutBehindApplied`: a target that overwrites in place may hold more after a power cut than it knows to have applied.
-//!   Where a diverged tail is cut by what it knows, effects of the tail stay.
+//! - `TakeAcceptedEpoch`: a follower's accepted epoch says nothing about its newest record. Taken for that, the tail of
+//!   a deposed leader looks like data that the new one has lost, and it is refused for good.
+//! - `CutBehindApplied`: a target that overwrites in place may hold more after a power cut than it knows to have
+//!   applied. Where a diverged tail is cut by what it knows, effects of the tail stay.
 //!
 //! Acknowledged means: durable on as many followers as asked, and written by this leader in this epoch. What an earlier
 //! epoch left is safe only once a record of the present one behind it is, however many followers have it.
@@ -46,8 +46,8 @@
 //!
 //! `TOWLINE_SIM_SEEDS` runs (default 2000) of `TOWLINE_SIM_SECONDS` simulated seconds with faults (default 30), from
 //! `TOWLINE_SIM_FIRST` on. A run that fails prints its seed and the end of its transcript, `TOWLINE_SIM_LINES` lines;
-//! `TOWLINE_SIM_FIRST=seed TOWLINE_SIM_SEEDS=1` repeats it. The manifest has tests optimise the crate, without which the
-//! default would take minutes.
+//! `TOWLINE_SIM_FIRST=seed TOWLINE_SIM_SEEDS=1` repeats it. The manifest has tests optimise the crate, without which
+//! the default would take minutes.
 
 // A test may panic, also in the functions that it is made of.
 #![allow(clippy::unwrap_used)]

@@ -41,8 +41,8 @@ pub(super) struct Follower {
     /// Bytes a second of old log that are read again to find damage; 0 for none [default: 8388608]
     #[arg(long, value_name = "BYTES")]
     scrub: Option<u64>,
-    /// Milliseconds to wait before the first new attempt to reach the leader; each further one waits twice as long, up to
-    /// thirty times this
+    /// Milliseconds to wait before the first new attempt to reach the leader; each further one waits twice as long, up
+    /// to thirty times this
     #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     reconnect: u64,
     /// Address at which to answer `status` and `tail`, and who repairs a log [default: none]

@@ -10,8 +10,8 @@ use super::{DONE, FAILED, Outcome, kv};
 
 /// Print a key and its value, from the store of a leader or a follower, running or stopped.
 ///
-/// The output is key, tab, value and a line break. Ends with 1 if there is no such key. What a follower shows is what it
-/// has applied.
+/// The output is key, tab, value and a line break. Ends with 1 if there is no such key. What a follower shows is what
+/// it has applied.
 ///
 /// Example:  towline get --dir /var/lib/towline-copy boat
 #[derive(Args)]

@@ -48,18 +48,19 @@ pub(super) struct Leader {
     /// This node's id [default: random, kept in the directory]
     #[arg(long)]
     node_id: Option<u64>,
-    /// Leadership term; needed, and higher than any before, where the newest was another leader's [default: as last led]
+    /// Leadership term; needed, and higher than any before, where the newest was another leader's [default: as last
+    /// led]
     #[arg(long)]
     epoch: Option<u64>,
-    /// Most bytes of log that each shard keeps, the open segment and spares included, whoever still needs them; 0 for no
-    /// bound [default: 1073741824]
+    /// Most bytes of log that each shard keeps, the open segment and spares included, whoever still needs them; 0 for
+    /// no bound [default: 1073741824]
     #[arg(long, value_name = "BYTES")]
     max_wal_bytes: Option<u64>,
     /// Bytes of log that each shard keeps although nobody needs them, within the bound [default: 134217728]
     #[arg(long, value_name = "BYTES")]
     min_wal_bytes: Option<u64>,
-    /// Forget this follower, which will not come back: no log is kept for it, and another one can take its place among the
-    /// 64 that a leader remembers. May be given several times
+    /// Forget this follower, which will not come back: no log is kept for it, and another one can take its place among
+    /// the 64 that a leader remembers. May be given several times
     #[arg(long, value_name = "ID")]
     forget: Vec<u64>,
     /// Bytes a second of old log that are read again to find damage; 0 for none [default: 8388608]

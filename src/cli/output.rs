@@ -20,8 +20,8 @@ macro_rules! tell {
 /// Whether something that belongs on standard output could not be written.
 static FAILED: AtomicBool = AtomicBool::new(false);
 
-/// Writes a line to standard output. Whoever hangs up has seen enough, as `head` does; any other failure is told once, and
-/// the command ends with it if with nothing worse.
+/// Writes a line to standard output. Whoever hangs up has seen enough, as `head` does; any other failure is told once,
+/// and the command ends with it if with nothing worse.
 pub(super) fn say(line: Arguments<'_>) {
     if let Err(error) = writeln!(stdout(), "{line}")
         && error.kind() != ErrorKind::BrokenPipe

@@ -11,8 +11,8 @@ use super::{DONE, Outcome};
 /// Print the records of a node's log to standard output, one a line.
 ///
 /// Reads a leader, or a follower that listens. Without --shard, all shards are printed one after the other, each in
-/// order; with --follow, as they come. A leader that restarts is waited for, and nothing is printed twice; one that cannot be
-/// reached at first is tried for ten seconds, and for ever with --follow.
+/// order; with --follow, as they come. A leader that restarts is waited for, and nothing is printed twice; one that
+/// cannot be reached at first is tried for ten seconds, and for ever with --follow.
 ///
 /// Example:  towline tail --leader 127.0.0.1:7400 --shard 0 --from 100 --follow
 #[derive(Args)]

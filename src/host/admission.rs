@@ -1,7 +1,8 @@
 //! Admission: a follower asks to follow, the engine decides, and the answer is made.
 //!
-//! A follower's request tells where its log ends. Where the leader's log does not hold that point, the server first finds
-//! out where the two part (see [`parting`](crate::parting)); the engine then decides by what both sides have shown.
+//! A follower's request tells where its log ends. Where the leader's log does not hold that point, the server first
+//! finds out where the two part (see [`parting`](crate::parting)); the engine then decides by what both sides have
+//! shown.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,9 +58,9 @@ pub(crate) struct StreamSignals {
 }
 
 impl Host {
-    /// Decides about a follower that asks to follow on a stream with these signals. `parting` is where its log parts from
-    /// this one, if that was found out. What is decided holds until [`stream_ended`](Self::stream_ended), which the caller
-    /// owes.
+    /// Decides about a follower that asks to follow on a stream with these signals. `parting` is where its log parts
+    /// from this one, if that was found out. What is decided holds until [`stream_ended`](Self::stream_ended), which
+    /// the caller owes.
     ///
     /// An older stream of the follower is over when this returns.
     pub(crate) fn admit(
@@ -197,7 +198,8 @@ impl Host {
         let known = self.retention.registry().add(node);
         let known = known.map_err(|error| Declined(full(&error), error.to_string()))?;
         state.assignment.replicas.push(ReplicaInfo { node, endpoint: endpoint.to_owned() });
-        // Not looked up again: if it is forgotten meanwhile, it stays a member until that comes here, and its stream ends then.
+        // Not looked up again: if it is forgotten meanwhile, it stays a member until that comes here, and its stream
+        // ends then.
         state.members.push(Member { known: Arc::clone(&known), stream: None, pins: Vec::new() });
         self.deliver_assignment(state);
         Ok(known)

@@ -185,8 +185,8 @@ impl Host {
     /// Takes in what a follower acknowledges, whose marks the caller has found to be possible.
     pub(crate) fn acknowledge(&self, stream: StreamKey, received: Lsn, durable: Lsn, applied: Lsn, chain: Chain) {
         let mut state = self.state.lock();
-        // A session that has run out of time ends first, and its stream with it: what it says is about that session, and
-        // must not be taken for a new request. The follower may be in the middle of a rebuild.
+        // A session that has run out of time ends first, and its stream with it: what it says is about that session,
+        // and must not be taken for a new request. The follower may be in the middle of a rebuild.
         let now = self.settings.clock.now();
         self.expire(&mut state, now);
         let epoch = state.assignment.epoch;
@@ -268,8 +268,8 @@ impl Host {
         }
     }
 
-    /// Holds the log for a rebuild whose base is about to be opened: from `goes_on` if that is still there, else from what
-    /// the leader's own target has applied durably on, which no base is older than. Gives from where.
+    /// Holds the log for a rebuild whose base is about to be opened: from `goes_on` if that is still there, else from
+    /// what the leader's own target has applied durably on, which no base is older than. Gives from where.
     /// [`rebuild_starts`](Self::rebuild_starts) lets go of what is not needed of it.
     ///
     /// # Errors
@@ -288,8 +288,8 @@ impl Host {
         Ok(first)
     }
 
-    /// A rebuild's log lane begins with `first`: from there on the follower has its place in the log again, and loses it
-    /// like any other.
+    /// A rebuild's log lane begins with `first`: from there on the follower has its place in the log again, and loses
+    /// it like any other.
     ///
     /// # Errors
     ///
@@ -335,9 +335,9 @@ impl Host {
         self.settle();
     }
 
-    /// A rebuild's follower stands at `achieved`, which the caller has found to be possible, and has it on stable storage.
-    /// Acknowledgements may have overtaken that word: log that they call needless may be given up already. Returns whether
-    /// the follower counts from now on.
+    /// A rebuild's follower stands at `achieved`, which the caller has found to be possible, and has it on stable
+    /// storage. Acknowledgements may have overtaken that word: log that they call needless may be given up already.
+    /// Returns whether the follower counts from now on.
     pub(crate) fn rebuild_completed(&self, stream: StreamKey, session: u64, achieved: Lsn) -> bool {
         let mut state = self.state.lock();
         let rebuild = state.rebuild_of(stream, SessionId(session));
@@ -411,8 +411,8 @@ impl Host {
         self.settle();
     }
 
-    /// A follower that is not waited for any longer: it leaves the assignment, its stream ends, and then `forget` has the rest
-    /// go, before it can come again.
+    /// A follower that is not waited for any longer: it leaves the assignment, its stream ends, and then `forget` has
+    /// the rest go, before it can come again.
     pub(crate) fn forget(&self, node: NodeId, forget: impl FnOnce()) {
         let mut state = self.state.lock();
         let before = state.assignment.replicas.len();

@@ -105,9 +105,9 @@ pub(crate) struct OpenLogs {
 
 /// Opens every shard's log.
 ///
-/// Before the node accepts any epoch: the manifest still says which batches the node itself wrote, whose word about what
-/// was synced counts. Once they are open, everything in them is synced. A follower's logs have nothing prepared before it
-/// knows how it will follow.
+/// Before the node accepts any epoch: the manifest still says which batches the node itself wrote, whose word about
+/// what was synced counts. Once they are open, everything in them is synced. A follower's logs have nothing prepared
+/// before it knows how it will follow.
 pub(crate) fn open_logs(directory: &DataDir, options: &NodeOptions, role: Role) -> Result<OpenLogs> {
     directory.raise_version()?;
     let manifest = directory.manifest();

@@ -13,8 +13,8 @@
 //! | [`PublishProjection`](Command::PublishProjection) | shows the projection to whoever looks |
 //!
 //! Commands are carried out in the order given. Those of different followers may overlap; nothing overtakes an
-//! `ApplyRole`, so that the epoch is persisted before anything is done under it. Each `StartRecoveryTask` is followed by
-//! exactly one `DrainRecoveryTask` of the same session, sooner or later; together they bracket the life of the
+//! `ApplyRole`, so that the epoch is persisted before anything is done under it. Each `StartRecoveryTask` is followed
+//! by exactly one `DrainRecoveryTask` of the same session, sooner or later; together they bracket the life of the
 //! executor and of its pin.
 //!
 //! Pin first, then issue: `StartRecoveryTask` always stands before the `StartCatchUp` or `StartRebuild` of its session.

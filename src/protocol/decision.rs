@@ -17,10 +17,10 @@
 //! | 10 | position + 1 >= tail | catch-up from position |
 //! | 11 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies. One
-//! before the tail it knows a single chain, the one behind the batch that sealed the segment it has given up. A log that
-//! ends before that batch has another chain there and the same history: that it differs proves nothing.
-//! A fresh follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies.
+//! One before the tail it knows a single chain, the one behind the batch that sealed the segment it has given up. A log
+//! that ends before that batch has another chain there and the same history: that it differs proves nothing. A fresh
+//! follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
 //!
 //! Diverged, with *common* = the newest LSN proven to be the same in both logs:
 //!
@@ -32,9 +32,9 @@
 //! | d | no common point, the leader's log does not reach back to LSN 1, and the follower is no longer than the leader | rebuild |
 //! | e | | refuse: `diverged` |
 //!
-//! Row e is why an empty or shortened leader, or one that began anew, never wipes a follower: a follower's log is given up
-//! only against proof that both logs once were one, or when the leader holds more than the follower and what they once
-//! shared may have been retired.
+//! Row e is why an empty or shortened leader, or one that began anew, never wipes a follower: a follower's log is given
+//! up only against proof that both logs once were one, or when the leader holds more than the follower and what they
+//! once shared may have been retired.
 
 use super::event::SyncAck;
 use super::words::Refusal;
@@ -355,8 +355,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(4096))]
 
-        /// Nobody asks a follower of version 1 where the logs part, nor one whose log is a beginning of the leader's. The
-        /// epoch that it has accepted then stands for that of its newest record, which is older or the same.
+        /// Nobody asks a follower of version 1 where the logs part, nor one whose log is a beginning of the leader's.
+        /// The epoch that it has accepted then stands for that of its newest record, which is older or the same.
         #[test]
         fn an_epoch_that_is_only_a_bound_takes_nothing_from_a_follower(ack in any_facts(), accepted in 0u64..5) {
             let mut ack = ack;

@@ -59,8 +59,8 @@ impl Engine {
         Engine { state, limits: settings.limits, mode, dirty: false, published: None }
     }
 
-    /// The one entry for everything that happens. Sessions that have run out of time by `now` fail first; then the event
-    /// is taken in, or ignored. Commands are appended to `commands`, to be carried out in that order.
+    /// The one entry for everything that happens. Sessions that have run out of time by `now` fail first; then the
+    /// event is taken in, or ignored. Commands are appended to `commands`, to be carried out in that order.
     ///
     /// An event that is ignored changes nothing and gives no commands of its own.
     pub fn apply(&mut self, now: Millis, event: &Event, commands: &mut Vec<Command>) -> Outcome {

@@ -73,8 +73,8 @@ pub enum Event {
         node: NodeId,
         /// The follower's session at the time; `None` for the leader itself.
         session: Option<SessionId>,
-        /// Everything up to here is on stable storage there. At most the LSN that the sync was asked for: the host's word,
-        /// not the follower's.
+        /// Everything up to here is on stable storage there. At most the LSN that the sync was asked for: the host's
+        /// word, not the follower's.
         durable: Lsn,
     },
 }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! It has no clock, no I/O, no threads, no randomness and no hidden order, and uses nothing of the crate but its types
-//! and limits. The same settings, events and times give the same commands, so that the same decisions run in a node, in a
-//! simulation, and in anybody else's system.
+//! and limits. The same settings, events and times give the same commands, so that the same decisions run in a node, in
+//! a simulation, and in anybody else's system.
 //!
 //! # Three authorities
 //!
@@ -29,8 +29,8 @@
 //! 4. sleep until the next observation or [`Engine::next_deadline`], and then [`Engine::tick`].
 //!
 //! Time has two ways in and no other. It is an argument of `apply`, and `tick` is for when nothing happens. Either way,
-//! sessions whose deadline or stall budget is over fail before anything else is looked at. Time is [`Millis`] on any clock
-//! that does not move back.
+//! sessions whose deadline or stall budget is over fail before anything else is looked at. Time is [`Millis`] on any
+//! clock that does not move back.
 //!
 //! ```
 //! use towline::protocol::*;
@@ -76,34 +76,34 @@
 //!
 //! # The life of a session
 //!
-//! - With no session under way, a follower's facts decide; the table is that of [`decision`]. A follower that would lose what
-//!   may be the only copy gets a [`Refusal`] instead of a session: fail closed, visible in the projection.
+//! - With no session under way, a follower's facts decide; the table is that of [`decision`]. A follower that would
+//!   lose what may be the only copy gets a [`Refusal`] instead of a session: fail closed, visible in the projection.
 //! - The target is the head at that moment and never moves. The pin is taken before the session goes out.
 //! - While a session is under way, facts are noted and decide nothing. The one exception ends a session and starts
 //!   none: a keep-up whose follower can no longer be shipped to fails.
 //! - A completed session is followed by keep-up at once, whose pin is taken before the old one is released.
-//! - A failed session stays failed until the follower's next facts; then the leader decides anew. Failure never escalates
-//!   by itself.
-//! - Catch-up and rebuild have a deadline; each kind has a stall budget, which for a keep-up runs only while its follower
-//!   is behind. So none runs for ever without getting anywhere.
+//! - A failed session stays failed until the follower's next facts; then the leader decides anew. Failure never
+//!   escalates by itself.
+//! - Catch-up and rebuild have a deadline; each kind has a stall budget, which for a keep-up runs only while its
+//!   follower is behind. So none runs for ever without getting anywhere.
 //! - A change of epoch or role ends every session; a follower that leaves the assignment takes its session with it.
 //!   Both are told to followers by `InvalidateSession` under the session's own epoch.
 //! - An event with another epoch or session id than the present one changes nothing, and its [`Outcome`] says so.
 //!
 //! # What counts as durable
 //!
-//! [`Outcome::durable`] is what the k-th follower has on stable storage, k being the assignment's `commit_followers`; with
-//! k = 0 it is what the leader's own disk has confirmed. A follower counts while its log is known to be the leader's: not
-//! while it is rebuilt or refused, and not beyond the cut while a divergent tail is being cut. Within an epoch the number
-//! never moves back, whatever becomes of followers; a new epoch starts from nothing confirmed.
+//! [`Outcome::durable`] is what the k-th follower has on stable storage, k being the assignment's `commit_followers`;
+//! with k = 0 it is what the leader's own disk has confirmed. A follower counts while its log is known to be the
+//! leader's: not while it is rebuilt or refused, and not beyond the cut while a divergent tail is being cut. Within an
+//! epoch the number never moves back, whatever becomes of followers; a new epoch starts from nothing confirmed.
 //!
 //! A follower of an empty log is kept up; the shard is healthy once a barrier confirms even that (durable 0).
 //!
 //! # What changes when
 //!
-//! [`Command::PublishProjection`] is given when the projection changed in more than its numbers. Numbers change with every
-//! ack; they stand in each [`Outcome`] and in [`Engine::projection`], so that a steady stream of acks gives no commands
-//! and allocates nothing.
+//! [`Command::PublishProjection`] is given when the projection changed in more than its numbers. Numbers change with
+//! every ack; they stand in each [`Outcome`] and in [`Engine::projection`], so that a steady stream of acks gives no
+//! commands and allocates nothing.
 
 pub mod command;
 pub mod decision;

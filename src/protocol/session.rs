@@ -155,7 +155,8 @@ pub struct Session {
     /// The stall budget is running: always, except for a keep-up whose follower has everything and for a rebuild that
     /// its follower has not taken on yet.
     pub awaiting: bool,
-    /// The follower of a rebuild has all that it needs and is putting it on stable storage: the stall budget stands still.
+    /// The follower of a rebuild has all that it needs and is putting it on stable storage: the stall budget stands
+    /// still.
     pub making_durable: bool,
     /// Why it failed; `Some` exactly when it did.
     pub reason: Option<FailureReason>,

@@ -161,8 +161,8 @@ impl BaseLane {
         }
     }
 
-    /// Sends the next run, or the end of the base. Returns whether there was anything to send: nothing before the follower
-    /// has taken the session on, for only then its bitmap covers what its log has.
+    /// Sends the next run, or the end of the base. Returns whether there was anything to send: nothing before the
+    /// follower has taken the session on, for only then its bitmap covers what its log has.
     pub(crate) fn send_next(&mut self, sender: &mut dyn FrameSender) -> Result<bool> {
         if self.place.is_none() {
             return Ok(false);

@@ -7,8 +7,8 @@
 //! | completer | saves how far the base has come; waits until base and log are there, completes, reports |
 //!
 //! They share the [`RebuildSession`] behind a lock. The completer has a thread of its own because the receiver waits in
-//! the socket, where a quiet leader may send nothing for long, and because making a large base durable takes time, during
-//! which signs of life must go on.
+//! the socket, where a quiet leader may send nothing for long, and because making a large base durable takes time,
+//! during which signs of life must go on.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -54,12 +54,12 @@ pub(crate) struct Intake {
     tells_making_durable: bool,
 }
 
-/// Bytes of the base after which it is saved how far it has come, at most, unless saving is slow: what an interruption costs.
-/// Small bases are saved whenever they have doubled.
+/// Bytes of the base after which it is saved how far it has come, at most, unless saving is slow: what an interruption
+/// costs. Small bases are saved whenever they have doubled.
 const SAVE_EVERY: u64 = 64 << 20;
 
-/// Saving takes its time where records write blocks all over the target meanwhile, and a rebuild does not complete while it
-/// goes on. After one that took longer than this, the next one waits.
+/// Saving takes its time where records write blocks all over the target meanwhile, and a rebuild does not complete
+/// while it goes on. After one that took longer than this, the next one waits.
 const SLOW_SAVE: Duration = Duration::from_millis(100);
 
 /// For so many times what came during it, so that saving takes a third of the time at most.
@@ -83,9 +83,9 @@ impl Arrived {
 }
 
 impl Intake {
-    /// Waits until the leader starts the session, then takes it on: the target gets its mark and the shard an empty log,
-    /// or both go on from where an interrupted rebuild left them. Signs of life go out meanwhile. A refusal is told to the
-    /// leader.
+    /// Waits until the leader starts the session, then takes it on: the target gets its mark and the shard an empty
+    /// log, or both go on from where an interrupted rebuild left them. Signs of life go out meanwhile. A refusal is
+    /// told to the leader.
     ///
     /// # Errors
     ///
@@ -154,8 +154,8 @@ impl Intake {
             log::warn!("shard {shard}: what was applied up to LSN {here} is not the leader's, and is given up");
             own.target().give_up(shard)?;
         } else if is_newer && here > own.told_applied {
-            // It was decided by less than is here now: as long as its log lasted, the applier went on. With this much the
-            // log may do.
+            // It was decided by less than is here now: as long as its log lasted, the applier went on. With this much
+            // the log may do.
             let (told, base_lsn) = (own.told_applied, base.base_lsn);
             let reason = format!(
                 "a rebuild from LSN {base_lsn} was to begin, and LSN {here} has been applied since the leader was told of \
@@ -188,8 +188,8 @@ impl Intake {
         Ok(intake)
     }
 
-    /// Goes on with an interrupted rebuild: keeps its blocks, and applies the local log over them, which marks the blocks
-    /// that are ahead of the base. On an error the next rebuild begins anew, unless the node is stopping.
+    /// Goes on with an interrupted rebuild: keeps its blocks, and applies the local log over them, which marks the
+    /// blocks that are ahead of the base. On an error the next rebuild begins anew, unless the node is stopping.
     fn resume(
         own: &mut FollowerShard,
         contract: RebuildContract,
@@ -392,8 +392,8 @@ impl Intake {
         }
     }
 
-    /// Waits until the rebuild can be completed, completes it, and reports that. For a thread of its own. What goes wrong
-    /// ends the stream.
+    /// Waits until the rebuild can be completed, completes it, and reports that. For a thread of its own. What goes
+    /// wrong ends the stream.
     pub(crate) fn run_completer(&self, own: &Completion, lane: &AckLane) {
         let shard = own.log.shard();
         if let Err(error) = caught(format_args!("the target of shard {shard}"), || self.complete_when_ready(own, lane))
@@ -439,9 +439,9 @@ impl Intake {
         lane.send_message(&self.word(SessionPhase::Completed, achieved))
     }
 
-    /// Saves how far the base has come, again and again, until it is complete. False if the stream ends first. What is left
-    /// then becomes durable when the rebuild completes: to save it now would have the target written twice where records
-    /// write to it all the time.
+    /// Saves how far the base has come, again and again, until it is complete. False if the stream ends first. What is
+    /// left then becomes durable when the rebuild completes: to save it now would have the target written twice where
+    /// records write to it all the time.
     fn save_until_complete(&self, own: &Completion) -> Result<bool> {
         let mut due = Lsn(1);
         loop {

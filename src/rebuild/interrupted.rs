@@ -1,8 +1,10 @@
-//! What a rebuild that was interrupted leaves for the next one: a small file a shard, `rebuild-0003` in the data directory.
+//! What a rebuild that was interrupted leaves for the next one: a small file a shard, `rebuild-0003` in the data
+//! directory.
 //!
 //! The target carries the mark that it is being rebuilt; this file says how much of it can be kept. It is written after
-//! everything that it speaks of has been made durable, and removed, durably, before a rebuild begins anew and empties the
-//! target. It never makes a rebuild possible that would not be otherwise: where it is missing or damaged, another begins.
+//! everything that it speaks of has been made durable, and removed, durably, before a rebuild begins anew and empties
+//! the target. It never makes a rebuild possible that would not be otherwise: where it is missing or damaged, another
+//! begins.
 //!
 //! # Format, version 2
 //!

@@ -32,13 +32,14 @@
 //! | after it was saved how far the base has come | the same, and blocks that can be kept | the rebuild goes on |
 //! | after completion, before it was accepted | a whole target and a whole log | catch-up |
 //!
-//! The checkpoint forgets the shard before the old log is removed, so recovery never looks for records that went with it.
+//! The checkpoint forgets the shard before the old log is removed, so recovery never looks for records that went with
+//! it.
 //!
 //! # Going on with an interrupted rebuild
 //!
-//! While the base comes, the follower makes everything durable now and then, and then notes (`interrupted.rs`): blocks below
-//! *n* are here, with the log up to LSN *a* in them, under epoch *e*. When a stream was lost or a side has crashed, the next
-//! session goes on from there:
+//! While the base comes, the follower makes everything durable now and then, and then notes (`interrupted.rs`): blocks
+//! below *n* are here, with the log up to LSN *a* in them, under epoch *e*. When a stream was lost or a side has
+//! crashed, the next session goes on from there:
 //!
 //! ```text
 //! follower                                                     leader
@@ -57,9 +58,9 @@
 //! - the bitmap covers each block that a record of the local log has touched, as if it had just come.
 //!
 //! So it is only done where the local log reaches back to both and the leader still has what follows it, with the same
-//! chain; where the target can do it ([`resume_base`](crate::target::ReplicationTarget::resume_base)); and under the same
-//! epoch, since blocks may be newer than the local log, and only the leader of that term is known to have their records.
-//! Otherwise the rebuild begins anew, and the log output says why.
+//! chain; where the target can do it ([`resume_base`](crate::target::ReplicationTarget::resume_base)); and under the
+//! same epoch, since blocks may be newer than the local log, and only the leader of that term is known to have their
+//! records. Otherwise the rebuild begins anew, and the log output says why.
 
 pub(crate) mod base_lane;
 pub mod bitmap;

@@ -15,14 +15,14 @@
 //!
 //! A block's bit is set when a record that touches it has been applied, in the same step: whoever holds the session
 //! applies the record and sets the bit, or looks at the bit and puts the block. So an image never covers a record. A
-//! target that cannot number its blocks gets the whole base first: until that is complete the log lane waits in the local
-//! log.
+//! target that cannot number its blocks gets the whole base first: until that is complete the log lane waits in the
+//! local log.
 //!
 //! # When it is done
 //!
 //! 1. The base is complete: every block was put or skipped, and the leader has said how many there were.
-//! 2. Applied has reached the target, which was frozen when the session was issued, and the newest effect that came with
-//!    a block ([`BaseSink::consistent_from`]): before that the image is no state that ever was.
+//! 2. Applied has reached the target, which was frozen when the session was issued, and the newest effect that came
+//!    with a block ([`BaseSink::consistent_from`]): before that the image is no state that ever was.
 //! 3. The local log has been synced up to what is applied. Then the target makes the base durable and takes its mark
 //!    away, and the session is completed at what is applied, the *achieved* LSN.
 
@@ -140,8 +140,8 @@ pub struct RebuildProgress {
     pub target: Lsn,
 }
 
-/// One shard's rebuilds on a follower, one at a time. Whoever applies log entries and whoever puts blocks share it behind
-/// a lock.
+/// One shard's rebuilds on a follower, one at a time. Whoever applies log entries and whoever puts blocks share it
+/// behind a lock.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -210,8 +210,8 @@ impl RebuildSession {
         }
     }
 
-    /// Takes on a rebuild: the target gets its durable mark, and its old state is gone. A session that is active fails as
-    /// superseded.
+    /// Takes on a rebuild: the target gets its durable mark, and its old state is gone. A session that is active fails
+    /// as superseded.
     ///
     /// # Errors
     ///
@@ -224,12 +224,13 @@ impl RebuildSession {
     }
 
     /// Takes on a rebuild that goes on with an interrupted one: of the target's state, the blocks that `kept` speaks of
-    /// stay. The log must be applied again from where [`progress`](Self::progress) then says that it is applied; that marks
-    /// the blocks which are ahead of the base, so the local log comes before the first block.
+    /// stay. The log must be applied again from where [`progress`](Self::progress) then says that it is applied; that
+    /// marks the blocks which are ahead of the base, so the local log comes before the first block.
     ///
     /// # Errors
     ///
-    /// What the target gives: [`Error::Invalid`] if it cannot go on; [`Error::Mismatch`]. The session is not started then.
+    /// What the target gives: [`Error::Invalid`] if it cannot go on; [`Error::Mismatch`]. The session is not started
+    /// then.
     pub fn resume(&mut self, contract: RebuildContract, kept: KeptBase) -> Result<()> {
         self.cancel(SessionFailure::Superseded);
         self.sink = Some(self.store.resume_base(self.shard, contract.base, kept)?);
@@ -247,8 +248,8 @@ impl RebuildSession {
         self.pass(kept.blocks)
     }
 
-    /// Notes that blocks come from `next` on only. Blocks come in ascending order; those passed over are blank, or the log has
-    /// written them.
+    /// Notes that blocks come from `next` on only. Blocks come in ascending order; those passed over are blank, or the
+    /// log has written them.
     fn pass(&mut self, next: u64) -> Result<()> {
         let next = self.next_block.max(next);
         let is_numbered = self.base().is_numbered();
@@ -272,15 +273,15 @@ impl RebuildSession {
         self.fail_on_error(result)
     }
 
-    /// What an interruption now would leave, once the target has synced it; none unless the session is active: of one that
-    /// has failed nobody knows what is there.
+    /// What an interruption now would leave, once the target has synced it; none unless the session is active: of one
+    /// that has failed nobody knows what is there.
     #[must_use]
     pub fn kept(&self) -> Option<KeptBase> {
         self.active().then_some(KeptBase { blocks: self.next_block, applied: self.applied })
     }
 
-    /// Applies the records of a batch of the local log, and marks the blocks that they touch. Records that the base holds
-    /// already are left out; those after it come without gaps.
+    /// Applies the records of a batch of the local log, and marks the blocks that they touch. Records that the base
+    /// holds already are left out; those after it come without gaps.
     ///
     /// # Errors
     ///
@@ -427,8 +428,8 @@ impl RebuildSession {
         self.sink.as_ref().map_or(target, |sink| sink.consistent_from().max(target))
     }
 
-    /// Completes the session if the base is complete and the log has come far enough. The local log must have been synced
-    /// up to what is applied. Returns the achieved LSN, or `None` while something is missing.
+    /// Completes the session if the base is complete and the log has come far enough. The local log must have been
+    /// synced up to what is applied. Returns the achieved LSN, or `None` while something is missing.
     ///
     /// # Errors
     ///

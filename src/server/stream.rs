@@ -1,9 +1,9 @@
 //! One connection after its request has been answered: the shipper is started, and its acknowledgements are read.
 //!
-//! Reading them is where the connection's thread spends its life. What came before, agreeing on what to send from where and
-//! starting the shipper, was done on another thread, which has ended: a thread keeps every page of its stack that it once
-//! touched, and a node has one for each stream. For the same reason what is seldom done here is kept out of the functions
-//! that stay.
+//! Reading them is where the connection's thread spends its life. What came before, agreeing on what to send from where
+//! and starting the shipper, was done on another thread, which has ended: a thread keeps every page of its stack that
+//! it once touched, and a node has one for each stream. For the same reason what is seldom done here is kept out of the
+//! functions that stay.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -83,8 +83,8 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's. `None` if that was
-    /// all.
+    /// Begins what is to be done on `lanes`, for the follower whose stream has that key if it is one's. `None` if that
+    /// was all.
     pub(super) fn begin(
         &self,
         key: Option<StreamKey>,
@@ -309,8 +309,8 @@ impl Stream {
         self.history.compare((self.request.node, &self.peer, self.request.shard), ack.received, ack.chain)?;
         let marks = [ack.received, ack.durable, ack.applied];
         if commits.acknowledged().acknowledge(follower, stream.number(), marks, unix_ms()) {
-            // Whoever waited may have been woken on this processor, and what is left to do here is nothing to them: a commit
-            // over loopback goes from 46.1 to 45.2 us.
+            // Whoever waited may have been woken on this processor, and what is left to do here is nothing to them: a
+            // commit over loopback goes from 46.1 to 45.2 us.
             std::thread::yield_now();
         }
         host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);

@@ -12,8 +12,8 @@
 //! | apply the log while a base comes | also [`blocks_of`](ReplicationTarget::blocks_of): else the base is a snapshot, and the log is applied after it |
 //! | go on with a rebuild that was interrupted | also [`resumes_bases`](ReplicationTarget::resumes_bases), [`resume_base`](ReplicationTarget::resume_base) |
 //!
-//! The leader's target gives, the follower's takes. Where either does not, the follower is told so, and has to start with an
-//! empty directory.
+//! The leader's target gives, the follower's takes. Where either does not, the follower is told so, and has to start
+//! with an empty directory.
 
 pub mod fixed_store;
 mod log_only;
@@ -38,19 +38,19 @@ use crate::wal::{Batch, Record};
 ///
 /// # The write-ahead rule
 ///
-/// What has been applied may reach the disk at any moment: where a target overwrites in place, and where it makes state and
-/// position durable in one step. So it must not be given a record that a power cut could still take out of the local log:
-/// the target would then be ahead of its log, and the node would refuse to start, or another record would come under the same
-/// LSN. Therefore targets are fed what is durable, not what is received, unless they say that they
+/// What has been applied may reach the disk at any moment: where a target overwrites in place, and where it makes state
+/// and position durable in one step. So it must not be given a record that a power cut could still take out of the
+/// local log: the target would then be ahead of its log, and the node would refuse to start, or another record would
+/// come under the same LSN. Therefore targets are fed what is durable, not what is received, unless they say that they
 /// [do not need that](ReplicationTarget::needs_durable_log), because what they keep is gone with the process, say.
 ///
 /// # Panics
 ///
-/// A panic on a thread of the node counts as an error of the call that panicked, and [`Error::Panicked`] says what it said:
-/// in [`apply`](Self::apply) and [`sync`](Self::sync) it ends following, or makes the leader's shard read-only; in a base
-/// that is given it ends the stream, and in one that is taken, following. The target may be called again after that, to
-/// sync another shard or to cancel a base: a lock that the panic has poisoned is its own to see to. Where panics abort, the
-/// process ends.
+/// A panic on a thread of the node counts as an error of the call that panicked, and [`Error::Panicked`] says what it
+/// said: in [`apply`](Self::apply) and [`sync`](Self::sync) it ends following, or makes the leader's shard read-only;
+/// in a base that is given it ends the stream, and in one that is taken, following. The target may be called again
+/// after that, to sync another shard or to cancel a base: a lock that the panic has poisoned is its own to see to.
+/// Where panics abort, the process ends.
 ///
 /// ```
 /// use std::sync::Mutex;
@@ -100,14 +100,14 @@ pub trait ReplicationTarget: Send + Sync {
     ///
     /// # Errors
     ///
-    /// Whatever prevents it: [`Error::target`] makes an error of it that names the shard. There is no second attempt while
-    /// the node runs. A follower ends following, for all of its shards, and [`Follower::wait`](crate::Follower::wait) and
-    /// [`Follower::shutdown`](crate::Follower::shutdown) tell the error. A leader's shard becomes read-only
-    /// ([`Error::Poisoned`]), and its other shards go on. During a rebuild it is the rebuild that ends, and following with it
-    /// if the error [is permanent](Error::is_permanent).
+    /// Whatever prevents it: [`Error::target`] makes an error of it that names the shard. There is no second attempt
+    /// while the node runs. A follower ends following, for all of its shards, and
+    /// [`Follower::wait`](crate::Follower::wait) and [`Follower::shutdown`](crate::Follower::shutdown) tell the error.
+    /// A leader's shard becomes read-only ([`Error::Poisoned`]), and its other shards go on. During a rebuild it is the
+    /// rebuild that ends, and following with it if the error [is permanent](Error::is_permanent).
     ///
-    /// Nothing of the batch counts as applied. It is offered again, from its first record on and behind whatever else is not
-    /// known durable, when the node is next started, or the rebuild next begun.
+    /// Nothing of the batch counts as applied. It is offered again, from its first record on and behind whatever else
+    /// is not known durable, when the node is next started, or the rebuild next begun.
     fn apply(&self, shard: ShardId, record: Record<'_>) -> Result<()>;
 
     /// Applies the records of a batch, in order: one by one, unless a target knows better.
@@ -119,8 +119,8 @@ pub trait ReplicationTarget: Send + Sync {
         batch.records().try_for_each(|record| self.apply(shard, record))
     }
 
-    /// Makes everything durable that was applied before the call, during a rebuild also the blocks that were put, but for what
-    /// need not be yet ([`BaseSink::pass`]). Runs beside appliers without stopping them for long.
+    /// Makes everything durable that was applied before the call, during a rebuild also the blocks that were put, but
+    /// for what need not be yet ([`BaseSink::pass`]). Runs beside appliers without stopping them for long.
     ///
     /// # Errors
     ///
@@ -133,16 +133,16 @@ pub trait ReplicationTarget: Send + Sync {
         TargetTopology::default()
     }
 
-    /// Whether this target must only be given records that are durable in the local log (the
-    /// [write-ahead rule](#the-write-ahead-rule)): unless told otherwise, if it [keeps state](Self::keeps_state) and
-    /// [takes records](Self::takes_records). A target in memory may say `false`, and is given records as soon as they are
+    /// Whether this target must only be given records that are durable in the local log (the [write-ahead
+    /// rule](#the-write-ahead-rule)): unless told otherwise, if it [keeps state](Self::keeps_state) and [takes
+    /// records](Self::takes_records). A target in memory may say `false`, and is given records as soon as they are
     /// received.
     fn needs_durable_log(&self) -> bool {
         self.keeps_state() && self.takes_records()
     }
 
-    /// Whether records have to be handed to this target. Where not, what is received counts as applied at once, and nobody
-    /// reads the log for it.
+    /// Whether records have to be handed to this target. Where not, what is received counts as applied at once, and
+    /// nobody reads the log for it.
     fn takes_records(&self) -> bool {
         true
     }
@@ -153,10 +153,10 @@ pub trait ReplicationTarget: Send + Sync {
         true
     }
 
-    /// The newest LSN of which the shard's state may hold anything, where that can be more than what is applied: a target
-    /// that overwrites in place may be left with effects of later records by a power cut. `None` if the target cannot
-    /// tell: anything that stood in the log when it was opened is then taken to be in the state, until that has been
-    /// applied again. A log is never cut below this.
+    /// The newest LSN of which the shard's state may hold anything, where that can be more than what is applied: a
+    /// target that overwrites in place may be left with effects of later records by a power cut. `None` if the target
+    /// cannot tell: anything that stood in the log when it was opened is then taken to be in the state, until that has
+    /// been applied again. A log is never cut below this.
     ///
     /// A target that makes effects and position durable in one step gives the latter.
     ///
@@ -204,8 +204,9 @@ pub trait ReplicationTarget: Send + Sync {
         Err(Error::invalid(format!("the target takes no base of shard {shard}: it has no `begin_base`")))
     }
 
-    /// Follower side: the shard's state is of a history that is over, and gives way to a base whatever its LSN. Sets the
-    /// durable mark of [a rebuild](Self::begin_base), which follows at once: the target refuses to serve from here on.
+    /// Follower side: the shard's state is of a history that is over, and gives way to a base whatever its LSN. Sets
+    /// the durable mark of [a rebuild](Self::begin_base), which follows at once: the target refuses to serve from here
+    /// on.
     ///
     /// # Errors
     ///
@@ -320,8 +321,8 @@ pub trait BaseSource: Send {
     /// is of no use after an error.
     fn next_run(&mut self, buffer: &mut [u8]) -> Result<Option<BlockRun>>;
 
-    /// Blocks before `first` need not be given: the follower has them. Before the first run only. A source that gives them
-    /// all the same wastes time and does no harm.
+    /// Blocks before `first` need not be given: the follower has them. Before the first run only. A source that gives
+    /// them all the same wastes time and does no harm.
     fn skip_to(&mut self, first: BlockId) {
         let _ = first;
     }
@@ -347,12 +348,13 @@ pub trait BaseSink: Send {
         blocks.try_for_each(|(block, index)| self.put_block(BlockId(first.0.saturating_add(index)), block))
     }
 
-    /// No more blocks with numbers below `next` come: those that did not are blank in the image, or a record has written them
-    /// since. What records have written to blocks from there on a target may keep back, in memory say, as nothing of it
-    /// counts if the rebuild is interrupted; below `next` it is part of what [`ReplicationTarget::sync`] makes durable.
+    /// No more blocks with numbers below `next` come: those that did not are blank in the image, or a record has
+    /// written them since. What records have written to blocks from there on a target may keep back, in memory say, as
+    /// nothing of it counts if the rebuild is interrupted; below `next` it is part of what [`ReplicationTarget::sync`]
+    /// makes durable.
     ///
-    /// For numbered blocks only. Called before the first block, and then with the same number or a larger one after each run.
-    /// A target that is never told must keep nothing back: whoever wraps a sink passes this on.
+    /// For numbered blocks only. Called before the first block, and then with the same number or a larger one after
+    /// each run. A target that is never told must keep nothing back: whoever wraps a sink passes this on.
     ///
     /// # Errors
     ///
@@ -375,8 +377,8 @@ pub trait BaseSink: Send {
     /// the sink has been superseded; damage and I/O errors. The mark then stands.
     fn complete(&mut self, achieved: Lsn) -> Result<()>;
 
-    /// Fails if a block that a [resumed](ReplicationTarget::resume_base) rebuild has kept is damaged, now that the local
-    /// log has been applied over it.
+    /// Fails if a block that a [resumed](ReplicationTarget::resume_base) rebuild has kept is damaged, now that the
+    /// local log has been applied over it.
     ///
     /// # Errors
     ///

@@ -17,8 +17,8 @@ use crate::shutdown::ShutdownSignal;
 
 /// Connects, and gives up at once when `stop` is given: shutting down a socket that is connecting makes it fail.
 ///
-/// The connection is under way before the signal can shut the socket down, so none of it is missed. An empty write waits
-/// for it, no longer than the time-out for writes.
+/// The connection is under way before the signal can shut the socket down, so none of it is missed. An empty write
+/// waits for it, no longer than the time-out for writes.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn connect_unless_stopped(
     socket: Socket,

@@ -9,8 +9,8 @@
 //!
 //! - A frame is received in two steps: its header, then its body, into memory that the caller chooses. So log bytes go
 //!   from the socket to the mapped segment, and nothing is allocated by a number that a peer chose.
-//! - A receiver checks what the frame's checksum [covers](crate::wire::frame): a call that gives the last byte of it has
-//!   found it sound, and no message or prefix is believed before. So a transport of one's own must, with a
+//! - A receiver checks what the frame's checksum [covers](crate::wire::frame): a call that gives the last byte of it
+//!   has found it sound, and no message or prefix is believed before. So a transport of one's own must, with a
 //!   [`BodyCheck`](crate::wire::BodyCheck).
 //! - A time-out in the middle of a frame loses nothing: the call that timed out is made again, with the same memory,
 //!   and goes on where it stopped. Every other error of a receiver is final.
@@ -65,8 +65,8 @@ pub trait Transport: Send + Sync {
     /// or if `timeout` passes first.
     fn connect(&self, address: &str, timeout: Duration) -> Result<Connection>;
 
-    /// As [`connect`](Self::connect), but given up at once when `stop` is given, as far as the transport can. Looking up a
-    /// name takes as long as the system lets it.
+    /// As [`connect`](Self::connect), but given up at once when `stop` is given, as far as the transport can. Looking
+    /// up a name takes as long as the system lets it.
     ///
     /// # Errors
     ///
@@ -205,8 +205,8 @@ pub trait FrameSender: Send {
     /// was sent, and the sender stays usable. [`Error::Network`] otherwise, a time-out included, and then for ever.
     fn send(&mut self, kind: FrameKind, flags: u8, prefix: &[u8], body: Body<'_>) -> Result<()>;
 
-    /// Sends one frame as far as that takes no waiting: for threads that must not be held up by a peer. A transport that
-    /// cannot tell sends nothing.
+    /// Sends one frame as far as that takes no waiting: for threads that must not be held up by a peer. A transport
+    /// that cannot tell sends nothing.
     ///
     /// # Errors
     ///
@@ -299,9 +299,9 @@ pub trait FrameReceiver: Send {
     /// stream.
     fn has_buffered(&self) -> bool;
 
-    /// Whether what comes next is here as a whole, so that receiving it waits for nothing: the rest of the current body or,
-    /// between two frames, the next header. Asks the system nothing, so it may be here although this is `false`, which is
-    /// what a transport that cannot tell says.
+    /// Whether what comes next is here as a whole, so that receiving it waits for nothing: the rest of the current body
+    /// or, between two frames, the next header. Asks the system nothing, so it may be here although this is `false`,
+    /// which is what a transport that cannot tell says.
     fn has_whole(&self) -> bool {
         false
     }

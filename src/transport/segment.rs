@@ -223,8 +223,8 @@ pub(crate) fn serve_ranges(
     }
 }
 
-/// The published bytes of what is asked for. They are read from the mapping and verified again from the segment's header
-/// on: a node may have the same damage as its peer, and must not hand on what is damaged.
+/// The published bytes of what is asked for. They are read from the mapping and verified again from the segment's
+/// header on: a node may have the same damage as its peer, and must not hand on what is damaged.
 fn sound_range(log: &Log, asked: SegmentRange) -> Result<(Arc<Segment>, Range<u64>), ErrorMessage> {
     let (tail, head) = (log.tail(), log.head());
     let Some(segment) = log.segment_beginning(asked.segment) else {

@@ -44,7 +44,8 @@ pub struct TcpOptions {
     pub write_timeout: Option<Duration>,
     /// Spin for bytes to arrive instead of sleeping: saves a wake-up per frame and costs a core per receiver. For
     /// followers; the thread of a leader that reads acknowledgements would take turns with the one that waits for them,
-    /// and on two processors a commit takes four times as long then. Where the system cannot ask for bytes without blocking (neither Linux, Android, macOS nor a BSD) it has no effect.
+    /// and on two processors a commit takes four times as long then. Where the system cannot ask for bytes without
+    /// blocking (neither Linux, Android, macOS nor a BSD) it has no effect.
     pub spin_receive: bool,
     /// Listen on addresses that other machines reach, although nothing is encrypted. Off unless turned on: then only
     /// loopback addresses are listened on, and others are refused.

@@ -2,8 +2,8 @@
 //!
 //! # Format, versions 2 and 3
 //!
-//! A batch is a header, a body, and zeros up to the next multiple of 8 bytes. All numbers are little-endian. Version 2 has a
-//! header of 56 bytes that says everything about the batch, and a body of records:
+//! A batch is a header, a body, and zeros up to the next multiple of 8 bytes. All numbers are little-endian. Version 2
+//! has a header of 56 bytes that says everything about the batch, and a body of records:
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
@@ -20,9 +20,9 @@
 //! | 52 | 4 | `reserved` | 0 |
 //! | 56 | | body | for each record: length (4 bytes), bytes |
 //!
-//! Version 3 is *compact*: one record of at most 4095 bytes, behind 16 bytes that leave out what the batches before it say.
-//! Of a record of 128 bytes a compact batch makes 144, and one of version 2 makes 192. It stands only in segments of
-//! [version](super::segment) 3, and is told from version 2, whose `body_len` is below 2^30, by bit 31 of `detail`.
+//! Version 3 is *compact*: one record of at most 4095 bytes, behind 16 bytes that leave out what the batches before it
+//! say. Of a record of 128 bytes a compact batch makes 144, and one of version 2 makes 192. It stands only in segments
+//! of [version](super::segment) 3, and is told from version 2, whose `body_len` is below 2^30, by bit 31 of `detail`.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
@@ -32,9 +32,9 @@
 //! | 16 | | record | the bytes |
 //!
 //! `time` is the timestamp without its bit 15, which is 0: bits 0 to 14 count batches within a millisecond, the others
-//! milliseconds. The epoch is the segment's, and the chain before the batch is the `crc` of the one before it, which takes
-//! part in its own. The LSN is the lowest with these bits that is not below the segment's first. What was synced it does not
-//! say.
+//! milliseconds. The epoch is the segment's, and the chain before the batch is the `crc` of the one before it, which
+//! takes part in its own. The LSN is the lowest with these bits that is not below the segment's first. What was synced
+//! it does not say.
 //!
 //! A batch of version 2 is valid where it stands exactly if
 //!
@@ -50,23 +50,25 @@
 //!
 //! 1. header, record and padding end within the segment;
 //! 2. the segment has version 3, and it is not the first batch in it;
-//! 3. the bits of the LSN are those of the LSN after the batch before it, which is less than 2^26 above the segment's first;
+//! 3. the bits of the LSN are those of the LSN after the batch before it, which is less than 2^26 above the segment's
+//!    first;
 //! 4. `crc` matches.
 //!
-//! [`verify`] does not check what needs the segment: that a batch is not its first, which version it has, and how far above
-//! its first an LSN is. Whoever walks a segment checks that.
+//! [`verify`] does not check what needs the segment: that a batch is not its first, which version it has, and how far
+//! above its first an LSN is. Whoever walks a segment checks that.
 //!
-//! Whoever looks for a batch behind damage looks for one of version 2, which needs nothing before it. The first batch that
-//! begins in a page of 4096 bytes is one wherever a [`LogWriter`](super::LogWriter) writes it, and so is the first after more
-//! has been synced than the last one says. So each page in which a batch begins says what was synced, whatever becomes of the
-//! pages around it; but where one bit of a compact batch is wrong, nothing can be read from there to the next page.
+//! Whoever looks for a batch behind damage looks for one of version 2, which needs nothing before it. The first batch
+//! that begins in a page of 4096 bytes is one wherever a [`LogWriter`](super::LogWriter) writes it, and so is the first
+//! after more has been synced than the last one says. So each page in which a batch begins says what was synced,
+//! whatever becomes of the pages around it; but where one bit of a compact batch is wrong, nothing can be read from
+//! there to the next page.
 //!
-//! `synced_lsn` is true of the disk of the node that wrote the batch, and says nothing of a follower's, which has the same
-//! bytes: see [`WrittenHere`](super::WrittenHere).
+//! `synced_lsn` is true of the disk of the node that wrote the batch, and says nothing of a follower's, which has the
+//! same bytes: see [`WrittenHere`](super::WrittenHere).
 //!
 //! Because the CRC is seeded with the chain, and the chain starts from what makes the log this log
-//! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate, but by a chance of one in 2^32. Padding is
-//! covered, so there is no byte of a batch that can change unseen.
+//! ([`Chain::genesis`]), left-over bytes of a recycled segment do not validate, but by a chance of one in 2^32. Padding
+//! is covered, so there is no byte of a batch that can change unseen.
 
 use std::borrow::Cow;
 
@@ -107,8 +109,8 @@ const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
 const _: () = assert!(LSN_MASK + 1 == COMPACT_LSNS);
 const _: () = assert!(MAX_COMPACT_RECORD_LEN < 1 << (31 - LEN_SHIFT), "the length fits in its bits");
 
-/// A decoded batch header. Field meanings stand in the [format](self). What a compact batch does not say itself is what the
-/// batches before it say, as far as whoever decoded it knew them.
+/// A decoded batch header. Field meanings stand in the [format](self). What a compact batch does not say itself is what
+/// the batches before it say, as far as whoever decoded it knew them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchHeader {
     /// The chain after this batch.
@@ -182,8 +184,8 @@ impl BatchHeader {
         to[52..56].fill(0);
     }
 
-    /// The header of a batch of version 2 with so many records in a body of so many bytes; sealing if it has none. `crc` is
-    /// still to come.
+    /// The header of a batch of version 2 with so many records in a body of so many bytes; sealing if it has none.
+    /// `crc` is still to come.
     #[inline]
     pub(crate) fn new(
         at: Expected,
@@ -206,9 +208,9 @@ impl BatchHeader {
         }
     }
 
-    /// Reads the header at the beginning of `bytes`, whichever version it has, where what is `before` is known. Only the
-    /// bits of an LSN that a compact batch has need be right in `before.first_lsn`, which is then the lowest that it can
-    /// have. `None` if there are too few bytes. Says nothing about validity.
+    /// Reads the header at the beginning of `bytes`, whichever version it has, where what is `before` is known. Only
+    /// the bits of an LSN that a compact batch has need be right in `before.first_lsn`, which is then the lowest that
+    /// it can have. `None` if there are too few bytes. Says nothing about validity.
     #[inline]
     pub(crate) fn read(bytes: &[u8], before: Expected) -> Option<BatchHeader> {
         let compact = bytes.first_chunk::<COMPACT>()?;
@@ -281,8 +283,8 @@ fn is_compact(bytes: &[u8; COMPACT]) -> bool {
     u32_at(bytes, 4) & IS_COMPACT != 0
 }
 
-/// The timestamp after `last` that a compact batch can have: one that counts no further than it can goes on with the next
-/// millisecond.
+/// The timestamp after `last` that a compact batch can have: one that counts no further than it can goes on with the
+/// next millisecond.
 #[inline]
 pub(crate) fn compact_tick(last: HybridTimestamp, unix_ms: u64) -> HybridTimestamp {
     let next = last.tick(unix_ms);
@@ -293,8 +295,9 @@ pub(crate) fn compact_tick(last: HybridTimestamp, unix_ms: u64) -> HybridTimesta
     }
 }
 
-/// The header of a compact batch but for its `crc`: `detail` and `place`. `None` if the timestamp does not fit, with more
-/// than 32,768 batches in its millisecond or in a year after 2100. The record must fit, see [`MAX_COMPACT_RECORD_LEN`].
+/// The header of a compact batch but for its `crc`: `detail` and `place`. `None` if the timestamp does not fit, with
+/// more than 32,768 batches in its millisecond or in a year after 2100. The record must fit, see
+/// [`MAX_COMPACT_RECORD_LEN`].
 #[inline]
 pub(crate) fn compact_header(record_len: u32, lsn: Lsn, timestamp: HybridTimestamp) -> Option<(u32, u64)> {
     let count = timestamp.0 & (COUNT_MASK << 1 | 1);
@@ -330,9 +333,9 @@ pub(crate) fn chain_after(before: Chain, batch_behind_crc: &[u8]) -> Chain {
 
 /// [`chain_after`] of a whole batch, whatever stands in its `crc` field.
 ///
-/// Takes those 4 bytes in as well, from the state that they lead to the right one from: so a checksum begins where its batch
-/// does, and runs to the end of whole cache lines where batches have such lengths. The 188 bytes behind the `crc` field of a
-/// record of 128 take 29.6 ns, all 192 take 22.9; appending such a record took 43.7 ns and takes 36.
+/// Takes those 4 bytes in as well, from the state that they lead to the right one from: so a checksum begins where its
+/// batch does, and runs to the end of whole cache lines where batches have such lengths. The 188 bytes behind the `crc`
+/// field of a record of 128 take 29.6 ns, all 192 take 22.9; appending such a record took 43.7 ns and takes 36.
 #[must_use]
 #[inline]
 pub(crate) fn chain_after_batch(before: Chain, batch: &[u8]) -> Chain {
@@ -459,21 +462,22 @@ fn verify_compact(
 
 /// Most batches that [`verify_compact_run`] takes at once: a page has fewer of 128 bytes.
 const RUN: usize = 64;
-/// It takes none that begins so many bytes behind the first. With the longest batch there it is 8208 bytes, and up to 11 KiB a
-/// CRC-32 finds any three wrong bits, as within one batch.
+/// It takes none that begins so many bytes behind the first. With the longest batch there it is 8208 bytes, and up to
+/// 11 KiB a CRC-32 finds any three wrong bits, as within one batch.
 const RUN_LEN: usize = 4096;
 
-/// Checks compact batches one behind the other with one checksum over all of them, and gives the bytes that they take and the
-/// header of the last one; `None` if there are fewer than two, or if not all are valid: then [`verify`] says what is wrong with
-/// which.
+/// Checks compact batches one behind the other with one checksum over all of them, and gives the bytes that they take
+/// and the header of the last one; `None` if there are fewer than two, or if not all are valid: then [`verify`] says
+/// what is wrong with which.
 ///
-/// Each `crc` field is what a checksum over all bytes would come upon in between. It is replaced by four bytes that leave the
-/// checksum as it is there if the batch before has the `crc` that it says; if one has not, all behind it goes on from a wrong
-/// state, and steps of a CRC lead from different states to different ones. That finds every single wrong batch, and every wrong
-/// field; several could cancel by chance, once in 2^32, as within one batch. Then the fields are put back.
+/// Each `crc` field is what a checksum over all bytes would come upon in between. It is replaced by four bytes that
+/// leave the checksum as it is there if the batch before has the `crc` that it says; if one has not, all behind it goes
+/// on from a wrong state, and steps of a CRC lead from different states to different ones. That finds every single
+/// wrong batch, and every wrong field; several could cancel by chance, once in 2^32, as within one batch. Then the
+/// fields are put back.
 ///
-/// Measured: catching up with 128 B takes 1585, 1742 and 1941 MB/s of records, where a checksum for each takes 1226, 1159 and
-/// 1222.
+/// Measured: catching up with 128 B takes 1585, 1742 and 1941 MB/s of records, where a checksum for each takes 1226,
+/// 1159 and 1222.
 #[inline]
 pub(crate) fn verify_compact_run(bytes: &mut [u8], room: u64, before: Expected) -> Option<(usize, BatchHeader)> {
     let first = bytes.first_chunk::<COMPACT>().filter(|first| is_compact(first))?;
@@ -544,8 +548,8 @@ enum Flaw {
     RecordCount,
 }
 
-/// Where batches are small, this and the checksum are what receiving costs; so reasons are put into words elsewhere, and
-/// the header stays in registers.
+/// Where batches are small, this and the checksum are what receiving costs; so reasons are put into words elsewhere,
+/// and the header stays in registers.
 #[inline]
 fn find_flaw(first: &[u8; HEADER], header: &BatchHeader, room: u64, expected: Expected) -> Option<Flaw> {
     if header.version != BATCH_VERSION {
@@ -690,8 +694,8 @@ pub struct BatchIter<'a> {
 }
 
 impl<'a> BatchIter<'a> {
-    /// Walks `verified`, which must begin at a batch that is not compact, such as the first of a segment. Where it begins at
-    /// a compact one nothing is walked, as only the segment knows its LSN: see [`within`](Self::within).
+    /// Walks `verified`, which must begin at a batch that is not compact, such as the first of a segment. Where it
+    /// begins at a compact one nothing is walked, as only the segment knows its LSN: see [`within`](Self::within).
     #[must_use]
     pub fn new(verified: &'a [u8]) -> Self {
         BatchIter {

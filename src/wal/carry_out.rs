@@ -1,11 +1,11 @@
-//! Carries out what [recovery](super::recovery) has decided: a log's directory becomes what the survey says it is. First
-//! the [`Verdict`] says what is to be done, and touches nothing; then it is carried out.
+//! Carries out what [recovery](super::recovery) has decided: a log's directory becomes what the survey says it is.
+//! First the [`Verdict`] says what is to be done, and touches nothing; then it is carried out.
 //!
-//! Later segments go first: they get names of spare files, the newest first and each durably. Then the segment with the stop
-//! is zeroed from there to its last byte that is not zero, and synced. A crash in between leaves less of what was to
-//! be cut, and the same decision. A segment that is left without any record goes with them, as does one that a crash left
-//! empty, and its file is removed; except that a log that begins past LSN 1 keeps its first one: that is where its position
-//! stands.
+//! Later segments go first: they get names of spare files, the newest first and each durably. Then the segment with the
+//! stop is zeroed from there to its last byte that is not zero, and synced. A crash in between leaves less of what was
+//! to be cut, and the same decision. A segment that is left without any record goes with them, as does one that a crash
+//! left empty, and its file is removed; except that a log that begins past LSN 1 keeps its first one: that is where its
+//! position stands.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -44,8 +44,8 @@ pub(crate) fn is_staged_name(name: &str) -> bool {
 pub(crate) struct Verdict {
     /// What is kept; its leftovers come of the deeds.
     pub(crate) recovered: Recovered,
-    /// Files that hold nothing of the log any more, in the order in which they go, and whether they can become spares. The
-    /// directory is synced behind them.
+    /// Files that hold nothing of the log any more, in the order in which they go, and whether they can become spares.
+    /// The directory is synced behind them.
     pub(crate) dropped: Vec<(PathBuf, bool)>,
     /// Ranges that become zeros, after that; each file is synced.
     pub(crate) zeroed: Vec<(PathBuf, Range<u64>)>,

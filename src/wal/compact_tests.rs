@@ -1,5 +1,5 @@
-//! Damage to logs of compact batches, which lean on those before them: what is known of such a log must be as much, and as
-//! little be lost, as if each batch said everything.
+//! Damage to logs of compact batches, which lean on those before them: what is known of such a log must be as much, and
+//! as little be lost, as if each batch said everything.
 
 #![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
 

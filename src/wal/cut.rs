@@ -3,8 +3,8 @@
 //!
 //! # The cut
 //!
-//! A log is cut while it is closed, at the end of a batch. Nobody else's bytes change: readers that still map what was cut
-//! keep it, because files are removed or replaced and never written.
+//! A log is cut while it is closed, at the end of a batch. Nobody else's bytes change: readers that still map what was
+//! cut keep it, because files are removed or replaced and never written.
 //!
 //! | step | a crash after it leaves |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! A file that gets its zeros: from the preparing thread, and from a writer that would otherwise wait for it.
 //!
 //! Whoever fills claims the next step, so that two threads fill different parts of the file at the same time. Where
-//! appends come faster than one thread can make zeros for them, the writer would otherwise sleep until that has filled a
-//! segment, with a processor free.
+//! appends come faster than one thread can make zeros for them, the writer would otherwise sleep until that has filled
+//! a segment, with a processor free.
 
 use std::fs::File;
 use std::ops::Range;
@@ -42,8 +42,8 @@ pub(super) struct Filling {
     /// Held by whoever writes zeros. The file system lets one thread write to a file, and whoever waits for that spins:
     /// this has the threads take turns, one writing while the other makes pages ready.
     zeroing: Mutex<()>,
-    /// The first byte that nobody has claimed. Moved by whoever fills. Relaxed: it gives out each step once, and who wants
-    /// to know that all is filled learns it under a lock from those who did.
+    /// The first byte that nobody has claimed. Moved by whoever fills. Relaxed: it gives out each step once, and who
+    /// wants to know that all is filled learns it under a lock from those who did.
     next: AtomicU64,
     /// Parts that were claimed and are not filled: none in the end, unless somebody panicked.
     claimed: AtomicUsize,
@@ -52,8 +52,8 @@ pub(super) struct Filling {
 }
 
 impl Filling {
-    /// Makes or opens the file at `path`, with a length of `len` bytes, to be filled. That it has this name is on stable
-    /// storage if it is not new: after a power cut, no file may have an old name and other bytes.
+    /// Makes or opens the file at `path`, with a length of `len` bytes, to be filled. That it has this name is on
+    /// stable storage if it is not new: after a power cut, no file may have an old name and other bytes.
     pub(super) fn new(path: &Path, len: u64) -> Result<Filling> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io("create", path))?;
@@ -87,8 +87,8 @@ impl Filling {
         self.next.load(Ordering::Relaxed) < self.len
     }
 
-    /// Fills a part that nobody else fills. False if there is none left, or what is left is not worth filling, because a
-    /// part could not be filled.
+    /// Fills a part that nobody else fills. False if there is none left, or what is left is not worth filling, because
+    /// a part could not be filled.
     pub(super) fn step(&self, manner: Manner) -> bool {
         let at = self.next.fetch_add(STEP, Ordering::Relaxed);
         if at >= self.len {
@@ -110,11 +110,11 @@ impl Filling {
             self.is_untouched.store(true, Ordering::Relaxed);
         }
         let touches = self.is_new && touches;
-        // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores after
-        // it. Where that is not possible, for want of room say, writing zeros tells why.
-        // Where nothing is stored, a write makes no more of a piece dirty than it writes, however long that is: a sync of 16 KiB
-        // takes a tenth less where its pages are one folio. What is stored all the same, a short batch among long ones say, has
-        // the next sync write its whole piece.
+        // Page by page, a new file gets its zeros by having its pages touched: one pass, and they are ready for stores
+        // after it. Where that is not possible, for want of room say, writing zeros tells why. Where nothing is stored,
+        // a write makes no more of a piece dirty than it writes, however long that is: a sync of 16 KiB takes a tenth
+        // less where its pages are one folio. What is stored all the same, a short batch among long ones say, has the
+        // next sync write its whole piece.
         let piece_len = if self.is_new && !touches { MAX_ZERO_PIECE } else { piece_len };
         let in_pieces = piece_len > PAGE_LEN;
         if in_pieces || !touches || !self.mapping.populate(range.clone()) {
@@ -148,8 +148,8 @@ impl Filling {
 pub(super) struct Filled {
     pub(super) file: File,
     pub(super) mapping: Mapping,
-    /// Whether all of it was filled in a manner for stores. The pages of a new file are ready for them then, where that is
-    /// possible.
+    /// Whether all of it was filled in a manner for stores. The pages of a new file are ready for them then, where that
+    /// is possible.
     pub(super) is_touched: bool,
 }
 

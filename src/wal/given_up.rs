@@ -1,10 +1,10 @@
 //! Segments that a log gives up, and what of them must stay for a while so that the log opens after a power cut.
 //!
-//! Where the oldest segment that stays is durable by name and header, older files simply go, oldest first. A log that has
-//! grown past its bound cannot wait for that: the device may be slower than whoever appends. Then segments go unsynced,
-//! and nothing of that waits for the device. After a power cut the oldest segment that is found may have no readable
-//! header, and a log that begins so is refused. So one given-up file stays, set aside under another name, until the log
-//! begins with a durable segment again:
+//! Where the oldest segment that stays is durable by name and header, older files simply go, oldest first. A log that
+//! has grown past its bound cannot wait for that: the device may be slower than whoever appends. Then segments go
+//! unsynced, and nothing of that waits for the device. After a power cut the oldest segment that is found may have no
+//! readable header, and a log that begins so is refused. So one given-up file stays, set aside under another name,
+//! until the log begins with a durable segment again:
 //!
 //! | the oldest segment found | files set aside | recovery |
 //! |---|---|---|
@@ -13,18 +13,18 @@
 //! | has none | none with a header, one that begins with LSN 1 | that gets its name back: nothing was ever called synced, and recovery cuts the log there unless it finds otherwise |
 //! | has none | none | refuse, as ever |
 //!
-//! What was called synced is safe with that: a record that was is in the log that is opened, or had been given up before
-//! a newer one was called synced. Whoever waits for the sync of a record that is given up before it was synced is told so:
-//! the [`synced`](Log::synced) mark passes it, but it is on no device.
+//! What was called synced is safe with that: a record that was is in the log that is opened, or had been given up
+//! before a newer one was called synced. Whoever waits for the sync of a record that is given up before it was synced
+//! is told so: the [`synced`](Log::synced) mark passes it, but it is on no device.
 //!
-//! The file set aside holds the newest record called synced, or the one before the oldest of the log. Syncing goes on with
-//! the oldest segment that is left, and that one is not removed before it is done, but set aside in its turn: a device
-//! that is slower than the writer syncs a segment now and then, and no waiter waits for ever.
+//! The file set aside holds the newest record called synced, or the one before the oldest of the log. Syncing goes on
+//! with the oldest segment that is left, and that one is not removed before it is done, but set aside in its turn: a
+//! device that is slower than the writer syncs a segment now and then, and no waiter waits for ever.
 //!
 //! Of several removals a power cut may leave any subset, and a log without one of its middle segments is refused. What
 //! nobody needs therefore goes one file at a time, each removal durable before the next. Where the log has outgrown its
-//! bound there is no time for that: removals then rely on the file system keeping them in order, as those with a journal
-//! do.
+//! bound there is no time for that: removals then rely on the file system keeping them in order, as those with a
+//! journal do.
 //!
 //! At most two files are set aside: the newest that is durable, and the one that is being synced.
 
@@ -56,7 +56,8 @@ pub(super) struct GivenUp {
     unsynced: Vec<(Lsn, Lsn)>,
 }
 
-/// So many stretches that went unsynced are told apart; of more, the oldest two count as one with what lies between them.
+/// So many stretches that went unsynced are told apart; of more, the oldest two count as one with what lies between
+/// them.
 const MOST_UNSYNCED: usize = 64;
 
 /// What to do with the oldest segment.
@@ -71,10 +72,10 @@ enum Fate {
 }
 
 impl Log {
-    /// Gives up the segments whose records are all at or below `lsn`, and says why in the log output. The newest segment
-    /// always stays, and so does every one whose successor is not yet durable by name and header: what is left must
-    /// open after a power cut. Files that nobody reads any more become spares, if they were made since the log was opened.
-    /// Returns how many segments went.
+    /// Gives up the segments whose records are all at or below `lsn`, and says why in the log output. The newest
+    /// segment always stays, and so does every one whose successor is not yet durable by name and header: what is left
+    /// must open after a power cut. Files that nobody reads any more become spares, if they were made since the log was
+    /// opened. Returns how many segments went.
     ///
     /// Waits for no sync of data, and never blocks appends.
     ///
@@ -98,14 +99,15 @@ impl Log {
         self.retained_bytes() + aside + self.spares().file_bytes()
     }
 
-    /// Lets files of segments that are given up wait to be filled again, as many as the writer is likely to want, as long as
-    /// there are no more than so many bytes of files in all. Where nobody has called this, no more wait than spares are kept.
+    /// Lets files of segments that are given up wait to be filled again, as many as the writer is likely to want, as
+    /// long as there are no more than so many bytes of files in all. Where nobody has called this, no more wait than
+    /// spares are kept.
     pub(crate) fn keep_used_files(&self, most_bytes: u64) {
         self.spares().set_room(most_bytes);
     }
 
-    /// Gives up files that wait to be filled again, but for one or what spares lack, where there are more bytes of files than
-    /// [`keep_used_files`](Self::keep_used_files) was told: no log goes for their sake.
+    /// Gives up files that wait to be filled again, but for one or what spares lack, where there are more bytes of
+    /// files than [`keep_used_files`](Self::keep_used_files) was told: no log goes for their sake.
     pub(crate) fn shed_used_files(&self, most_bytes: u64) {
         if self.file_bytes() > most_bytes {
             self.spares().shed_used();
@@ -178,8 +180,8 @@ impl Log {
         }
     }
 
-    /// Notes what of a segment that goes was not synced yet. Before it is out of the list: whoever moves the synced mark past
-    /// it has found it gone.
+    /// Notes what of a segment that goes was not synced yet. Before it is out of the list: whoever moves the synced
+    /// mark past it has found it gone.
     fn note_unsynced(&self, given_up: &mut GivenUp, segment: &Segment) {
         let synced = self.synced().load();
         let Some(last) = segment.sealed_last_lsn().filter(|last| *last > synced) else { return };
@@ -227,8 +229,8 @@ impl Log {
         }
     }
 
-    /// The segment to sync next, where syncing has come to `position`, the first LSN of a segment: that segment, or, if it
-    /// was given up, the oldest that is left. It is not removed while it is synced.
+    /// The segment to sync next, where syncing has come to `position`, the first LSN of a segment: that segment, or, if
+    /// it was given up, the oldest that is left. It is not removed while it is synced.
     pub(super) fn segment_to_sync(&self, position: Lsn) -> Result<Option<Arc<Segment>>> {
         let mut given_up = self.given_up.lock();
         let aside = given_up.aside.iter().map(|(segment, _)| segment).find(|s| s.id().first_lsn == position).cloned();

@@ -1,7 +1,7 @@
 //! Whether another log has the same history: the chain at an LSN that another node names, without walking the log.
 //!
-//! A [`ChainCursor`] stands between two batches of a log and moves on behind what the other node says that it has. No batch
-//! header is looked at twice, and long ways are shortened: sealed segments in between are skipped, because their
+//! A [`ChainCursor`] stands between two batches of a log and moves on behind what the other node says that it has. No
+//! batch header is looked at twice, and long ways are shortened: sealed segments in between are skipped, because their
 //! successor's header says the chain, and the writer has noted landmarks in the newest part of the log. Following one
 //! commit costs one header.
 

@@ -2,12 +2,12 @@
 //!
 //! Every batch says what its *writer* had on stable storage when it wrote the batch. On the writer's disk that tells a
 //! torn tail from damage. Anywhere else it says nothing: a follower takes the leader's bytes as they are, and those may
-//! be on its disk before what they say was synced is. After a power cut such a follower has a sound log in which records
-//! are missing up to a place that a later batch calls synced; and damage there is not to be told from that.
+//! be on its disk before what they say was synced is. After a power cut such a follower has a sound log in which
+//! records are missing up to a place that a later batch calls synced; and damage there is not to be told from that.
 //!
-//! So the word of a batch counts only where this node itself wrote the batch. That is known by its epoch, since one node
-//! alone writes under an epoch and the manifest says whether the present one is the node's own. For all other batches
-//! only the node's checkpoint counts, which is written behind the syncs here.
+//! So the word of a batch counts only where this node itself wrote the batch. That is known by its epoch, since one
+//! node alone writes under an epoch and the manifest says whether the present one is the node's own. For all other
+//! batches only the node's checkpoint counts, which is written behind the syncs here.
 
 use crate::data_dir::Manifest;
 use crate::types::{Epoch, Lsn};

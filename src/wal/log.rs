@@ -14,12 +14,12 @@
 //!
 //! # Who syncs
 //!
-//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it waits
-//! for; the others wait for that one. A commit by one thread therefore crosses no other thread. Of those who came too late
-//! for a sync, the first does the next one (see [`sync_line`](super::sync_line)), once those who were released together have
-//! come back (see [`sync_group`](super::sync_group)). They and those whom the sync has covered
-//! are woken after the lock has been let go, unless a segment ends there: while many are woken, one by one, the device has
-//! work again. The shard's sync thread does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
+//! Whoever waits for a sync and finds nobody syncing does it, for everything written so far in the segment that it
+//! waits for; the others wait for that one. A commit by one thread therefore crosses no other thread. Of those who came
+//! too late for a sync, the first does the next one (see [`sync_line`](super::sync_line)), once those who were released
+//! together have come back (see [`sync_group`](super::sync_group)). They and those whom the sync has covered are woken
+//! after the lock has been let go, unless a segment ends there: while many are woken, one by one, the device has work
+//! again. The shard's sync thread does what nobody waits for: see [`SyncPolicy`]. It is there while anything is.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +74,8 @@ pub struct Log {
     pub(super) releasing: Mutex<()>,
     /// The first LSN of the newest segment whose name and header are durable. Moved by whoever holds `sync`.
     pub(super) named: AtomicU64,
-    /// Up to where anything was given up before it was synced. Moved under the lock of `given_up`, which has what it was.
+    /// Up to where anything was given up before it was synced. Moved under the lock of `given_up`, which has what it
+    /// was.
     pub(super) unsynced_through: AtomicU64,
     end_reason: OnceLock<EndReason>,
     spares: Arc<Spares>,
@@ -256,8 +257,8 @@ impl Log {
         self.segment_holding(lsn).filter(|segment| segment.id().first_lsn == lsn)
     }
 
-    /// A reader that begins with the batch that holds `lsn`, or with its segment's header page where it is the first of a
-    /// segment. Records before `lsn` in that batch are given too.
+    /// A reader that begins with the batch that holds `lsn`, or with its segment's header page where it is the first of
+    /// a segment. Records before `lsn` in that batch are given too.
     ///
     /// # Errors
     ///
@@ -271,8 +272,8 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if no batch of this log ends or begins at that position; [`Error::NotRetained`] if its segment has
-    /// been given up, or there is none yet.
+    /// [`Error::Invalid`] if no batch of this log ends or begins at that position; [`Error::NotRetained`] if its
+    /// segment has been given up, or there is none yet.
     pub fn reader_at(self: &Arc<Self>, position: LogPosition) -> Result<LogReader> {
         self.check_place(&position)?;
         Ok(self.reader_at_known(position))
@@ -417,8 +418,8 @@ impl Log {
     /// durable by the first sync of the segment.
     ///
     /// Recovery refuses a log that begins past LSN 1 without a readable header: there the header is durable before the
-    /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only the
-    /// second one would leave what looks like such a log.
+    /// name is. And the name of a log's first segment is durable before there is another: a power cut that kept only
+    /// the second one would leave what looks like such a log.
     ///
     /// `open` is none, or the newest segment with nothing written in it: then the new one begins with the same LSN and
     /// takes its name and its place.
@@ -471,8 +472,8 @@ impl Log {
         self.names.sync().map_err(Error::io("sync directory", &self.directory))
     }
 
-    /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its successor's,
-    /// which begins with the same LSN and is to be synced from its beginning.
+    /// Takes the newest segment, in which nothing was written, out of the list. Its file is replaced by its
+    /// successor's, which begins with the same LSN and is to be synced from its beginning.
     ///
     /// The segment before it may be on its way out because this one is durable, which its successor is not yet. Either
     /// that one is out of the list on return, and the successor begins the log; or it is the newest, and stays.
@@ -488,8 +489,8 @@ impl Log {
         self.give_turn(position);
     }
 
-    /// Whether a segment was made since the log was opened. Others may be mapped by whoever read the log when it was open
-    /// before, in this process or another one.
+    /// Whether a segment was made since the log was opened. Others may be mapped by whoever read the log when it was
+    /// open before, in this process or another one.
     pub(super) fn has_made(&self, segment: &Segment) -> bool {
         segment.id().first_lsn > self.found_through
     }
@@ -499,8 +500,8 @@ impl Log {
         self.segments.read().iter().rev().any(|held| Arc::ptr_eq(held, segment))
     }
 
-    /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it, unless
-    /// none are to be.
+    /// The published end of a new segment at which to ask for more pages: its first ones were made ready with it,
+    /// unless none are to be.
     pub(super) fn populate_at_start(&self, through_file: bool) -> u64 {
         if through_file || self.options.populate_ahead >= self.identity.segment_size {
             u64::MAX
@@ -538,9 +539,9 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`Error::TimedOut`] at the deadline, [`Error::Poisoned`] if this or an earlier sync failed,
-    /// [`Error::ShutDown`] if the log is closed first. [`Error::NotRetained`] for an LSN that is not written, and for one that
-    /// was given up before it was on stable storage, as a log does that outgrows its bound faster than it is synced.
+    /// [`Error::TimedOut`] at the deadline, [`Error::Poisoned`] if this or an earlier sync failed, [`Error::ShutDown`]
+    /// if the log is closed first. [`Error::NotRetained`] for an LSN that is not written, and for one that was given up
+    /// before it was on stable storage, as a log does that outgrows its bound faster than it is synced.
     pub fn wait_synced(&self, lsn: Lsn, deadline: Option<Instant>) -> Result<()> {
         self.wait_synced_or_given_up(lsn, deadline)?;
         if self.went_unsynced(lsn) { Err(self.not_retained(lsn)) } else { Ok(()) }
@@ -559,9 +560,10 @@ impl Log {
         self.sync_through(lsn, deadline)
     }
 
-    /// Waits until the spare segments are ready that [`WalOptions::spare_segments`] asks for: what is appended next finds
-    /// them, and as long as nobody appends, nothing is prepared beside what else runs. Spares that are made during the
-    /// wait are on stable storage afterwards. No append needs this; measurements do, and whoever expects a burst.
+    /// Waits until the spare segments are ready that [`WalOptions::spare_segments`] asks for: what is appended next
+    /// finds them, and as long as nobody appends, nothing is prepared beside what else runs. Spares that are made
+    /// during the wait are on stable storage afterwards. No append needs this; measurements do, and whoever expects a
+    /// burst.
     ///
     /// # Errors
     ///
@@ -597,8 +599,8 @@ impl Log {
         Ok(())
     }
 
-    /// Gives way to others while somebody syncs, where that is better than to sleep. Returns whether there is something to do,
-    /// or nothing to wait for any more.
+    /// Gives way to others while somebody syncs, where that is better than to sleep. Returns whether there is something
+    /// to do, or nothing to wait for any more.
     fn gave_way(&self, lsn: Lsn, deadline: Option<Instant>) -> bool {
         let is_over = || self.synced.load() >= lsn || !self.sync.is_locked() || self.check_writable().is_err();
         self.sync_waits.give_way(deadline, is_over)
@@ -631,7 +633,8 @@ impl Log {
     }
 
     /// One sync up to `lsn` and of what else its segment holds, then a turn for those it did not cover. Segments after
-    /// that would each take another sync: whoever wants them does those, and `lsn` does not wait for what came after it.
+    /// that would each take another sync: whoever wants them does those, and `lsn` does not wait for what came after
+    /// it.
     fn sync_locked(&self, mut position: parking_lot::MutexGuard<'_, SyncPosition>, lsn: Lsn) -> Result<()> {
         // Once a sync has failed, another one may succeed although the pages are lost: it must not be tried.
         self.check_writable()?;
@@ -646,8 +649,8 @@ impl Log {
         result
     }
 
-    /// Lets go of the sync lock, calls whoever syncs next, and then wakes those that the sync has covered. Whoever found the
-    /// lock taken waits for that, whatever it was taken for.
+    /// Lets go of the sync lock, calls whoever syncs next, and then wakes those that the sync has covered. Whoever
+    /// found the lock taken waits for that, whatever it was taken for.
     fn give_turn(&self, position: parking_lot::MutexGuard<'_, SyncPosition>) {
         drop(position);
         self.sync_line.call_next(self.synced.load());
@@ -667,8 +670,8 @@ impl Log {
         (position.segment, position.offset)
     }
 
-    /// Syncs up to `lsn`, and whatever more the segments up to there hold, and says so: quietly, as whoever waits for that is
-    /// to be woken once the lock has been let go.
+    /// Syncs up to `lsn`, and whatever more the segments up to there hold, and says so: quietly, as whoever waits for
+    /// that is to be woken once the lock has been let go.
     fn sync_segments(&self, position: &mut SyncPosition, lsn: Lsn) -> Result<()> {
         // Of the newest segment at least that much is published when it is looked at.
         let written = self.written.load();

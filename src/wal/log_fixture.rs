@@ -89,8 +89,9 @@ impl LogFixture {
         log
     }
 
-    /// Three segments of some pages of small records, each in a batch of its own, most of which are compact; the records of
-    /// the last say that all but a few hundred bytes of it was synced. From LSN `differs_from` on, other bytes.
+    /// Three segments of some pages of small records, each in a batch of its own, most of which are compact; the
+    /// records of the last say that all but a few hundred bytes of it was synced. From LSN `differs_from` on, other
+    /// bytes.
     pub(super) fn of_small_records(differs_from: Lsn) -> LogFixture {
         let mut log = LogFixture::new();
         for segment in 0..3_u64 {

@@ -2,13 +2,13 @@
 //!
 //! # Invariants
 //!
-//! 1. **Length.** A mapping is as long as its file, and the file keeps its length and its allocated blocks for as
-//!    long as the mapping lives: before anything is stored to a mapping its file is filled, with real zeros or by having
+//! 1. **Length.** A mapping is as long as its file, and the file keeps its length and its allocated blocks for as long
+//!    as the mapping lives: before anything is stored to a mapping its file is filled, with real zeros or by having
 //!    every page touched in a call that fails where there is no room ([`Mapping::populate`]); nobody truncates it, and
-//!    the lock of the log's directory keeps others out. So no access can fault for want of room, except where the
-//!    file system must find new blocks for every overwrite; a device that cannot read a page back is the other way to
-//!    lose the process. A file that is still to be filled through the file itself ([`SegmentWriter::use_file_only`]) has
-//!    its length and may lack blocks: reading it gives zeros, and nothing is stored to its mapping.
+//!    the lock of the log's directory keeps others out. So no access can fault for want of room, except where the file
+//!    system must find new blocks for every overwrite; a device that cannot read a page back is the other way to lose
+//!    the process. A file that is still to be filled through the file itself ([`SegmentWriter::use_file_only`]) has its
+//!    length and may lack blocks: reading it gives zeros, and nothing is stored to its mapping.
 //! 2. **Below `published`, bytes never change** while the [`Segment`] lives. A file is recycled only by whoever holds
 //!    the last reference to its segment and has made it: one that was there when the log was opened may have another
 //!    [`Segment`], of whoever had the log open before. Such files are removed, or written again as they are.
@@ -35,13 +35,13 @@ use crate::wal::segment::{SegmentHeader, write_all_at, zero_in_pages};
 
 /// Bytes of a cache line; being wrong only costs or wastes a prefetch.
 const CACHE_LINE: usize = 64;
-/// So many bytes more are fetched than two batches of a length take. Where the next one is longer than the last, as with
-/// compact ones among others, its end would not be there when the mark moves: appends of 1 KiB took 140 ns with lines
-/// missing and take 75.
+/// So many bytes more are fetched than two batches of a length take. Where the next one is longer than the last, as
+/// with compact ones among others, its end would not be there when the mark moves: appends of 1 KiB took 140 ns with
+/// lines missing and take 75.
 const FETCH_BEYOND: u64 = 1024;
 
-/// Bytes from which on a range is unmapped before it is synced: a group of commits, or one long record. Measured here for 32
-/// threads and records of 1 KiB, with 16 pages instead of 4: a tenth fewer commits a second.
+/// Bytes from which on a range is unmapped before it is synced: a group of commits, or one long record. Measured here
+/// for 32 threads and records of 1 KiB, with 16 pages instead of 4: a tenth fewer commits a second.
 #[cfg(target_os = "linux")]
 const UNMAP_FROM: u64 = 4 * PAGE_LEN;
 
@@ -99,9 +99,9 @@ impl Mapping {
         let _ = range;
     }
 
-    /// Takes the faults of a range now, so that the writer need not; of a hole in the file, this fills it with zeros one
-    /// page at a time, as stores would. Says whether it could: not everywhere, and not without room on the disk. Then
-    /// nothing has changed that a store would notice.
+    /// Takes the faults of a range now, so that the writer need not; of a hole in the file, this fills it with zeros
+    /// one page at a time, as stores would. Says whether it could: not everywhere, and not without room on the disk.
+    /// Then nothing has changed that a store would notice.
     pub(crate) fn populate(&self, range: Range<u64>) -> bool {
         #[cfg(target_os = "linux")]
         {
@@ -163,8 +163,8 @@ impl Mapping {
     }
 }
 
-/// A count that the processor keeps at a steady rate of one to five a nanosecond, asleep or not; none where it does not,
-/// or is not known to. Other processors may be ahead or behind. Here for its unsafe calls only.
+/// A count that the processor keeps at a steady rate of one to five a nanosecond, asleep or not; none where it does
+/// not, or is not known to. Other processors may be ahead or behind. Here for its unsafe calls only.
 #[inline]
 pub(crate) fn processor_ticks() -> Option<u64> {
     #[cfg(target_arch = "x86_64")]
@@ -372,8 +372,8 @@ impl SegmentWriter {
         write_all_at(&self.file, bytes, self.end)
     }
 
-    /// After a write that failed: leaves zeros where a part of it may be, as well as may be. What is left all the same is no
-    /// batch that counts: its checksum is wrong, and the next one begins in the same place.
+    /// After a write that failed: leaves zeros where a part of it may be, as well as may be. What is left all the same
+    /// is no batch that counts: its checksum is wrong, and the next one begins in the same place.
     pub(crate) fn clear_unpublished(&mut self, len: u64) {
         let to = (self.end + len).min(self.segment.mapping.len);
         for page in (self.end..to).step_by(limits::index(PAGE_LEN)) {
@@ -456,14 +456,14 @@ impl LogRange {
         self.start == self.end
     }
 
-    /// The batches in it, header page left out: all of them, of a range that [`LogReader::next`](super::LogReader::next) or
-    /// [`Log::ranges_from`](super::Log::ranges_from) gave.
+    /// The batches in it, header page left out: all of them, of a range that
+    /// [`LogReader::next`](super::LogReader::next) or [`Log::ranges_from`](super::Log::ranges_from) gave.
     ///
-    /// Other ranges, whether made by [`new`](Self::new) or given to a [transport](crate::transport) to be sent, may begin and
-    /// end anywhere. Of one that begins at a batch or within the header page, these are the batches up to the end, without
-    /// one that the end cuts: whoever wants that one too goes on where it begins, not where the range ends. Of one that
-    /// begins anywhere else there may be none, or what only looks like batches: nothing is checked here but that they lie
-    /// within the range.
+    /// Other ranges, whether made by [`new`](Self::new) or given to a [transport](crate::transport) to be sent, may
+    /// begin and end anywhere. Of one that begins at a batch or within the header page, these are the batches up to the
+    /// end, without one that the end cuts: whoever wants that one too goes on where it begins, not where the range
+    /// ends. Of one that begins anywhere else there may be none, or what only looks like batches: nothing is checked
+    /// here but that they lie within the range.
     #[must_use]
     pub fn batches(&self) -> BatchIter<'_> {
         let bytes = self.bytes();

@@ -431,8 +431,8 @@ impl Mender<'_> {
         Ok(())
     }
 
-    /// What stands behind the size of a segment goes, where something of the segment was synced: recovery has nothing to do
-    /// with a file that is too long. Within that size a torn tail is left to it.
+    /// What stands behind the size of a segment goes, where something of the segment was synced: recovery has nothing
+    /// to do with a file that is too long. Within that size a torn tail is left to it.
     fn cut_to_size(&mut self, work: &mut Work) -> Result<()> {
         let (size, len, first_lsn) = (self.mending.identity.segment_size, self.open(work)?.len, work.id.first_lsn);
         if len > size && self.mending.known.lsn >= first_lsn {

@@ -16,14 +16,14 @@
 //!
 //! # Threads
 //!
-//! An open log has at most three: one prepares segments ahead of need, one syncs what nobody waits for (see [`SyncPolicy`]),
-//! one lets go of segments that were given up, and makes durable which of their files are to be filled again. Each is there
-//! while there is something to do, the first two stay a while after it, each is started again by whoever then has something,
-//! and ends at the latest when the [`Wal`] is closed or dropped. A thread begins with the processors, the scheduling and the
-//! priority of the thread that starts it, which for the first two is most often one that appends: who binds that thread to a
-//! processor, or gives it a priority in real time, does so to these, and may want a thread of its own for it, or not to
-//! leave syncs to the log ([`SyncPolicy::Never`], [`Log::wait_synced`]). While a log is being opened, its segments are
-//! checked by as many threads as there are processors, at most eight.
+//! An open log has at most three: one prepares segments ahead of need, one syncs what nobody waits for (see
+//! [`SyncPolicy`]), one lets go of segments that were given up, and makes durable which of their files are to be filled
+//! again. Each is there while there is something to do, the first two stay a while after it, each is started again by
+//! whoever then has something, and ends at the latest when the [`Wal`] is closed or dropped. A thread begins with the
+//! processors, the scheduling and the priority of the thread that starts it, which for the first two is most often one
+//! that appends: who binds that thread to a processor, or gives it a priority in real time, does so to these, and may
+//! want a thread of its own for it, or not to leave syncs to the log ([`SyncPolicy::Never`], [`Log::wait_synced`]).
+//! While a log is being opened, its segments are checked by as many threads as there are processors, at most eight.
 
 use std::fs::File;
 use std::path::Path;
@@ -116,13 +116,13 @@ pub struct WalOptions {
     pub sync: SyncPolicy,
     /// Segments prepared ahead of need. Default: 2, at least 1.
     pub spare_segments: usize,
-    /// How many bytes ahead of the writer the preparing thread takes page faults; 0 for none. Not where long batches go in
-    /// through the file: those of a writer that is ahead of that thread, or that waits for them. Default: 4 MiB.
+    /// How many bytes ahead of the writer the preparing thread takes page faults; 0 for none. Not where long batches go
+    /// in through the file: those of a writer that is ahead of that thread, or that waits for them. Default: 4 MiB.
     pub populate_ahead: u64,
     /// How threads wait that somebody waits for in turn: callers for a sync or a commit, [readers](LogReader::wait) and
-    /// shippers. Threads in the background park. Where so many wait for a sync that parking and waking them would keep all processors busy for
-    /// as long as it takes, they yield to each other and to others first, whatever is said here: for somewhat more
-    /// processor time, all of them go on at once. Default: [`WaitStrategy::Park`].
+    /// shippers. Threads in the background park. Where so many wait for a sync that parking and waking them would keep
+    /// all processors busy for as long as it takes, they yield to each other and to others first, whatever is said
+    /// here: for somewhat more processor time, all of them go on at once. Default: [`WaitStrategy::Park`].
     pub wait: WaitStrategy,
     /// What is known to be on stable storage: damage to that is corruption, never a torn tail. Default: nothing from
     /// elsewhere, and every batch was written here; who opens a follower's log must say otherwise.
@@ -167,8 +167,8 @@ impl Wal {
         Ok((wal, writer))
     }
 
-    /// [`open`](Self::open), but no spares are prepared before the writer takes one: for a follower whose log may be replaced,
-    /// or filled in bulk, as soon as it has found its leader.
+    /// [`open`](Self::open), but no spares are prepared before the writer takes one: for a follower whose log may be
+    /// replaced, or filled in bulk, as soon as it has found its leader.
     pub(crate) fn open_unprepared(
         directory: &Path,
         identity: LogIdentity,
@@ -231,8 +231,8 @@ impl Wal {
     ///
     /// Nothing is prepared before the writer takes its first segment: much of the log may come at once, beside a base.
     ///
-    /// An empty log knows no history, so the first header page that the writer takes in is believed, within limits:
-    /// it must be of this log, begin with `next_lsn` and have an epoch of at most `newest_epoch`. Everything after it is
+    /// An empty log knows no history, so the first header page that the writer takes in is believed, within limits: it
+    /// must be of this log, begin with `next_lsn` and have an epoch of at most `newest_epoch`. Everything after it is
     /// checked against it. A log that begins with LSN 1 needs no such trust.
     ///
     /// # Errors

@@ -96,20 +96,20 @@ impl LogReader {
         (self.next_segment, self.offset)
     }
 
-    /// The next published batches, whole ones only, all of one segment: as many as `most_bytes` have room for, but at least
-    /// one, however long it is. `None` if there are none now.
+    /// The next published batches, whole ones only, all of one segment: as many as `most_bytes` have room for, but at
+    /// least one, however long it is. `None` if there are none now.
     ///
     /// At the beginning of a segment its header page comes first and counts. A range may have no records: there may be
-    /// nothing but that page yet, and the batch that seals a segment has none. Bytes are published a moment before the log's
-    /// [`written`](Log::written) mark says so.
+    /// nothing but that page yet, and the batch that seals a segment has none. Bytes are published a moment before the
+    /// log's [`written`](Log::written) mark says so.
     ///
-    /// With a `most_bytes` that is less than what is published, this looks at the header of each batch up to there; with
-    /// [`u64::MAX`], at none.
+    /// With a `most_bytes` that is less than what is published, this looks at the header of each batch up to there;
+    /// with [`u64::MAX`], at none.
     ///
     /// # Errors
     ///
-    /// [`Error::NotRetained`] if the next segment has been given up meanwhile; [`Error::Corrupt`] if the next bytes have
-    /// been found damaged since the log was opened, or are no batch.
+    /// [`Error::NotRetained`] if the next segment has been given up meanwhile; [`Error::Corrupt`] if the next bytes
+    /// have been found damaged since the log was opened, or are no batch.
     pub fn next(&mut self, most_bytes: u64) -> Result<Option<LogRange>> {
         self.next_up_to(|log, segment, unread| end_of_batches(log, segment, unread, most_bytes))
     }
@@ -121,8 +121,8 @@ impl LogReader {
     /// ended, and not returned, may still come after it.
     pub fn wait(&self, deadline: Option<Instant>) -> LogWaited {
         loop {
-            // Looked at before the log is: what was written by now, and before it ended, is then found. And if all of it
-            // has been read, the next record to wake up for is one behind it.
+            // Looked at before the log is: what was written by now, and before it ended, is then found. And if all of
+            // it has been read, the next record to wake up for is one behind it.
             let has_ended = self.log.until_ended().holds();
             let written = self.log.written().load();
             if self.has_next() {
@@ -197,9 +197,9 @@ impl LogReader {
 }
 
 impl LogReader {
-    /// The next published bytes, at most `most_bytes` of them, all of one segment, for whoever passes bytes on and looks at
-    /// no batch: unlike [`next`](Self::next), this cuts batches anywhere, and goes on inside of them. `None` if there are
-    /// none now.
+    /// The next published bytes, at most `most_bytes` of them, all of one segment, for whoever passes bytes on and
+    /// looks at no batch: unlike [`next`](Self::next), this cuts batches anywhere, and goes on inside of them. `None`
+    /// if there are none now.
     ///
     /// A reader is read in the one way or in the other.
     ///
@@ -230,9 +230,9 @@ impl LogReader {
 
 /// Where whole batches end that begin with `unread` and take at most `most_bytes`; the first one may take more.
 ///
-/// `unread` begins between two batches, or with the header page, and ends behind a batch or behind that page, as nothing
-/// else is ever published: by an append each batch as a whole, from a leader those that have been checked, after recovery
-/// all up to the end of the last valid one.
+/// `unread` begins between two batches, or with the header page, and ends behind a batch or behind that page, as
+/// nothing else is ever published: by an append each batch as a whole, from a leader those that have been checked,
+/// after recovery all up to the end of the last valid one.
 fn end_of_batches(log: &Log, segment: &Segment, unread: Range<u64>, most_bytes: u64) -> Result<u64> {
     let sound = log.health().readable(segment, unread.clone())?;
     let most = unread.start.saturating_add(most_bytes);
@@ -293,7 +293,8 @@ impl Log {
             if head != Lsn::ZERO && !self.segments().is_empty() {
                 return Err(self.not_retained(lsn));
             }
-            // Nothing has been written yet. Where the log does not begin with LSN 1, its first header will say the chain.
+            // Nothing has been written yet. Where the log does not begin with LSN 1, its first header will say the
+            // chain.
             let chain = Chain::genesis(self.identity().cluster, self.identity().region, self.shard());
             return both(LogPosition { lsn: lsn.previous(), chain, epoch: Epoch::ZERO, segment: lsn, offset: 0 });
         };
@@ -357,9 +358,9 @@ impl Log {
         if (place.lsn, place.offset) == (lsn, offset) && is_chain { Ok(()) } else { Err(nowhere()) }
     }
 
-    /// The beginning of the segment that holds `lsn`; where `lsn` is the one after the head, of the newest segment, even
-    /// if that is sealed. So a stream that begins here carries a whole segment, header page first, and with it where the
-    /// log stands. Of a log in which nothing was ever written it is the beginning.
+    /// The beginning of the segment that holds `lsn`; where `lsn` is the one after the head, of the newest segment,
+    /// even if that is sealed. So a stream that begins here carries a whole segment, header page first, and with it
+    /// where the log stands. Of a log in which nothing was ever written it is the beginning.
     ///
     /// # Errors
     ///

@@ -4,11 +4,11 @@
 //!
 //! Everything up to the last sync is on stable storage. Of what was written after it, a crash keeps any subset: a
 //! mapped page may reach the disk at any time or never, in any order, and in pieces of 512 bytes. So the records after
-//! the last sync can be missing, half there, or there as a whole behind others that are not. Where a segment's file was one
-//! of this log before, what it held then may stand there instead, its header page included: records with lower LSNs than
-//! any that could be due. They are cut like any others, and counted in what is told of a cut, even where nothing that was
-//! written is missing. None of that is damage: nobody was told that those records were safe. Damage is when something is
-//! missing that *was* synced.
+//! the last sync can be missing, half there, or there as a whole behind others that are not. Where a segment's file was
+//! one of this log before, what it held then may stand there instead, its header page included: records with lower LSNs
+//! than any that could be due. They are cut like any others, and counted in what is told of a cut, even where nothing
+//! that was written is missing. None of that is damage: nobody was told that those records were safe. Damage is when
+//! something is missing that *was* synced.
 //!
 //! # The rule
 //!
@@ -26,10 +26,10 @@
 //! | unknown, because the log's first segment has no readable beginning, and began past LSN 1 | refuse | refuse |
 //!
 //! A valid batch behind the stop does not by itself make it corruption, since a crash may keep a later batch and lose
-//! an earlier one. It does if it says that the LSN at the stop was synced before it was written. As the first batch in each
-//! page and the first after each sync state what was synced, and one of them is read as long as its own page is, that covers all
-//! of a leader's log but what was written since the last sync but one; of a follower's, all but what was synced since its last
-//! checkpoint. Compact batches state nothing, and are not looked for.
+//! an earlier one. It does if it says that the LSN at the stop was synced before it was written. As the first batch in
+//! each page and the first after each sync state what was synced, and one of them is read as long as its own page is,
+//! that covers all of a leader's log but what was written since the last sync but one; of a follower's, all but what
+//! was synced since its last checkpoint. Compact batches state nothing, and are not looked for.
 //!
 //! The last line: where the oldest segment begins past LSN 1, its name says that there were records before, all of
 //! them synced. To drop it would be to begin again from nothing. So a log that begins past LSN 1 must have its header
@@ -83,8 +83,9 @@ pub(crate) struct RecoveredSegment {
 }
 
 impl RecoveredSegment {
-    /// The bytes of which it is not known that they are on stable storage, where records up to `synced` are. All of them where
-    /// a record is not. The batch that seals holds no record: only a later one that is synced tells that it is.
+    /// The bytes of which it is not known that they are on stable storage, where records up to `synced` are. All of
+    /// them where a record is not. The batch that seals holds no record: only a later one that is synced tells that it
+    /// is.
     pub(super) fn unsynced(&self, synced: Lsn) -> Range<u64> {
         let from = if self.last_lsn > synced {
             0

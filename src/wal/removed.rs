@@ -1,10 +1,11 @@
 //! Segments given up whose mappings are to go, on a thread that is there while there are any.
 //!
 //! A removed file keeps its room until its last mapping goes, and that takes its time: pages that are being written are
-//! waited for, and a file system that tells its device of every block it frees waits for that as well. When a follower that
-//! was far behind lets go of the log, hundreds of segments go at once. So retention does not wait for it. The thread that
-//! prepares segments, behind which whoever appends may wait, waits for one of them where many are left, so that a log does
-//! not take room faster than it gives room back; and where there is no room, for what is on its way back.
+//! waited for, and a file system that tells its device of every block it frees waits for that as well. When a follower
+//! that was far behind lets go of the log, hundreds of segments go at once. So retention does not wait for it. The
+//! thread that prepares segments, behind which whoever appends may wait, waits for one of them where many are left, so
+//! that a log does not take room faster than it gives room back; and where there is no room, for what is on its way
+//! back.
 //!
 //! A file that is to be filled again has a new name instead, which must be on stable storage before anything of it is
 //! overwritten: after a power cut, no file may have the old name and other bytes. Nobody waits for that either.
@@ -77,8 +78,8 @@ impl Removed {
         }
     }
 
-    /// Gives the file of a segment back once its new name is on stable storage. Waits for nothing. False if there can be no
-    /// thread for it: the file is the caller's then.
+    /// Gives the file of a segment back once its new name is on stable storage. Waits for nothing. False if there can
+    /// be no thread for it: the file is the caller's then.
     pub(super) fn give_back(self: &Arc<Self>, segment: Segment, renamed: PathBuf) -> bool {
         let mut state = self.state.lock();
         if !state.running && !state.stopped {
@@ -198,8 +199,8 @@ impl Removed {
         state
     }
 
-    /// Ends the thread, and every wait, when the mapping that it is at has gone. What is left goes with the last owner of
-    /// this.
+    /// Ends the thread, and every wait, when the mapping that it is at has gone. What is left goes with the last owner
+    /// of this.
     pub(super) fn stop(&self) {
         self.state.lock().stopped = true;
     }

@@ -81,7 +81,8 @@ pub fn list_segments(directory: &Path) -> Result<Vec<(WalSegmentId, PathBuf)>> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`]; [`Error::Mismatch`] for a segment of a later version. Damage is not an error here; it stands in the report.
+/// [`Error::Io`]; [`Error::Mismatch`] for a segment of a later version. Damage is not an error here; it stands in the
+/// report.
 ///
 /// ```
 /// use towline::wal::scan;
@@ -358,7 +359,8 @@ impl LogReport {
 ///
 /// # Errors
 ///
-/// [`Error::Io`]; [`Error::Mismatch`] for a segment of a later version. Damage is not an error here; it stands in the report.
+/// [`Error::Io`]; [`Error::Mismatch`] for a segment of a later version. Damage is not an error here; it stands in the
+/// report.
 pub fn verify_log(
     directory: &Path,
     identity: Option<&LogIdentity>,
@@ -417,7 +419,8 @@ impl Verification<'_> {
                 kind: ProblemKind::Mismatch,
             });
         }
-        // What stands behind another segment's header, in a file that was filled again say, is none of this log any more.
+        // What stands behind another segment's header, in a file that was filled again say, is none of this log any
+        // more.
         let header = header.and_then(|header| {
             if header.id == id { Ok(header) } else { Err(format!("its header calls it {}", header.id)) }
         });

@@ -69,8 +69,8 @@ impl SegmentHeader {
         page
     }
 
-    /// The fields at the beginning of the header page, behind which everything is zero: what a thread that stays for long
-    /// encodes, as it keeps the pages of its stack that a whole header page would take.
+    /// The fields at the beginning of the header page, behind which everything is zero: what a thread that stays for
+    /// long encodes, as it keeps the pages of its stack that a whole header page would take.
     #[must_use]
     pub(crate) fn encode_fields(&self) -> [u8; HEADER_FIELDS] {
         let mut page = [0; HEADER_FIELDS];
@@ -128,7 +128,8 @@ impl SegmentHeader {
         Ok(header)
     }
 
-    /// Why a batch cannot stand at this offset of the segment, although it [verifies](super::batch::verify); if that is so.
+    /// Why a batch cannot stand at this offset of the segment, although it [verifies](super::batch::verify); if that is
+    /// so.
     #[inline]
     pub(crate) fn find_misplaced(&self, offset: u64, batch: &BatchHeader) -> Option<&'static str> {
         seals_nothing(offset, batch).or_else(|| self.find_misplaced_compact(offset, batch))
@@ -157,8 +158,8 @@ impl SegmentHeader {
     }
 }
 
-/// What is wrong with a batch that seals a segment before any record, if that is one: its successor would have the same name.
-/// Whatever the segment's header says.
+/// What is wrong with a batch that seals a segment before any record, if that is one: its successor would have the same
+/// name. Whatever the segment's header says.
 #[inline]
 pub(crate) fn seals_nothing(offset: u64, batch: &BatchHeader) -> Option<&'static str> {
     (offset == SEGMENT_HEADER_LEN && batch.is_sealing()).then_some("it seals a segment that has no records")
@@ -258,8 +259,8 @@ pub(crate) fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<
     std::os::windows::fs::FileExt::seek_read(file, bytes, offset)
 }
 
-/// A directory that is kept open, so that its names can be made durable also while no file can be opened, as where descriptors
-/// run out.
+/// A directory that is kept open, so that its names can be made durable also while no file can be opened, as where
+/// descriptors run out.
 #[derive(Debug)]
 pub(crate) struct OpenDirectory {
     #[cfg(unix)]

@@ -1,19 +1,19 @@
 //! Segments prepared ahead of need, on a thread of their own that is there while there is something to prepare.
 //!
-//! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename. The
-//! thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
+//! A spare is a file of the right size full of real zeros, mapped and mostly synced: taking one into use is a rename.
+//! The thread also takes page faults a little ahead of the writer, because the first store to a page costs more than
 //! copying a record into it. For a follower that receives large pieces it does neither: those go in through the file,
-//! which fills pages in one step, and a full disk is then an error of that write. Nor does it then keep what is given up, to
-//! be filled again. New files are [given their blocks](crate::allocate) in either case.
+//! which fills pages in one step, and a full disk is then an error of that write. Nor does it then keep what is given
+//! up, to be filled again. New files are [given their blocks](crate::allocate) in either case.
 //!
-//! A writer that would wait for the spare that is being made [fills a part of it](super::filling) instead. If almost all its
-//! batches are long, what is filled from then on is not made ready for stores: it goes in through the file, into pages that are
-//! there. Nor is anything made ready for one whose long batches are waited for.
+//! A writer that would wait for the spare that is being made [fills a part of it](super::filling) instead. If almost
+//! all its batches are long, what is filled from then on is not made ready for stores: it goes in through the file,
+//! into pages that are there. Nor is anything made ready for one whose long batches are waited for.
 //!
 //! Files of segments that were given up [are filled again](old_files).
 //!
-//! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends when
-//! nothing has been wanted for a while: an idle log has no such thread.
+//! The thread starts when something is wanted, parks on a condition variable between one thing and the next, and ends
+//! when nothing has been wanted for a while: an idle log has no such thread.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -37,16 +37,16 @@ use old_files::{GivingUp, OldFiles, Origin};
 
 mod old_files;
 
-/// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps such a
-/// piece as one folio, which takes one fault where its pages would take sixteen, and is written back as one. So where a sync
-/// ends in the middle of a piece that is stored to, the next one writes that whole piece again.
+/// Bytes of zeros written at once, at most, where nobody waits for syncs that stores come between: the page cache keeps
+/// such a piece as one folio, which takes one fault where its pages would take sixteen, and is written back as one. So
+/// where a sync ends in the middle of a piece that is stored to, the next one writes that whole piece again.
 const LONGEST_PIECE: u64 = MAX_ZERO_PIECE;
 
 /// What all syncs of a segment together may write again for that reason: one part in so many of it.
 const WRITTEN_AGAIN: u64 = 16;
 
-/// Bytes from one sync to the next of a writer that waits for its long batches, or for groups of them. One that waits now and
-/// then, and appends much in between, is better off with pages made ready.
+/// Bytes from one sync to the next of a writer that waits for its long batches, or for groups of them. One that waits
+/// now and then, and appends much in between, is better off with pages made ready.
 const SYNCED_OFTEN: u64 = 1 << 20;
 
 /// How long the preparing thread stays without anything to do.
@@ -58,8 +58,8 @@ pub(super) struct Prepared {
     pub(super) path: PathBuf,
     pub(super) file: File,
     pub(super) mapping: Mapping,
-    /// Whether it has its zeros. If not, it has its length, and blocks if the system gave it any, and nothing may be stored to
-    /// the mapping: it was made for a writer that goes through the file.
+    /// Whether it has its zeros. If not, it has its length, and blocks if the system gave it any, and nothing may be
+    /// stored to the mapping: it was made for a writer that goes through the file.
     pub(super) filled: bool,
     /// Its zeros and blocks are on stable storage.
     settled: bool,
@@ -84,12 +84,13 @@ pub(super) struct Spares {
     sync_waited: AtomicBool,
     /// Syncs since the last spare was taken, whether anybody waited for them or not. Counted by whoever syncs.
     syncs: AtomicU64,
-    /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set by
-    /// the writer.
+    /// The writer puts large pieces in through the file now, and would overwrite zeros that nobody needs. A hint: set
+    /// by the writer.
     in_bulk: AtomicBool,
     /// The writer's batches are long. A hint: set by the writer.
     in_long: AtomicBool,
-    /// Bytes of files, all of the log's together, up to which more used files wait than spares are kept. Set by retention.
+    /// Bytes of files, all of the log's together, up to which more used files wait than spares are kept. Set by
+    /// retention.
     room: AtomicU64,
     /// Something for the preparing thread to do.
     wanted: Condvar,
@@ -153,8 +154,8 @@ enum Work {
 }
 
 impl Spares {
-    /// Spares in `directory`; `left_over` are files there that may be filled again: as many as spares are kept, the others
-    /// are removed here and now.
+    /// Spares in `directory`; `left_over` are files there that may be filled again: as many as spares are kept, the
+    /// others are removed here and now.
     pub(super) fn new(
         directory: &Path,
         identity: &LogIdentity,
@@ -196,8 +197,8 @@ impl Spares {
         self.start(&mut self.state.lock())
     }
 
-    /// Has the preparing thread look at what is wanted; starts it if it has ended. Where it cannot be started, only those
-    /// who wait are told: for the others it was a help, and they ask again.
+    /// Has the preparing thread look at what is wanted; starts it if it has ended. Where it cannot be started, only
+    /// those who wait are told: for the others it was a help, and they ask again.
     fn want(&self, state: &mut State) {
         let result = self.start(state);
         if let Err(error) = &result
@@ -370,8 +371,8 @@ impl Spares {
         self.room.store(bytes, Ordering::Relaxed);
     }
 
-    /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. All other segments
-    /// take `retained` bytes. Does not wait for the device: that is left to [`Removed`].
+    /// Takes back the file at `path` of a segment that nobody reads any more; surplus files are removed. All other
+    /// segments take `retained` bytes. Does not wait for the device: that is left to [`Removed`].
     pub(super) fn recycle(&self, path: PathBuf, segment: Segment, retained: u64) -> Result<()> {
         let (renamed, surplus) = {
             let mut state = self.state.lock();
@@ -419,8 +420,8 @@ impl Spares {
         self.removed.remove(surplus);
     }
 
-    /// Ends every wait, and the thread when it has done what it is at. Of used files no more than spares stays, but for those
-    /// that are on their way.
+    /// Ends every wait, and the thread when it has done what it is at. Of used files no more than spares stays, but for
+    /// those that are on their way.
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.stopped = true;
@@ -549,8 +550,8 @@ impl Spares {
         self.ended.notify_all();
     }
 
-    /// Prepares a file, and where many that were removed still take room, not before one of them has given it back. For want
-    /// of room it is tried again whenever some has come back that is on its way. Gives which file it was.
+    /// Prepares a file, and where many that were removed still take room, not before one of them has given it back. For
+    /// want of room it is tried again whenever some has come back that is on its way. Gives which file it was.
     fn prepare_when_there_is_room(&self, mut path: PathBuf, mut origin: Origin) -> (PathBuf, Result<Prepared>) {
         loop {
             let gone = self.removed.wait_while_many();
@@ -591,10 +592,10 @@ impl Spares {
         if !filled {
             return Ok(prepared);
         }
-        // Where nobody waits for syncs, or the writer is about to run out of spares, a file is as good without: its blocks
-        // are reserved, so nothing can fail for want of room, its first syncs note which of them were written, and nothing
-        // comes back that could be taken for what is written now. Its zeros then need not go to the device before the records
-        // do.
+        // Where nobody waits for syncs, or the writer is about to run out of spares, a file is as good without: its
+        // blocks are reserved, so nothing can fail for want of room, its first syncs note which of them were written,
+        // and nothing comes back that could be taken for what is written now. Its zeros then need not go to the device
+        // before the records do.
         let (taken, none_left) = {
             let state = self.state.lock();
             // Whoever waits for spares wants to find nothing left to be done.
@@ -665,12 +666,12 @@ impl Spares {
 
     /// How a file is filled that is being prepared, as far as is known now.
     ///
-    /// Zeros are written in pages where somebody waits for syncs, and else in pieces as long as what the syncs of a segment
-    /// write again for them stays within its bound. Only once the writer has filled a segment is that known.
+    /// Zeros are written in pages where somebody waits for syncs, and else in pieces as long as what the syncs of a
+    /// segment write again for them stays within its bound. Only once the writer has filled a segment is that known.
     ///
-    /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready all
-    /// the same, or frequent syncs are waited for: it writes through the file then, which is less work in all. What a
-    /// [`Filling`] leaves alone of a new file has long pieces, whatever this says of others.
+    /// Pages are not made ready for stores where batches are long and the writer is ahead of whoever makes them ready
+    /// all the same, or frequent syncs are waited for: it writes through the file then, which is less work in all. What
+    /// a [`Filling`] leaves alone of a new file has long pieces, whatever this says of others.
     fn manner(&self) -> Manner {
         let (taken, before, is_ahead) = {
             let state = self.state.lock();
@@ -691,8 +692,8 @@ impl Spares {
         Manner { piece_len, touches: !goes_through_file }
     }
 
-    /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held comes
-    /// back after a power cut.
+    /// Makes a spare durable, so that later syncs find every block allocated, and nothing of what a used file held
+    /// comes back after a power cut.
     fn settle(&self, spare: &mut Prepared) -> Result<()> {
         spare.mapping.unmap_pages(&(0..self.segment_size));
         spare.file.sync_all().map_err(Error::io("sync", &spare.path))?;

@@ -2,44 +2,47 @@
 //!
 //! # Coming back together
 //!
-//! Writers that a sync has released come back within a fraction of the time that it took, but just after whoever is first
-//! has begun the next sync: they would form two groups in turn, and each record would wait for one sync and a half. So whoever
-//! syncs [waits](SyncGroup::gather) a moment for those of the last group that are missing.
+//! Writers that a sync has released come back within a fraction of the time that it took, but just after whoever is
+//! first has begun the next sync: they would form two groups in turn, and each record would wait for one sync and a
+//! half. So whoever syncs [waits](SyncGroup::gather) a moment for those of the last group that are missing.
 //!
 //! # Giving way instead of sleeping
 //!
-//! To put a thread to sleep and wake it up takes some microseconds of processor time. Where dozens wait for each sync, that
-//! fills the processors: a group of 32 is put to sleep and woken up for longer than the device works for it. Threads that
-//! stay awake and [give way](SyncWaits::give_way) to each other until the sync is done are on their way at once, at a quarter
-//! more processor time for each record. So that is what they do where all processors would be busy with putting them to sleep
-//! and waking them up for as long as the last sync took, and until somebody else is found to keep a processor from them.
+//! To put a thread to sleep and wake it up takes some microseconds of processor time. Where dozens wait for each sync,
+//! that fills the processors: a group of 32 is put to sleep and woken up for longer than the device works for it.
+//! Threads that stay awake and [give way](SyncWaits::give_way) to each other until the sync is done are on their way at
+//! once, at a quarter more processor time for each record. So that is what they do where all processors would be busy
+//! with putting them to sleep and waking them up for as long as the last sync took, and until somebody else is found to
+//! keep a processor from them.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// After waiting in vain for a larger group, so many syncs do not wait. With 16, two groups that take turns, and each of
-/// which comes back a little late for the other, stayed apart for seconds.
+/// After waiting in vain for a larger group, so many syncs do not wait. With 16, two groups that take turns, and each
+/// of which comes back a little late for the other, stayed apart for seconds.
 const HASTY_SYNCS: u32 = 4;
-/// A sync waits for the rest of its group for as long as one more comes within this part of the time that the last one took.
+/// A sync waits for the rest of its group for as long as one more comes within this part of the time that the last one
+/// took.
 const GROUP_SILENCE: u32 = 4;
-/// Nor for longer than this, however slow the device: whoever waits keeps its processor unless others want it. Where it was
-/// measured a quarter of a sync was 30 us.
+/// Nor for longer than this, however slow the device: whoever waits keeps its processor unless others want it. Where it
+/// was measured a quarter of a sync was 30 us.
 const MOST_SILENCE: Duration = Duration::from_micros(100);
-/// In all it waits for no longer than the last sync took, which many who come back one by one may need, nor for longer than
-/// this. 32 threads came back within 80 us of a sync of 130 where it was measured: waiting for all of them made 130 thousand
-/// records a second of 100, waiting for half of that time 120, and for a quarter nothing.
+/// In all it waits for no longer than the last sync took, which many who come back one by one may need, nor for longer
+/// than this. 32 threads came back within 80 us of a sync of 130 where it was measured: waiting for all of them made
+/// 130 thousand records a second of 100, waiting for half of that time 120, and for a quarter nothing.
 const MOST_PATIENCE: Duration = Duration::from_micros(500);
-/// Processor time to put a thread to sleep and wake it up: 7 to 10 us where it was measured, by records and seconds of groups
-/// of 16 to 32. There, on two processors and with syncs of 100 to 120 us, giving way brought groups of 32 from 118 and 157
-/// thousand records a second to 144 and 203, for 1.06 to 1.28 of the processor time each, 24 from 104 to 122 for 1.5, and 16
-/// nothing for twice as much.
+/// Processor time to put a thread to sleep and wake it up: 7 to 10 us where it was measured, by records and seconds of
+/// groups of 16 to 32. There, on two processors and with syncs of 100 to 120 us, giving way brought groups of 32 from
+/// 118 and 157 thousand records a second to 144 and 203, for 1.06 to 1.28 of the processor time each, 24 from 104 to
+/// 122 for 1.5, and 16 nothing for twice as much.
 const SLEEP_COSTS: Duration = Duration::from_micros(10);
-/// Whoever gets its processor back only after so long has most likely given way to others than its group: those take a turn of
-/// some microseconds each, others a time slice of milliseconds. A group whose turns alone take so long sleeps too.
+/// Whoever gets its processor back only after so long has most likely given way to others than its group: those take a
+/// turn of some microseconds each, others a time slice of milliseconds. A group whose turns alone take so long sleeps
+/// too.
 const HELD_UP: Duration = Duration::from_micros(500);
-/// For so many syncs after that all sleep. With a busy thread beside 32 of a group, neither has less done than if they always
-/// did.
+/// For so many syncs after that all sleep. With a busy thread beside 32 of a group, neither has less done than if they
+/// always did.
 const SLEEPING_SYNCS: u32 = 64;
 
 /// What those who wait for syncs tell whoever syncs, and it them. All of it is hints, so relaxed.
@@ -157,8 +160,8 @@ impl SyncGroup {
     }
 }
 
-/// For how long so many threads give way during a sync like the last one. Where it is cheaper to put them to sleep, not at all:
-/// while they stay awake, they keep the processors busy for as long as it takes.
+/// For how long so many threads give way during a sync like the last one. Where it is cheaper to put them to sleep, not
+/// at all: while they stay awake, they keep the processors busy for as long as it takes.
 fn most_to_give_way(waiting: u64, last_took: Duration, processors: u32) -> Duration {
     let sleeping = SLEEP_COSTS.saturating_mul(waiting.try_into().unwrap_or(u32::MAX));
     let awake = last_took.saturating_mul(processors);
@@ -166,8 +169,8 @@ fn most_to_give_way(waiting: u64, last_took: Duration, processors: u32) -> Durat
     if waiting > 1 && sleeping >= awake { last_took.saturating_mul(2) } else { Duration::ZERO }
 }
 
-/// Processors of this machine; where it does not tell, more than any has, so that all sleep. Not those that this thread may use:
-/// its group may use more. Nor what a quota of time comes to: any number of processors uses that up.
+/// Processors of this machine; where it does not tell, more than any has, so that all sleep. Not those that this thread
+/// may use: its group may use more. Nor what a quota of time comes to: any number of processors uses that up.
 fn processors() -> u32 {
     static PROCESSORS: OnceLock<u32> = OnceLock::new();
     *PROCESSORS.get_or_init(|| online_processors().filter(|&count| count > 0).unwrap_or(u32::MAX))

@@ -1,17 +1,21 @@
-//! Those who found somebody else syncing, in the order in which they came, so that whoever has synced calls one of them.
+//! Those who found somebody else syncing, in the order in which they came, so that whoever has synced calls one of
+//! them.
 //!
-//! A sync covers most of those who wait for it, and they wait on the synced mark. Of the others one is enough: the next sync
-//! is done by it, for all. Calling every one of them would have each wake up, find the first one syncing, and sleep again.
+//! A sync covers most of those who wait for it, and they wait on the synced mark. Of the others one is enough: the next
+//! sync is done by it, for all. Calling every one of them would have each wake up, find the first one syncing, and
+//! sleep again.
 //!
 //! # Why nobody is forgotten
 //!
-//! 1. Who finds the sync lock taken [enters](SyncLine::enter), and looks at the lock once more. If it is still taken then, its
-//!    holder lets go after that, and [calls](SyncLine::call_next) after letting go: it finds whoever has entered.
-//! 2. Whoever is called is out of the line, and gets the lock, and calls after letting go; or finds it taken, and enters
-//!    anew; or finds that a sync has covered it; or waits no longer for want of time, and calls the next one in its place.
-//!    Where a sync has covered it, those behind it in the line have seen a holder of the lock after they had entered, and each
-//!    holder calls after letting go.
-//! 3. Whoever a sync has covered is taken out without being called, and wakes up by the synced mark, which was moved before.
+//! 1. Who finds the sync lock taken [enters](SyncLine::enter), and looks at the lock once more. If it is still taken
+//!    then, its holder lets go after that, and [calls](SyncLine::call_next) after letting go: it finds whoever has
+//!    entered.
+//! 2. Whoever is called is out of the line, and gets the lock, and calls after letting go; or finds it taken, and
+//!    enters anew; or finds that a sync has covered it; or waits no longer for want of time, and calls the next one in
+//!    its place. Where a sync has covered it, those behind it in the line have seen a holder of the lock after they had
+//!    entered, and each holder calls after letting go.
+//! 3. Whoever a sync has covered is taken out without being called, and wakes up by the synced mark, which was moved
+//!    before.
 //! 4. Once the log has ended all wake up by that mark, and nobody syncs any more.
 
 use std::collections::VecDeque;

@@ -1,16 +1,17 @@
 //! The thread that syncs what nobody waits for, which is there while there is any.
 //!
 //! It starts when something is written to a log that was on stable storage to its end, parks between one sync and the
-//! next, and ends when nothing more has been written for a while: an idle log has no such thread. While there is none, the
-//! first write past the synced mark [calls](Watermark::call_at) for it; that costs other writes nothing. Under
-//! [`SyncPolicy::Never`](crate::wal::SyncPolicy::Never) the same goes for whoever wants something synced, and writes start
-//! nothing.
+//! next, and ends when nothing more has been written for a while: an idle log has no such thread. While there is none,
+//! the first write past the synced mark [calls](Watermark::call_at) for it; that costs other writes nothing. Under
+//! [`SyncPolicy::Never`](crate::wal::SyncPolicy::Never) the same goes for whoever wants something synced, and writes
+//! start nothing.
 //!
 //! Under [`SyncPolicy::EveryBatch`](crate::wal::SyncPolicy::EveryBatch) whoever appends waits for the sync at once, and
 //! starts nothing either; a follower's log, which nobody appends to, is synced as under any other policy.
 //!
-//! Where there can be no thread, whoever called for it syncs: who writes does so no more often than the policy lets records
-//! stay unsynced, and what is written between two such syncs waits for the next write, or for somebody who wants it synced.
+//! Where there can be no thread, whoever called for it syncs: who writes does so no more often than the policy lets
+//! records stay unsynced, and what is written between two such syncs waits for the next write, or for somebody who
+//! wants it synced.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,7 +58,8 @@ impl Default for Syncer {
 }
 
 impl Syncer {
-    /// Blocks until the thread has ended and holds the log no more. It ends with the log, and is not started after that.
+    /// Blocks until the thread has ended and holds the log no more. It ends with the log, and is not started after
+    /// that.
     pub(super) fn wait_ended(&self) {
         let mut state = self.state.lock();
         while state.holding > 0 {
@@ -65,14 +67,16 @@ impl Syncer {
         }
     }
 
-    /// Whoever appends up to `last` waits for the sync: that takes no thread. For the log's writer, before it publishes.
+    /// Whoever appends up to `last` waits for the sync: that takes no thread. For the log's writer, before it
+    /// publishes.
     pub(super) fn will_be_waited_for(&self, last: Lsn) {
         // Relaxed: whoever sees what is then published sees this.
         self.waited_for.store(last.0, Ordering::Relaxed);
     }
 }
 
-/// Has the thread started as soon as there is something to sync. For whoever opens the log, and for the thread that ends.
+/// Has the thread started as soon as there is something to sync. For whoever opens the log, and for the thread that
+/// ends.
 pub(super) fn start_when_due(log: &Arc<Log>) {
     if !is_called_at(log, log.synced().load().next()) {
         start(log);
@@ -95,8 +99,8 @@ fn awaited(log: &Log) -> &Watermark {
     if log.sync_policy().background_delay().is_some() { log.written() } else { log.sync_wanted() }
 }
 
-/// The same for whoever wants something synced, where writes may have to wait for that. True also if there is nothing to
-/// sync: then what is written next calls.
+/// The same for whoever wants something synced, where writes may have to wait for that. True also if there is nothing
+/// to sync: then what is written next calls.
 fn is_called_when_wanted(log: &Arc<Log>) -> bool {
     let at_least = log.synced().load().next();
     log.sync_wanted().call_at(at_least, call(log)).is_none() || log.written().load() < at_least
@@ -119,7 +123,8 @@ struct Again {
     or_wanted: bool,
 }
 
-/// Starts the thread, or does what it would do. Returns when to do so again, unless a thread is there or the log has ended.
+/// Starts the thread, or does what it would do. Returns when to do so again, unless a thread is there or the log has
+/// ended.
 fn start_or_sync(log: &Arc<Log>) -> Option<Again> {
     let mut state = log.syncer().state.lock();
     // Whoever ends the log looks under this lock whether there is a thread, after ending it.

@@ -193,9 +193,9 @@ fn a_log_fed_in_any_pieces_is_byte_for_byte_the_same() {
     }
 }
 
-/// Long windows go through memory and the file, short ones through the mapping, and segments taken into use meanwhile may
-/// have no blocks yet: whatever the mixture, the logs are the same, the files as long as they should be, and what follows
-/// a batch that did not arrive whole is zeros.
+/// Long windows go through memory and the file, short ones through the mapping, and segments taken into use meanwhile
+/// may have no blocks yet: whatever the mixture, the logs are the same, the files as long as they should be, and what
+/// follows a batch that did not arrive whole is zeros.
 #[test]
 #[cfg(target_os = "linux")]
 fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
@@ -815,8 +815,8 @@ fn a_stream_for_the_next_record_can_begin_with_a_whole_segment() {
     assert!(log.segment_start_for(newest.previous()).is_err());
 }
 
-/// A sync that fails leaves pages that the kernel takes for written, and a process that is started again reads them: what is not
-/// known to be synced is written again, so that the sync which opening the log ends with covers it.
+/// A sync that fails leaves pages that the kernel takes for written, and a process that is started again reads them:
+/// what is not known to be synced is written again, so that the sync which opening the log ends with covers it.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_batch_that_seals_is_written_again_unless_something_behind_it_is_synced() {

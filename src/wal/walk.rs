@@ -151,7 +151,8 @@ impl SegmentFile {
     ///
     /// # Errors
     ///
-    /// [`Error::Mismatch`] for one of a later version, which is nothing wrong: whatever would be done about that is not.
+    /// [`Error::Mismatch`] for one of a later version, which is nothing wrong: whatever would be done about that is
+    /// not.
     pub(super) fn header(&mut self) -> Result<Result<SegmentHeader, String>> {
         let len = self.len;
         let Some(page) = self.bytes(0, SEGMENT_HEADER_LEN)?.first_chunk::<HEADER_PAGE>() else {

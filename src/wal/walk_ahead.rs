@@ -1,7 +1,7 @@
 //! Walking several segments of a log at the same time, where there are processors for it.
 //!
-//! The header of a segment says the chain before its first batch, so its batches can be checked without those before it.
-//! Whether the log so far really ends with that chain, and everything else that decides about a log, is for
+//! The header of a segment says the chain before its first batch, so its batches can be checked without those before
+//! it. Whether the log so far really ends with that chain, and everything else that decides about a log, is for
 //! [recovery](super::recovery), which still looks at the segments one after the other, oldest first: what is found here
 //! only spares it the walk. A segment about which anything is unusual, or cannot be read, gets no answer here, and
 //! recovery finds out by itself.
@@ -19,8 +19,8 @@ use crate::wal::identity::LogIdentity;
 use crate::wal::segment::SegmentHeader;
 use crate::wal::walk::{self, Listing, SegmentFile, Walked};
 
-/// Bytes of a batch that each thread takes into memory. A segment with a larger one is left to recovery, so that opening
-/// a log takes no more memory than the largest batch, and this for each thread.
+/// Bytes of a batch that each thread takes into memory. A segment with a larger one is left to recovery, so that
+/// opening a log takes no more memory than the largest batch, and this for each thread.
 const MOST_AT_A_TIME: usize = 4 << 20;
 
 /// What stands in a segment, taken its header for true.

@@ -1,14 +1,14 @@
 //! The one writer of a log: on a leader it frames the caller's records, on a follower it takes in the leader's bytes.
 //!
 //! Both end the same way: bytes above the published end are filled and checked, the segment publishes them, and the
-//! `written` mark moves. Where nobody waits for syncs and bytes are stored to the mapping, nothing on that path takes a lock,
-//! allocates or calls the system; rolling to the next segment, once in a segment's length, does.
+//! `written` mark moves. Where nobody waits for syncs and bytes are stored to the mapping, nothing on that path takes a
+//! lock, allocates or calls the system; rolling to the next segment, once in a segment's length, does.
 //!
-//! How bytes get in is told by who waits. A leader's batch is stored to the mapping; on Linux it goes in by one write to the
-//! file where it is short and everything before it is synced, which whoever waits for each append finds so, or where the
-//! batch is long and no pages are made ready, because nobody is to do that, the writer is ahead of whoever does, or somebody
-//! waits for syncs. A follower's bytes are received into the mapping, or, in bulk, into memory and then written to the file.
-//! Readers read the mapping, whichever way it was.
+//! How bytes get in is told by who waits. A leader's batch is stored to the mapping; on Linux it goes in by one write
+//! to the file where it is short and everything before it is synced, which whoever waits for each append finds so, or
+//! where the batch is long and no pages are made ready, because nobody is to do that, the writer is ahead of whoever
+//! does, or somebody waits for syncs. A follower's bytes are received into the mapping, or, in bulk, into memory and
+//! then written to the file. Readers read the mapping, whichever way it was.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -36,8 +36,8 @@ const COMPACT: usize = limits::index(COMPACT_HEADER_LEN);
 
 /// Where no pages are made ready ahead, batches of at least this many bytes go in through the file rather than the
 /// mapping. Measured here for 16 KiB: 7.9 us as stores with a fault for each page, 6.8 us as one write, and 4.3 us as
-/// stores to pages made ready; where the writer is ahead and shares in the work, 4.1 us with pages made ready, and 3.6 us
-/// as one write. Elsewhere than on Linux, mapping and file need not agree.
+/// stores to pages made ready; where the writer is ahead and shares in the work, 4.1 us with pages made ready, and 3.6
+/// us as one write. Elsewhere than on Linux, mapping and file need not agree.
 const WRITE_THROUGH_FILE_FROM: u64 = 8 * 1024;
 /// Longer ones are stored to the mapping wherever they can be: they would be framed in as much memory.
 const WRITE_THROUGH_FILE_MOST: u64 = 1 << 20;
@@ -218,8 +218,8 @@ impl LogWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::StaleEpoch`] if the log has a newer one already; [`Error::Invalid`] on a leader, whose epoch is that of its
-    /// node: it leads under another one when it is started with that (see
+    /// [`Error::StaleEpoch`] if the log has a newer one already; [`Error::Invalid`] on a leader, whose epoch is that of
+    /// its node: it leads under another one when it is started with that (see
     /// [`NodeBuilder::epoch`](crate::NodeBuilder::epoch)).
     pub fn set_epoch(&mut self, epoch: Epoch) -> Result<()> {
         if epoch < self.epoch {
@@ -244,11 +244,12 @@ impl LogWriter {
     /// # Errors
     ///
     /// Nothing was appended: [`Error::RecordTooLarge`]; [`Error::StaleEpoch`] on a leader that was deposed;
-    /// [`Error::Poisoned`] after a failed sync; [`Error::Io`] if there is no next segment because the disk is full (try again
-    /// once there is room); [`Error::Invalid`] of a log whose leader is still to say where it begins; [`Error::ShutDown`].
+    /// [`Error::Poisoned`] after a failed sync; [`Error::Io`] if there is no next segment because the disk is full (try
+    /// again once there is room); [`Error::Invalid`] of a log whose leader is still to say where it begins;
+    /// [`Error::ShutDown`].
     ///
-    /// Under [`SyncPolicy::EveryBatch`] an error can also come from the sync: then the record is in the log, and readers and
-    /// followers may have it. [`head`](Log::head) tells: do not append it again.
+    /// Under [`SyncPolicy::EveryBatch`] an error can also come from the sync: then the record is in the log, and
+    /// readers and followers may have it. [`head`](Log::head) tells: do not append it again.
     #[inline]
     pub fn append(&mut self, record: &[u8]) -> Result<Lsn> {
         let last = match self.place_compact(record)? {
@@ -285,8 +286,8 @@ impl LogWriter {
         self.publish(last)
     }
 
-    /// [`append_batch`](Self::append_batch), but those who wait for the log to grow are not woken, and nothing is synced:
-    /// the caller does that, with [`Log::wake_readers`].
+    /// [`append_batch`](Self::append_batch), but those who wait for the log to grow are not woken, and nothing is
+    /// synced: the caller does that, with [`Log::wake_readers`].
     pub(crate) fn append_batch_quietly<R: AsRef<[u8]>>(&mut self, records: &[R]) -> Result<Lsn> {
         let last = self.place_batch(records)?;
         self.log.publish_written_quietly(last);
@@ -348,9 +349,9 @@ impl LogWriter {
         self.placed(total, header.last_lsn(), is_stored)
     }
 
-    /// Appends a record as a compact batch, where that is all that need be said of it; `None` where it is not. It is then
-    /// stored to the mapping: what goes in through the file is longer, or the first behind what was synced, which is to be
-    /// said.
+    /// Appends a record as a compact batch, where that is all that need be said of it; `None` where it is not. It is
+    /// then stored to the mapping: what goes in through the file is longer, or the first behind what was synced, which
+    /// is to be said.
     #[inline]
     fn place_compact(&mut self, record: &[u8]) -> Result<Option<Lsn>> {
         let Some(open) = self.open.as_mut().filter(|open| open.end() < self.compact_until) else { return Ok(None) };
@@ -493,8 +494,8 @@ fn put_record(to: &mut [u8], record: &[u8]) {
     bytes.copy_from_slice(record);
 }
 
-/// Where compact batches may begin behind one that says everything, which begins at `at` and ends with `lsn`: in the same
-/// page. 0 for nowhere.
+/// Where compact batches may begin behind one that says everything, which begins at `at` and ends with `lsn`: in the
+/// same page. 0 for nowhere.
 #[inline]
 fn compact_until(segment: &SegmentHeader, at: u64, lsn: Lsn) -> u64 {
     // No page has so many of them.
@@ -509,9 +510,9 @@ fn write_from(log: &Log, through_file: bool) -> u64 {
 }
 
 /// Whether everything before a batch is on stable storage, as where each append is waited for: then it goes in through
-/// the file. A store would take a fault, as the page that it begins in was made read-only by that sync, and the next sync
-/// would have to make it so again: measured here, 6 us of a durable append of 100 to 140. Appends that nobody waits for
-/// find it so at most once a sync.
+/// the file. A store would take a fault, as the page that it begins in was made read-only by that sync, and the next
+/// sync would have to make it so again: measured here, 6 us of a durable append of 100 to 140. Appends that nobody
+/// waits for find it so at most once a sync.
 #[inline]
 fn follows_sync(header: &BatchHeader) -> bool {
     cfg!(target_os = "linux") && header.synced_lsn.next() == header.first_lsn
@@ -576,8 +577,8 @@ fn put_crc(batch: &mut [u8], before: Chain) -> Chain {
     chain
 }
 
-/// The wall clock of one writer, read again only once some time has passed, where the processor counts time in a way that
-/// costs less to read. Reading the clock costs 30 ns here, as much as the copy and the checksum of a small record.
+/// The wall clock of one writer, read again only once some time has passed, where the processor counts time in a way
+/// that costs less to read. Reading the clock costs 30 ns here, as much as the copy and the checksum of a small record.
 #[derive(Debug)]
 struct CoarseClock {
     unix_ms: u64,

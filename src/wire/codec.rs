@@ -12,8 +12,8 @@ pub(crate) const MAX_MESSAGE_LEN: usize = 2 + MAX_ERROR_TEXT_LEN;
 /// Bytes of the longest message whose length is fixed: all but errors and histories.
 pub(crate) const MAX_FIXED_LEN: usize = 192;
 
-/// The bytes of one message. Those of fixed length are kept on the stack: sending one allocates nothing, and threads that
-/// only send signs of life keep no pages for the longest message that there is.
+/// The bytes of one message. Those of fixed length are kept on the stack: sending one allocates nothing, and threads
+/// that only send signs of life keep no pages for the longest message that there is.
 pub(crate) enum MessageBytes {
     Fixed([u8; MAX_FIXED_LEN], usize),
     Long(Vec<u8>),

@@ -23,10 +23,10 @@
 //!
 //! So a length is believed only from an undamaged header, and never beyond what its kind may have.
 //!
-//! `body_crc` covers the whole body of messages and of `Status`, and of all others the prefix: whatever says who, where,
-//! how far and under which epoch. The raw bytes behind a prefix carry checksums of their own, batch by batch or block by
-//! block, which are checked where the bytes are used, and are not summed a second time here. Whoever receives a body gives
-//! nothing of what is covered to anybody before it has been checked: see [`BodyCheck`].
+//! `body_crc` covers the whole body of messages and of `Status`, and of all others the prefix: whatever says who,
+//! where, how far and under which epoch. The raw bytes behind a prefix carry checksums of their own, batch by batch or
+//! block by block, which are checked where the bytes are used, and are not summed a second time here. Whoever receives
+//! a body gives nothing of what is covered to anybody before it has been checked: see [`BodyCheck`].
 
 use std::fmt;
 
@@ -199,7 +199,8 @@ impl FrameHeader {
     ///
     /// # Errors
     ///
-    /// [`WireError::Oversized`], [`WireError::Length`] or [`WireError::UnknownFlags`]: the peer would refuse such a frame.
+    /// [`WireError::Oversized`], [`WireError::Length`] or [`WireError::UnknownFlags`]: the peer would refuse such a
+    /// frame.
     pub fn new(kind: FrameKind, flags: u8, prefix: &[u8], rest: &[u8]) -> Result<FrameHeader, WireError> {
         let len = checked_len(kind, flags, prefix.len() as u64 + rest.len() as u64)?;
         let header = FrameHeader { kind, flags, len, body_crc: 0 };

@@ -8,9 +8,9 @@
 //!    │ ◀── ShardInfo                              │  or Error
 //! ```
 //!
-//! Only one node leads under an epoch, so what two logs hold of one epoch is the same as far as the shorter one goes, and
-//! the chains at the end of it prove that. The answer is the first of the leader's ends, from the newest on, at which
-//! either the follower's own records of that epoch end no later, or the follower has the leader's chain.
+//! Only one node leads under an epoch, so what two logs hold of one epoch is the same as far as the shorter one goes,
+//! and the chains at the end of it prove that. The answer is the first of the leader's ends, from the newest on, at
+//! which either the follower's own records of that epoch end no later, or the follower has the leader's chain.
 
 use crate::limits::MAX_EPOCH_ENDS;
 use crate::types::{Chain, Epoch, Lsn};

@@ -1,9 +1,9 @@
 //! Messages: the bodies of small frames.
 //!
-//! The table at each message is its layout in all versions so far. A message is exactly as long as its table says: more bytes
-//! are an error as fewer are. [`SyncRequest`] and [`ErrorMessage`] keep their layout in all versions to come, because
-//! they are read before a version is agreed on; of [`ShardInfo`] that holds for the first two bytes, which say by what
-//! version to read the rest.
+//! The table at each message is its layout in all versions so far. A message is exactly as long as its table says: more
+//! bytes are an error as fewer are. [`SyncRequest`] and [`ErrorMessage`] keep their layout in all versions to come,
+//! because they are read before a version is agreed on; of [`ShardInfo`] that holds for the first two bytes, which say
+//! by what version to read the rest.
 
 use crate::error::{Error, RefusalCode};
 use crate::limits::MAX_ERROR_TEXT_LEN;
@@ -78,8 +78,8 @@ message! {
         pub applied: Lsn,
         /// The chain at `received`.
         pub chain: Chain,
-        /// With [`Purpose::Tail`], the first LSN wanted; with [`Purpose::Segment`], the first LSN of the segment that is
-        /// handed over, 0 from who wants to be given ranges; else 0.
+        /// With [`Purpose::Tail`], the first LSN wanted; with [`Purpose::Segment`], the first LSN of the segment that
+        /// is handed over, 0 from who wants to be given ranges; else 0.
         pub from: Lsn,
         /// What else is to be known of the asker. Flags that the answerer does not know say nothing.
         pub flags: u8,
@@ -90,8 +90,8 @@ impl SyncRequest {
     /// Flag: a rebuild of the asker's target was begun and not completed, so neither its marks nor its log tell what it
     /// has. Only another rebuild helps.
     pub const BASE_INCOMPLETE: u8 = 1;
-    /// Flag, beside [`BASE_INCOMPLETE`](Self::BASE_INCOMPLETE): the log up to `received` and part of the base are those of
-    /// an interrupted rebuild, which another one can go on with.
+    /// Flag, beside [`BASE_INCOMPLETE`](Self::BASE_INCOMPLETE): the log up to `received` and part of the base are those
+    /// of an interrupted rebuild, which another one can go on with.
     pub const REBUILD_KEPT: u8 = 2;
 }
 
@@ -258,8 +258,8 @@ message! {
 
 message! {
     /// Under [`Purpose::Segment`]: asks for bytes of one segment as they stand in its file, header page included. The
-    /// answer begins with another one, which says what comes: as many bytes as there are valid ones from `offset` on, at
-    /// most `len`. They follow as `WalData`, and after them the next range can be asked for.
+    /// answer begins with another one, which says what comes: as many bytes as there are valid ones from `offset` on,
+    /// at most `len`. They follow as `WalData`, and after them the next range can be asked for.
     ///
     /// | offset | size | field |
     /// |---:|---:|---|

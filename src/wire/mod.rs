@@ -1,9 +1,9 @@
 //! What nodes say to each other: frames, the messages in them, and the versions of both.
 //!
-//! A stream is a sequence of [frames](frame): a fixed header and a body. Most bodies are [messages](message); log,
-//! base and segment bodies are a fixed prefix and raw bytes. All numbers are little-endian, nothing is padded, and the
-//! module that encodes a format holds its only specification. A checksum covers every byte, from the first exchange on: the
-//! frame's covers its header, its message or its prefix, and raw bytes carry their own.
+//! A stream is a sequence of [frames](frame): a fixed header and a body. Most bodies are [messages](message); log, base
+//! and segment bodies are a fixed prefix and raw bytes. All numbers are little-endian, nothing is padded, and the
+//! module that encodes a format holds its only specification. A checksum covers every byte, from the first exchange on:
+//! the frame's covers its header, its message or its prefix, and raw bytes carry their own.
 //!
 //! ```text
 //! follower                                         leader
@@ -62,8 +62,8 @@ pub enum ProtocolVersion {
     /// Segments have version 3, with [compact batches](crate::wal::batch): who takes a log in, or reads it, knows them.
     /// Nothing else has changed.
     V3 = 3,
-    /// A follower whose log is no beginning of the leader's is asked where they part ([`EpochHistory`]), and one that makes
-    /// a rebuild durable says so ([`SessionPhase::MakingDurable`]). Nothing else has changed.
+    /// A follower whose log is no beginning of the leader's is asked where they part ([`EpochHistory`]), and one that
+    /// makes a rebuild durable says so ([`SessionPhase::MakingDurable`]). Nothing else has changed.
     V2 = 2,
     /// The first.
     V1 = 1,

@@ -104,9 +104,9 @@ message! {
         pub base_lsn: Lsn,
         /// The LSN that the session must reach, fixed when it was issued.
         pub target: Lsn,
-        /// When a rebuild starts, the first LSN of the log lane; else 0. It is [`ShardInfo::start`](super::ShardInfo::start)
-        /// where the log goes on with that of an interrupted rebuild; else the lane begins with that segment, at most one past
-        /// `base_lsn`.
+        /// When a rebuild starts, the first LSN of the log lane; else 0. It is
+        /// [`ShardInfo::start`](super::ShardInfo::start) where the log goes on with that of an interrupted rebuild;
+        /// else the lane begins with that segment, at most one past `base_lsn`.
         pub log_start: Lsn,
         /// When a rebuild starts, bytes of each block of the base, or 0 if they have no numbers; else 0.
         pub block_len: u32,
@@ -137,14 +137,15 @@ message! {
         pub achieved: Lsn,
         /// Why it failed; [`SessionFailure::None`] in every other phase.
         pub reason: SessionFailure,
-        /// When a rebuild is accepted that goes on with an interrupted one, the first block that is still wanted; else 0.
+        /// When a rebuild is accepted that goes on with an interrupted one, the first block that is still wanted; else
+        /// 0.
         pub blocks: u64,
     }
 }
 
 message! {
-    /// The prefix of a `BaseData` body. The bytes of consecutive blocks follow, as many as `length` says and the frame has
-    /// left; where blocks have no numbers, those of one chunk.
+    /// The prefix of a `BaseData` body. The bytes of consecutive blocks follow, as many as `length` says and the frame
+    /// has left; where blocks have no numbers, those of one chunk.
     ///
     /// | offset | size | field |
     /// |---:|---:|---|

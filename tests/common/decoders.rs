@@ -1,9 +1,9 @@
-//! Every decoder of Towline as a function of arbitrary bytes. Each must come back whatever it is given, and what it takes
-//! for valid must be written as it was read. The functions know of no engine: `tests/corpus.rs` calls them with the
-//! cases that are kept and with mutations of them, and the fuzz targets of the `fuzz` crate do.
+//! Every decoder of Towline as a function of arbitrary bytes. Each must come back whatever it is given, and what it
+//! takes for valid must be written as it was read. The functions know of no engine: `tests/corpus.rs` calls them with
+//! the cases that are kept and with mutations of them, and the fuzz targets of the `fuzz` crate do.
 //!
-//! Where a checksum would refuse nearly every input, a bit of the input's first byte has it put right first, so that the
-//! rules behind it are reached.
+//! Where a checksum would refuse nearly every input, a bit of the input's first byte has it put right first, so that
+//! the rules behind it are reached.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -283,8 +283,8 @@ pub fn registry(data: &[u8]) {
     }
 }
 
-/// The three formats of the fixed store: by the flags a header page, a slot, or a record. Behind them the lengths of keys
-/// and values and a slot number, where that matters.
+/// The three formats of the fixed store: by the flags a header page, a slot, or a record. Behind them the lengths of
+/// keys and values and a slot number, where that matters.
 pub fn fixed_store(data: &[u8]) {
     let (flags, data) = flags(data);
     if flags & 6 == 0 {
@@ -404,9 +404,9 @@ fn header_beginning_with(first_lsn: Lsn) -> SegmentHeader {
     SegmentHeader { id, cluster, epoch: Epoch(1), chain_before, segment_size, version: 3 }
 }
 
-/// What a leader sends, on its way into a follower's log: pieces with their length (2 bytes). By the flags, a header page
-/// comes first (2), checksums and chains are put right (1), and pieces say where they belong (4) in 10 bytes, instead of
-/// going where the next ones are due. What does not continue the log must leave it as it was.
+/// What a leader sends, on its way into a follower's log: pieces with their length (2 bytes). By the flags, a header
+/// page comes first (2), checksums and chains are put right (1), and pieces say where they belong (4) in 10 bytes,
+/// instead of going where the next ones are due. What does not continue the log must leave it as it was.
 pub fn ingest(data: &[u8]) {
     thread_local! {
         static INTAKE: RefCell<Option<Intake>> = const { RefCell::new(None) };

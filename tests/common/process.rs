@@ -121,7 +121,8 @@ impl Beside {
         }
     }
 
-    /// Waits until nobody can write to its standard error any more: a shell that is stopped ends before what it has started.
+    /// Waits until nobody can write to its standard error any more: a shell that is stopped ends before what it has
+    /// started.
     pub fn wait_for_all(&mut self) -> ExitStatus {
         while next(&self.err, "standard error").is_some() {}
         self.wait()

@@ -1,5 +1,5 @@
-//! A leader and followers as processes of their own, which are killed without warning: the test binary, started again to
-//! play a role, and what was acknowledged by them.
+//! A leader and followers as processes of their own, which are killed without warning: the test binary, started again
+//! to play a role, and what was acknowledged by them.
 //!
 //! A test binary that uses this has a test named `role`, which calls [`play`].
 
@@ -103,8 +103,8 @@ pub fn start(role: &str, directory: &Path, address: &str) -> Beside {
     Role { role, directory, address, node: 1, max_wal_bytes: None }.start()
 }
 
-/// A target that writes down every record it applies, in a file beside the node's, and refuses a gap. What it has written
-/// down outlives the process.
+/// A target that writes down every record it applies, in a file beside the node's, and refuses a gap. What it has
+/// written down outlives the process.
 struct Journal {
     shards: Vec<Mutex<(File, u64)>>,
 }

@@ -133,8 +133,8 @@ enum Content {
 struct FileState {
     durable: Arc<Vec<u8>>,
     looks: Vec<Arc<Vec<u8>>>,
-    /// Pages that the kernel takes for written although they are not, with what they hold: a sync of them failed, and they
-    /// were not written since.
+    /// Pages that the kernel takes for written although they are not, with what they hold: a sync of them failed, and
+    /// they were not written since.
     lost: BTreeMap<usize, Vec<u8>>,
 }
 
@@ -415,7 +415,8 @@ impl Disk {
         self.state().failing = Some(after);
     }
 
-    /// Whether this sync of a range fails. Then what is in the range and not durable is lost, if it is not written again.
+    /// Whether this sync of a range fails. Then what is in the range and not durable is lost, if it is not written
+    /// again.
     pub fn sync_fails(&self, inode: u64, range: Range<u64>) -> bool {
         let mut state = self.state();
         let Some(left) = state.failing else { return false };

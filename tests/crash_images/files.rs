@@ -29,8 +29,8 @@ const MANIFEST: Manifest = Manifest {
     own_epoch: true,
 };
 
-/// Makes a directory where another run was killed after it had made the name, or that of the one above, and before that was
-/// durable.
+/// Makes a directory where another run was killed after it had made the name, or that of the one above, and before that
+/// was durable.
 pub fn make_again() {
     let mut random = Random::new();
     for (made, node) in [("node", "node"), ("above", "above/node"), ("above", "above/more/node")] {
@@ -45,7 +45,8 @@ pub fn make_again() {
     }
 }
 
-/// Accepts an epoch that another run had put into the manifest, and that run was killed before the new file's name was durable.
+/// Accepts an epoch that another run had put into the manifest, and that run was killed before the new file's name was
+/// durable.
 pub fn accept_again() {
     let mut random = Random::new();
     let observed = Observed::new();

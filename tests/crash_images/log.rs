@@ -460,8 +460,8 @@ pub fn replace(seed: u64, count: &Count) {
     }
 }
 
-/// A log whose syncs fail now and then, so that the process ends and is started again, and finds in the page cache what is not
-/// on the device. Now and then the power goes.
+/// A log whose syncs fail now and then, so that the process ends and is started again, and finds in the page cache what
+/// is not on the device. Now and then the power goes.
 pub fn fail(seed: u64, count: &Count) {
     let mut random = Random(seed);
     let observed = Observed::new();

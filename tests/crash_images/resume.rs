@@ -1,9 +1,9 @@
-//! A follower's store takes a base while records are applied to it, the power goes, and another rebuild goes on with what
-//! was saved: once, or again after a second crash.
+//! A follower's store takes a base while records are applied to it, the power goes, and another rebuild goes on with
+//! what was saved: once, or again after a second crash.
 //!
 //! What a node does around it is done here in its place: how far the base has come is noted after each sync, and counts
-//! from then on; records are applied only where a local log has them for good, so after a crash all that were applied are
-//! there to be applied again.
+//! from then on; records are applied only where a local log has them for good, so after a crash all that were applied
+//! are there to be applied again.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -42,8 +42,8 @@ struct Crash {
 /// Whoever takes a base, as a node does or with less care.
 struct Intake {
     sink: Box<dyn BaseSink>,
-    /// Blocks that records have written, if it keeps count of them: then it gives none of those, and says how far the base has
-    /// come.
+    /// Blocks that records have written, if it keeps count of them: then it gives none of those, and says how far the
+    /// base has come.
     covered: Option<BTreeSet<u64>>,
 }
 
@@ -146,8 +146,8 @@ impl Leading {
         }
     }
 
-    /// Takes the base behind what was `kept`, with the log beside it, until the follower serves the leader's state. Gives
-    /// the crashes on the way.
+    /// Takes the base behind what was `kept`, with the log beside it, until the follower serves the leader's state.
+    /// Gives the crashes on the way.
     fn rebuild(
         &mut self,
         follower: &FixedStore,
@@ -248,8 +248,8 @@ impl Leading {
     }
 }
 
-/// The same while syncs fail and writes find no room: whenever something goes wrong the store is opened again, on the same disk or
-/// after a power cut, and goes on with what was saved.
+/// The same while syncs fail and writes find no room: whenever something goes wrong the store is opened again, on the
+/// same disk or after a power cut, and goes on with what was saved.
 pub fn fail(seed: u64, count: &Count) {
     let mut random = Random(seed);
     let value_len = random.pick(&[100, 50_000]);
@@ -259,7 +259,8 @@ pub fn fail(seed: u64, count: &Count) {
     let mut leading = Leading { store, options, records: Vec::new(), models: vec![Model::new()] };
     (0..20 + random.below(100)).for_each(|_| leading.write(&mut random));
     if value_len > 4_096 && random.percent(60) {
-        // Slots that are mapped, and through the file all the same: there the model sees what is written again as it is.
+        // Slots that are mapped, and through the file all the same: there the model sees what is written again as it
+        // is.
         let follower = FixedStore::open(observed.path().join(STORE), &options).unwrap();
         for (lsn, bytes) in (1..).zip(&leading.records).take(10) {
             follower.apply(SHARD, Record { lsn: Lsn(lsn), bytes }).unwrap();

@@ -469,8 +469,8 @@ pub fn rebuild(seed: u64, count: &Count) {
     }
 }
 
-/// A store whose syncs fail now and then: it is opened again, and finds in the page cache what is not on the device. Now and then
-/// the power goes. Its log loses nothing.
+/// A store whose syncs fail now and then: it is opened again, and finds in the page cache what is not on the device.
+/// Now and then the power goes. Its log loses nothing.
 pub fn fail(seed: u64, count: &Count) {
     let mut random = Random(seed);
     let observed = Observed::new();

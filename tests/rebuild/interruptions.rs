@@ -198,8 +198,8 @@ fn a_base_that_panics_ends_the_stream_and_is_asked_for_again() {
     });
 }
 
-/// What breaks: the device of a target that is being rebuilt, for one sync. What would be lost: what the log had written to
-/// blocks that are kept, were it not written again.
+/// What breaks: the device of a target that is being rebuilt, for one sync. What would be lost: what the log had
+/// written to blocks that are kept, were it not written again.
 #[test]
 fn a_rebuild_begins_anew_where_the_target_could_not_be_synced() {
     over_both(|wire| {

@@ -229,7 +229,8 @@ impl Load {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                // Most of the first keys stay as they are: however fast this is, it leaves blocks for the base to bring.
+                // Most of the first keys stay as they are: however fast this is, it leaves blocks for the base to
+                // bring.
                 let key = (1000 + random % 1500).to_be_bytes();
                 let append = |_: ShardId, record: &[u8]| writer.lock().append(record);
                 if random.is_multiple_of(3) {

@@ -18,7 +18,8 @@ use crate::common::raw::{chain_at, follow_request, next_data, read_to_end};
 use crate::gates::{Gate, Gated, Point};
 use crate::scene::{Load, OPTIONS, PATIENCE, SHARD, Scene, Wire, deadline, over_both, reach};
 
-/// The stream of a follower that has nothing, as node 77, and what the leader has told it: which session, and that it starts.
+/// The stream of a follower that has nothing, as node 77, and what the leader has told it: which session, and that it
+/// starts.
 fn asked_for_a_rebuild(scene: &Scene, wire: &Wire) -> (Connection, ShardInfo, SessionControl) {
     let transport = wire.transport.clone().unwrap_or_else(|| Arc::new(TcpTransport::new(TcpOptions::default())));
     let mut stream = transport.connect(scene.leader.local_address(), PATIENCE).unwrap();

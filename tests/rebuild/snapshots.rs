@@ -12,8 +12,8 @@ use towline::{Lsn, Result, ShardId};
 
 use crate::scene::{SHARD, deadline, over_both, reach};
 
-/// A target that cannot number its blocks: a map in memory, given as one snapshot in chunks. It outlives its follower, as
-/// a state on disk would.
+/// A target that cannot number its blocks: a map in memory, given as one snapshot in chunks. It outlives its follower,
+/// as a state on disk would.
 #[derive(Default)]
 struct Snapshot(Arc<Mutex<State>>);
 

@@ -383,7 +383,8 @@ impl World {
         self.send(connection, End::Caller, frame(&Message::Ack(ack)));
     }
 
-    /// The connection is gone: what had come of a frame that is not whole is taken in as far as it goes, as a stream's is.
+    /// The connection is gone: what had come of a frame that is not whole is taken in as far as it goes, as a stream's
+    /// is.
     pub fn following_gone(&mut self, id: u64, connection: ConnectionId, rest: &[u8]) {
         if self.node(id).following.connection() != Some(connection) {
             return;

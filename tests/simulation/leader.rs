@@ -1,7 +1,7 @@
 //! A node that leads: it hosts the engine as the crate's own host does, and ships log and base to its followers.
 //!
-//! A follower whose log is no beginning of the leader's is asked where the two part, as the crate does; all of it goes over
-//! the wire.
+//! A follower whose log is no beginning of the leader's is asked where the two part, as the crate does; all of it goes
+//! over the wire.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -30,7 +30,8 @@ const WINDOW: usize = 96 * 1024;
 
 pub struct Leading {
     pub epoch: Epoch,
-    /// Up to where it has acknowledged; at first what its log held when the epoch began, which is not its to acknowledge.
+    /// Up to where it has acknowledged; at first what its log held when the epoch began, which is not its to
+    /// acknowledge.
     acknowledged: Lsn,
     streams: BTreeMap<u64, Stream>,
     followers: BTreeMap<u64, Known>,
@@ -149,8 +150,8 @@ impl World {
     }
 
     /// What waiting for a commit would count as durable, or what the engine publishes as such, whichever is more: the
-    /// records of this epoch among it are acknowledged to those who wrote them. An older epoch's are as safe as the first of
-    /// this one behind them, and no safer.
+    /// records of this epoch among it are acknowledged to those who wrote them. An older epoch's are as safe as the
+    /// first of this one behind them, and no safer.
     fn take_committed(&mut self, id: u64, durable: Lsn) {
         let World { nodes, oracle, k, .. } = self;
         let node = &mut nodes[usize::try_from(id - 1).unwrap()];
@@ -536,8 +537,8 @@ impl World {
         if kind == WireKind::Rebuild { self.start_rebuild(id, follower, connection) } else { Ok(()) }
     }
 
-    /// Opens the base and starts the session. What a follower gives up for it must not be its only copy: the leader's own
-    /// log is on stable storage first.
+    /// Opens the base and starts the session. What a follower gives up for it must not be its only copy: the leader's
+    /// own log is on stable storage first.
     fn start_rebuild(&mut self, id: u64, follower: u64, connection: ConnectionId) -> Result<(), String> {
         self.node(id).disk.sync_now();
         let head = self.node(id).log.head();

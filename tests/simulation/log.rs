@@ -1,5 +1,5 @@
-//! A node's log on the simulated disk: the crate's segments and batches, byte for byte, and its recovery; only the writing
-//! is done here, since the crate's own writer stores into mapped files.
+//! A node's log on the simulated disk: the crate's segments and batches, byte for byte, and its recovery; only the
+//! writing is done here, since the crate's own writer stores into mapped files.
 
 use towline::limits::{BATCH_HEADER_LEN, SEGMENT_HEADER_LEN};
 use towline::seams::{History, KeptLog, give_up_through, survey_log};
@@ -70,8 +70,8 @@ pub struct Log {
     pub epoch: Epoch,
     timestamp: HybridTimestamp,
     pub synced: Lsn,
-    /// What the last batch of this leader's that is not compact says was synced, and the page in which it begins; nothing if
-    /// no compact one may follow it.
+    /// What the last batch of this leader's that is not compact says was synced, and the page in which it begins;
+    /// nothing if no compact one may follow it.
     stated: Option<(Lsn, u64)>,
     /// The newest epoch that the first header may have, while it has not arrived.
     trusted: Option<Epoch>,
@@ -482,7 +482,8 @@ impl Log {
         self.marks.get(from).filter(|mark| mark.lsn() == lsn).map(Mark::chain)
     }
 
-    /// The first LSN of the segment that holds `lsn`; where that comes after the head, of the newest, even if it is sealed.
+    /// The first LSN of the segment that holds `lsn`; where that comes after the head, of the newest, even if it is
+    /// sealed.
     pub fn segment_start_for(&self, lsn: Lsn) -> Lsn {
         let holding = self.segments.iter().rev().find(|segment| segment.header.id.first_lsn <= lsn);
         holding.map_or(self.next, |segment| segment.header.id.first_lsn)
@@ -522,7 +523,8 @@ impl Log {
             min_wal_bytes: MIN_WAL_BYTES,
         };
         let through = give_up_through(&facts)?;
-        // As the crate's log: never before its successor's header is durable, or a power cut takes where the log stands.
+        // As the crate's log: never before its successor's header is durable, or a power cut takes where the log
+        // stands.
         let next_is_durable =
             |log: &Log| log.segments.get(1).is_some_and(|next| next.header.id.first_lsn <= log.synced);
         while next_is_durable(self) && self.segments[0].sealed && self.segments[0].last <= through {
@@ -533,8 +535,8 @@ impl Log {
         Some(tail.previous())
     }
 
-    /// A bit of a batch that is known to have been synced, for rot: a checkpoint says so, or a later batch that the node
-    /// itself wrote.
+    /// A bit of a batch that is known to have been synced, for rot: a checkpoint says so, or a later batch that the
+    /// node itself wrote.
     pub fn bit_to_rot(&self, known: KnownSynced, chance: &mut super::clock::Chance) -> Option<(WalSegmentId, u64)> {
         let own =
             |mark: &&Mark| WrittenHere::Epoch(mark.header.epoch) == known.written_here && mark.lsn() <= self.synced;

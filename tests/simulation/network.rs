@@ -2,8 +2,8 @@
 //!
 //! A connection has a pipe each way. What is sent arrives after a delay, never overtaking what was sent before. Faults:
 //! a *cut* lets a beginning of what is under way arrive, down to the byte, and then closes both ends; a connection that
-//! is *half open* swallows what goes one way and tells nobody; a *stall* holds everything for a while; between nodes that
-//! are *parted*, everything is held until they are joined again.
+//! is *half open* swallows what goes one way and tells nobody; a *stall* holds everything for a while; between nodes
+//! that are *parted*, everything is held until they are joined again.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

@@ -44,8 +44,8 @@ pub struct Node {
     pub leader: Option<u64>,
     /// Bytes that are no whole frame yet.
     pub arrived: BTreeMap<(ConnectionId, End), Vec<u8>>,
-    /// The head of its log when it was opened: up to there records may have been given to the target before the node last
-    /// went down, and what of that had reached the disk is not known.
+    /// The head of its log when it was opened: up to there records may have been given to the target before the node
+    /// last went down, and what of that had reached the disk is not known.
     pub opened_with: Lsn,
     /// Up to where the sync that runs will have saved.
     syncing: Lsn,

@@ -201,7 +201,8 @@ impl Oracle {
         let mark = log.marks.iter().rev().find(|mark| mark.lsn() == applied);
         let place = mark.map_or(log.origin(), |mark| (mark.lsn(), mark.chain()));
         if place.0 != applied || state.iter().any(|(version, _)| *version > applied) {
-            // Behind the log's beginning, or a crash left blocks that are newer: nothing that ever was, nor is it served.
+            // Behind the log's beginning, or a crash left blocks that are newer: nothing that ever was, nor is it
+            // served.
             return;
         }
         match self.written.get(&place) {

@@ -2,8 +2,8 @@
 //!
 //! # The authority
 //!
-//! It stands for whoever operates the nodes, and does what such a one must do for nothing acknowledged to be lost. With n
-//! nodes, of which k followers must have a record for it to be acknowledged:
+//! It stands for whoever operates the nodes, and does what such a one must do for nothing acknowledged to be lost. With
+//! n nodes, of which k followers must have a record for it to be acknowledged:
 //!
 //! 1. it has every node that it reaches accept the next epoch for good, save what it has, and say where it stands;
 //! 2. it goes on when n - k + 1 nodes did that which can speak for all they ever acknowledged (a node that is being
@@ -328,8 +328,8 @@ impl World {
         }
     }
 
-    /// What rots must not be the last copy: others have what the node has, and it is not the one from whom they are about to
-    /// be rebuilt.
+    /// What rots must not be the last copy: others have what the node has, and it is not the one from whom they are
+    /// about to be rebuilt.
     fn may_rot(&mut self, id: u64) -> bool {
         let all_are_whole = self.nodes.iter().all(|node| node.is_whole() && !node.is_rotten);
         let leads = self.node(id).leading.is_some() || self.authority.leader == Some(id);

@@ -60,8 +60,8 @@ impl<'a> Contest<'a> {
         self.entrants.push(Entrant { name, run: Box::new(run), samples: Vec::new() });
     }
 
-    /// Runs the rounds and shows the results. A peer that fails is left out from there on, with the reason printed; where
-    /// Towline fails the run ends.
+    /// Runs the rounds and shows the results. A peer that fails is left out from there on, with the reason printed;
+    /// where Towline fails the run ends.
     pub(crate) fn run(mut self, options: &Options) -> Result<()> {
         for round in 0..options.rounds {
             let mut order: Vec<usize> = (0..self.entrants.len()).collect();

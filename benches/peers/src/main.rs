@@ -5,9 +5,10 @@
 //! cargo run --release -- sync --record-size 128 1024 --rounds 9 --json --dir /data
 //! ```
 //!
-//! Workloads: `append` (nobody waits), `sync` (one writer that waits for stable storage), `group` (4 and 32 threads that
-//! do), `recover` (opening and counting what is there), `ship` (to one follower), `commit` (one record at a time until a
-//! follower has it), `all`. What each peer is, what it promises and what was found wrong with it stands in README.md.
+//! Workloads: `append` (nobody waits), `sync` (one writer that waits for stable storage), `group` (4 and 32 threads
+//! that do), `recover` (opening and counting what is there), `ship` (to one follower), `commit` (one record at a time
+//! until a follower has it), `all`. What each peer is, what it promises and what was found wrong with it stands in
+//! README.md.
 
 mod contest;
 mod load;

@@ -3,7 +3,8 @@
 //! Ours, four ways: *pages ready* has one segment that holds everything, every page of it writable before the clock
 //! starts, so that only the append path is measured; *spares ready* has the segments prepared and takes page faults as
 //! it goes; *defaults* is what a user gets who appends without pause, preparing and background syncs included; *at its
-//! bound* is the log of a leader that has reached the size that it may have, and gives up a segment for each that it takes.
+//! bound* is the log of a leader that has reached the size that it may have, and gives up a segment for each that it
+//! takes.
 
 use std::cell::RefCell;
 use std::path::Path;

@@ -3,9 +3,9 @@
 //! The limit beside it appends to writable pages while as many bare streams run at full speed, so that what the cores
 //! and the memory have to share is the same on both sides.
 //!
-//! At full speed the followers of this machine compete with the writer for its processors, so there it is a matter of how
-//! many there are. A steady load, as much as well-known databases manage at all, shows what is left of that where the
-//! writer has something to spare: ours with followers against ours without.
+//! At full speed the followers of this machine compete with the writer for its processors, so there it is a matter of
+//! how many there are. A steady load, as much as well-known databases manage at all, shows what is left of that where
+//! the writer has something to spare: ours with followers against ours without.
 
 use std::time::{Duration, Instant};
 

@@ -132,8 +132,8 @@ fn from_threads(
     Ok(sample.with("device_bytes_per_record", per_record))
 }
 
-/// Group commit with as little as it takes: records gather in a buffer, and whoever finds nobody making them durable does
-/// so with all of them.
+/// Group commit with as little as it takes: records gather in a buffer, and whoever finds nobody making them durable
+/// does so with all of them.
 #[derive(Default)]
 struct Group {
     state: Mutex<GroupState>,

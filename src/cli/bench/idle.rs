@@ -1,12 +1,13 @@
-//! What nodes cost that have nothing to do: a leader and three followers with many shards, who only tell each other that
-//! they are alive.
+//! What nodes cost that have nothing to do: a leader and three followers with many shards, who only tell each other
+//! that they are alive.
 //!
-//! Whatever makes a sleeping thread do anything wakes it up, so voluntary context switches count what an idle node does,
-//! heartbeats included; the limit beside it is a program that has the same streams and does nothing but beat: on each end
-//! of each, one thread that writes once a second and one that reads. Memory is what belongs to the process alone, without
-//! the mapped log: heap and stacks.
+//! Whatever makes a sleeping thread do anything wakes it up, so voluntary context switches count what an idle node
+//! does, heartbeats included; the limit beside it is a program that has the same streams and does nothing but beat: on
+//! each end of each, one thread that writes once a second and one that reads. Memory is what belongs to the process
+//! alone, without the mapped log: heap and stacks.
 //!
-//! Either runs in a process of its own, the same program once more, and is asked for a measurement by a line on its input.
+//! Either runs in a process of its own, the same program once more, and is asked for a measurement by a line on its
+//! input.
 
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -230,7 +230,8 @@ impl DirectWriter {
     }
 }
 
-/// Checksums a log of records of one size as recovery has to: record by record, the chain seeding each. Returns the last.
+/// Checksums a log of records of one size as recovery has to: record by record, the chain seeding each. Returns the
+/// last.
 pub(super) fn checksum(bytes: &[u8], record_len: usize) -> u32 {
     bytes.chunks(record_len).fold(0, |chain, record| {
         let mut hasher = crc32fast::Hasher::new_with_initial(chain);

@@ -1,10 +1,11 @@
 //! A bare log lane, to run beside a bare base: records are appended at one end and streamed to the other, and where the
 //! log is to be worth as much as Towline's, synced and then applied at both.
 //!
-//! Each end has a log file that is written over again and again, and waits where its applier has not made room. That is the
-//! least that can be done; but who appends waits for the slowest of all then. Where the logs are *kept*, they grow, nobody
-//! who appends waits for anybody, and a thread of its own sends what is there: as where a follower may be far behind.
-//! Everything goes through files, a piece at a time, so that the threads of an end share nothing but two numbers.
+//! Each end has a log file that is written over again and again, and waits where its applier has not made room. That is
+//! the least that can be done; but who appends waits for the slowest of all then. Where the logs are *kept*, they grow,
+//! nobody who appends waits for anybody, and a thread of its own sends what is there: as where a follower may be far
+//! behind. Everything goes through files, a piece at a time, so that the threads of an end share nothing but two
+//! numbers.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -93,8 +94,8 @@ impl LogLane {
         Ok(LogLane { directory: directory.to_owned(), near, far, record, together, slots })
     }
 
-    /// Appends and streams while `work` runs. Returns when what was appended until then is at the other end, and applied at
-    /// both if there are `stores`; with logs that are kept, at once.
+    /// Appends and streams while `work` runs. Returns when what was appended until then is at the other end, and
+    /// applied at both if there are `stores`; with logs that are kept, at once.
     pub(super) fn beside(&self, load: Load<'_>, work: impl FnOnce() -> io::Result<()>) -> io::Result<Beside> {
         let kept = ["kept-near", "kept-far"].map(|name| self.directory.join(name));
         let kept_files = match load.is_kept {

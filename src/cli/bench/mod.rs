@@ -2,8 +2,8 @@
 //!
 //! One file a workload. Each sets up a [contest](report::Contest) between Towline and small programs that do as little
 //! as the work needs ([`limits`] on files, [`streams`] on sockets), and the ratio is what counts: absolute figures
-//! change with the machine and with the day. What they mean as JSON stands in [`report`]. A new workload is a file with a `run`, and a line in [`Workload`] and in
-//! [`Workload::parts`].
+//! change with the machine and with the day. What they mean as JSON stands in [`report`]. A new workload is a file with
+//! a `run`, and a line in [`Workload`] and in [`Workload::parts`].
 
 mod append;
 mod catch_up;
@@ -48,9 +48,10 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 /// rounds, and their ratio: 1 is as good as the bare program, less is worse, for rates and for latencies alike. Only
 /// ratios mean much, and only on a machine that does nothing else.
 ///
-/// With --json each comparison is an object on a line of its own: workload, size, ours, against ("bare", or "ours" where
-/// Towline is compared with itself under other circumstances), bare, ratio, ratio_min, ratio_max, rounds. ours and bare
-/// have what, median, min, max, unit, and more where it is known, such as percentiles: microseconds by percent.
+/// With --json each comparison is an object on a line of its own: workload, size, ours, against ("bare", or "ours"
+/// where Towline is compared with itself under other circumstances), bare, ratio, ratio_min, ratio_max, rounds. ours
+/// and bare have what, median, min, max, unit, and more where it is known, such as percentiles: microseconds by
+/// percent.
 ///
 /// Example:  towline bench all --quick --plot result.html
 #[derive(Args)]
@@ -70,7 +71,8 @@ pub(super) struct Bench {
     /// Rounds [default: 5, or 3 with --quick]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// Only comparisons with this in their names, such as "defaults / pwrite" or "rebuild idle leader", and what they need
+    /// Only comparisons with this in their names, such as "defaults / pwrite" or "rebuild idle leader", and what they
+    /// need
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
     /// Write a picture of the results: a file that ends in .svg or .html and needs no other

@@ -57,7 +57,8 @@ pub(super) struct Nodes {
 }
 
 impl Nodes {
-    /// A leader of one shard and its followers, connected, with one record in every log and every spare segment prepared.
+    /// A leader of one shard and its followers, connected, with one record in every log and every spare segment
+    /// prepared.
     pub(super) fn start(bench: &Bench, followers: u16, settings: Settings) -> Result<(Nodes, LogWriter)> {
         let (nodes, mut writers) = Nodes::start_sharded(bench, followers, Settings { shards: 1, ..settings })?;
         let writer = writers.pop().ok_or("a leader without a shard")?;

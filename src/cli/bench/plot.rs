@@ -1,9 +1,9 @@
 //! Results as a picture: one file that needs nothing else, readable on light and on dark.
 //!
 //! First the ratios, as bars that begin at 1, the limit: to the right is better, to the left is worse, each doubling as
-//! wide as each halving, with a thin line from the smallest to the largest round. Then, where latencies were recorded, a
-//! curve for each entrant: the microseconds (upwards, each tenfold as high) within which so many of all operations were
-//! done (to the right, each further nine alike).
+//! wide as each halving, with a thin line from the smallest to the largest round. Then, where latencies were recorded,
+//! a curve for each entrant: the microseconds (upwards, each tenfold as high) within which so many of all operations
+//! were done (to the right, each further nine alike).
 
 use std::fmt::Write;
 use std::path::Path;

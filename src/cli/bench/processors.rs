@@ -1,6 +1,7 @@
 //! Which processors the two sides of an exchange run on. Waking a thread on another, sleeping processor takes ten times
 //! as long as on the same one, and a scheduler does now one and now the other: who wants to compare has to say which.
-//! The same goes for a thread that waits for a disk: where the disk interrupts another processor, that one has to wake it.
+//! The same goes for a thread that waits for a disk: where the disk interrupts another processor, that one has to wake
+//! it.
 
 use std::time::Duration;
 
@@ -60,8 +61,8 @@ fn count() -> usize {
     1
 }
 
-/// Runs `deed`, and threads that it starts, on one of the processors that this thread may use. Where the system does not
-/// do that, or has no such processor, anywhere.
+/// Runs `deed`, and threads that it starts, on one of the processors that this thread may use. Where the system does
+/// not do that, or has no such processor, anywhere.
 #[cfg(target_os = "linux")]
 pub(super) fn on_processor<T>(number: usize, deed: impl FnOnce() -> T) -> T {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -83,8 +84,8 @@ pub(super) fn on_processor<T>(_number: usize, deed: impl FnOnce() -> T) -> T {
     deed()
 }
 
-/// Runs `deed` while a thread of the least urgency keeps the processor of this one busy, so that it never falls asleep. For a
-/// thread that runs on one processor.
+/// Runs `deed` while a thread of the least urgency keeps the processor of this one busy, so that it never falls asleep.
+/// For a thread that runs on one processor.
 #[cfg(target_os = "linux")]
 pub(super) fn awake<T>(deed: impl FnOnce() -> T) -> Result<T> {
     use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,9 +1,9 @@
 //! A follower that has lost its place: it gets the leader's base, and the log beside it, into an empty directory.
 //!
 //! The leader keeps a store whose blocks are of the record size, and has given up the log that the follower would need.
-//! Under load, another thread changes blocks all the time, as fast as the leader takes it: then rebuild, log and load share
-//! the processors of both nodes, and the bare programs say how much of the rest is ours. Under a steady load the leader has
-//! something to spare.
+//! Under load, another thread changes blocks all the time, as fast as the leader takes it: then rebuild, log and load
+//! share the processors of both nodes, and the bare programs say how much of the rest is ours. Under a steady load the
+//! leader has something to spare.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -281,8 +281,8 @@ impl<'a> Stage<'a> {
         Ok(puts as f64 / began.elapsed().as_secs_f64())
     }
 
-    /// Waits until the leader's own store has everything, syncs, and gives up all log that may go: whoever comes now has
-    /// to be rebuilt.
+    /// Waits until the leader's own store has everything, syncs, and gives up all log that may go: whoever comes now
+    /// has to be rebuilt.
     fn settle(&self) -> Result<()> {
         let log = self.leader.log(SHARD)?;
         let head = log.head();

@@ -263,8 +263,8 @@ impl<'a> Contest<'a> {
         });
     }
 
-    /// One more entrant, whose samples are those of the one with the best median. Not the best of each round, which is the
-    /// luckiest: where rounds vary by a tenth, each of four that are equally fast would have nine tenths of that.
+    /// One more entrant, whose samples are those of the one with the best median. Not the best of each round, which is
+    /// the luckiest: where rounds vary by a tenth, each of four that are equally fast would have nine tenths of that.
     fn add_best(&mut self, name: &'static str) {
         let median = |entrant: &Entrant<'_>| spread(entrant.samples.iter().map(|sample| sample.value)).median;
         let entrants = self.entrants.iter().filter(|entrant| !entrant.samples.is_empty());

@@ -1,9 +1,10 @@
-//! What it costs to spread one load over many shards: the same records from one thread, round-robin, over 1, 4, 16 and 64
-//! shards, from the first append to the last record applied at one follower.
+//! What it costs to spread one load over many shards: the same records from one thread, round-robin, over 1, 4, 16 and
+//! 64 shards, from the first append to the last record applied at one follower.
 //!
-//! Nothing is prepared while the clock runs. Each shard has one segment that takes its share of the records, at both ends,
-//! with every page of it ready: as many bytes in all, whatever the number of shards. With segments and spares of one size
-//! for all, some would begin to fill new spares before the end and others not, and that costs as much as the records.
+//! Nothing is prepared while the clock runs. Each shard has one segment that takes its share of the records, at both
+//! ends, with every page of it ready: as many bytes in all, whatever the number of shards. With segments and spares of
+//! one size for all, some would begin to fill new spares before the end and others not, and that costs as much as the
+//! records.
 //!
 //! There is no bare limit of that: each is compared with the best of them.
 
@@ -21,7 +22,8 @@ const CASES: [(u16, &str); 4] = [(1, "1 shard"), (4, "4 shards"), (16, "16 shard
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(&[1024]) {
         let record = super::record(size);
-        // Of log, so that small records too fit in one segment. Two segments of it stand ready in each shard at both ends.
+        // Of log, so that small records too fit in one segment. Two segments of it stand ready in each shard at both
+        // ends.
         let count = bench.volume(256 << 20, 40 << 20) / (size + BATCH_OVERHEAD);
         let mut contest =
             Contest::new("shards", size, Unit::RecordsPerSecond).against_the_best("the best number of shards");

@@ -19,8 +19,8 @@ const WRITE: &str = "append to fresh pages, stream, receive with checksum and wr
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     for size in bench.record_sizes(if bench.quick { &[1024] } else { &[128, 1024, 16 * 1024] }) {
-        // With pages ready ahead at both ends this is dirty four times over: more, and the system begins to write it back
-        // while the clock runs.
+        // With pages ready ahead at both ends this is dirty four times over: more, and the system begins to write it
+        // back while the clock runs.
         let count = bench.volume(96 << 20, 32 << 20) / size;
         let record = super::record(size);
         let bytes = count * size;

@@ -1,5 +1,6 @@
 //! What a follower that stands still, or is gone, costs the writer: append rates with two followers, one of which is
-//! healthy, stopped or dead. The followers are processes of their own, so that one can be stopped as a whole and killed.
+//! healthy, stopped or dead. The followers are processes of their own, so that one can be stopped as a whole and
+//! killed.
 
 use std::io;
 use std::path::Path;

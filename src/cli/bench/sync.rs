@@ -1,13 +1,13 @@
-//! One writer that waits for stable storage after each record: as fast as it can, and at a pace given from outside, where
-//! a slow record shows in those that it delays.
+//! One writer that waits for stable storage after each record: as fast as it can, and at a pace given from outside,
+//! where a slow record shows in those that it delays.
 //!
 //! All of them on the one processor on which a bare sync takes least. A disk with one queue interrupts one processor: a
-//! thread that waits for it elsewhere is woken from there, which made 137 us of 74 where it was measured, and a scheduler
-//! leaves a thread where it has once put it for hundreds of syncs.
+//! thread that waits for it elsewhere is woken from there, which made 137 us of 74 where it was measured, and a
+//! scheduler leaves a thread where it has once put it for hundreds of syncs.
 //!
-//! That processor falls asleep whenever the thread waits, and waking it up is part of a sync: on a virtual machine that can be
-//! a third of it, and come and go with what its host expects of it. So both are measured with a processor that stays awake,
-//! too (on Linux).
+//! That processor falls asleep whenever the thread waits, and waking it up is part of a sync: on a virtual machine that
+//! can be a third of it, and come and go with what its host expects of it. So both are measured with a processor that
+//! stays awake, too (on Linux).
 
 use std::path::Path;
 use std::time::Instant;
@@ -142,8 +142,9 @@ fn contest(bench: &Bench, size: u64, names: Names, pace: Pace) -> Result<()> {
         .run(bench)
 }
 
-/// Appends, with a sync now and then that is waited for, until the newest segment is one that was prepared when the log knew
-/// what its writer does. The first one and the spares beside it were not, and of a log that lives they are the least part.
+/// Appends, with a sync now and then that is waited for, until the newest segment is one that was prepared when the log
+/// knew what its writer does. The first one and the spares beside it were not, and of a log that lives they are the
+/// least part.
 fn fill_first_segments(wal: &Wal, writer: &mut LogWriter, record: &[u8]) -> Result<()> {
     let log = wal.log();
     let first = 1 + log.options().spare_segments;

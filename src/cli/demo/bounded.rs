@@ -133,8 +133,8 @@ impl Stage<'_> {
         (1..=self.demo.followers).map(|number| of(NodeId(u64::from(number)))).collect()
     }
 
-    /// Waits until every follower has applied all of the leader's log and has it on stable storage. Gives up after a long
-    /// time: the proof then says what is missing.
+    /// Waits until every follower has applied all of the leader's log and has it on stable storage. Gives up after a
+    /// long time: the proof then says what is missing.
     fn await_followers(&self, followers: &mut [FrozenFollower], mut look: impl FnMut(&Status)) -> Step<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {

@@ -52,8 +52,8 @@ pub(super) struct Demo {
     /// Stop early when the records appended have this many megabytes, for each node keeps them all
     #[arg(long, default_value_t = 2048)]
     max_mb: u64,
-    /// Bound the leader's log at this many bytes for each shard; with --scenario slow-follower the followers are processes
-    /// of their own, all of them are frozen until they have lost their places, and then they are rebuilt
+    /// Bound the leader's log at this many bytes for each shard; with --scenario slow-follower the followers are
+    /// processes of their own, all of them are frozen until they have lost their places, and then they are rebuilt
     #[arg(long, value_name = "BYTES", requires = "scenario", value_parser = clap::value_parser!(u64).range(1..))]
     max_wal_bytes: Option<u64>,
     /// With --scenario catch-up: how many megabytes of values the last follower is behind when it comes back, while the

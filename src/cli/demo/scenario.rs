@@ -30,8 +30,8 @@ pub(super) type Step<T> = Result<T, Box<dyn std::error::Error>>;
 pub(super) enum Scenario {
     /// It is away while the leader appends, comes back, and replays the log that it has missed
     CatchUp,
-    /// It is away while the leader appends and gives up the log that it would need: it comes back, and gets a base and the
-    /// log beside it while the leader goes on
+    /// It is away while the leader appends and gives up the log that it would need: it comes back, and gets a base and
+    /// the log beside it while the leader goes on
     Rebuild,
     /// It applies slowly for a while: the leader and the others go on, and nothing is lost
     SlowFollower,

@@ -388,8 +388,8 @@ impl Shard {
         }
     }
 
-    /// Grows until the slot exists; during a rebuild, so far as the leader's shard has grown. Slots are taken one after the
-    /// other, so one far beyond the end makes no sense.
+    /// Grows until the slot exists; during a rebuild, so far as the leader's shard has grown. Slots are taken one after
+    /// the other, so one far beyond the end makes no sense.
     fn ensure_slot(&self, writer: &mut Writer, slot: u64, lsn: Lsn) -> Result<()> {
         let end = self.map.slot_count().max(writer.slot_limit);
         if slot < end {

@@ -1,18 +1,19 @@
 //! Slots behind those that are mapped, while a base comes: they are reached through the file.
 //!
-//! A file grows by real zeros, which are synced before they are mapped. A base that came into such slots would be written
-//! to the device twice, so while one comes nothing more is mapped: its blocks make the file longer as they come. Nobody
-//! reads the shard meanwhile. What is blank gets its real zeros when blocks come behind it, or at the end; then everything is
-//! synced once, and mapped.
+//! A file grows by real zeros, which are synced before they are mapped. A base that came into such slots would be
+//! written to the device twice, so while one comes nothing more is mapped: its blocks make the file longer as they
+//! come. Nobody reads the shard meanwhile. What is blank gets its real zeros when blocks come behind it, or at the end;
+//! then everything is synced once, and mapped.
 //!
-//! What a record of the log lane writes ahead of the base is [held](super::held) in memory until the base gets there, so that
-//! the file is written from one end to the other. What finds no room there, and what is behind the base, goes to where it
-//! belongs in the file; a hole reads as zeros, as a free slot does. In memory there is one bit for each slot that a record has
-//! written to the file ahead of the base, so that nobody reads, and fills the page cache with, what is known to be nothing.
+//! What a record of the log lane writes ahead of the base is [held](super::held) in memory until the base gets there,
+//! so that the file is written from one end to the other. What finds no room there, and what is behind the base, goes
+//! to where it belongs in the file; a hole reads as zeros, as a free slot does. In memory there is one bit for each
+//! slot that a record has written to the file ahead of the base, so that nobody reads, and fills the page cache with,
+//! what is known to be nothing.
 //!
-//! Where each key is, and which slots hold none, is found out on the way, aside from what readers look at: at the end no
-//! slot needs to be read again. A key can be in two slots meanwhile, the one that it has left and the one that it has moved
-//! to, as blocks differ in age; the one with the newer version counts.
+//! Where each key is, and which slots hold none, is found out on the way, aside from what readers look at: at the end
+//! no slot needs to be read again. A key can be in two slots meanwhile, the one that it has left and the one that it
+//! has moved to, as blocks differ in age; the one with the newer version counts.
 //!
 //! A full disk is an error of a write here, as elsewhere. A crash leaves a file that is longer than its slots; the next
 //! rebuild keeps of the rest what is known to have been synced, and cuts off what is behind that.
@@ -32,8 +33,8 @@ use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
 
-/// Bytes of the file that get their blocks together, once a block of the base comes there: no more of the disk than that is
-/// taken for what then does not come.
+/// Bytes of the file that get their blocks together, once a block of the base comes there: no more of the disk than
+/// that is taken for what then does not come.
 const ALLOCATED_TOGETHER: u64 = 64 << 20;
 
 /// Bytes looked at together where blanks are searched for.
@@ -49,8 +50,8 @@ pub(super) struct Arriving {
     ahead: SlotSet,
     /// And those that one has written, but not to the file yet. All others are blank.
     pub(super) held: Held,
-    /// No block comes below this slot any more, and nothing is held there. None as long as nobody has said so: then nothing is
-    /// held at all.
+    /// No block comes below this slot any more, and nothing is held there. None as long as nobody has said so: then
+    /// nothing is held at all.
     passed: Option<u64>,
     /// What the file has where blocks are to go.
     there: Vec<u8>,
@@ -119,8 +120,8 @@ impl Arriving {
 const PART_SLOTS: u64 = 4096;
 const WORD_BITS: u64 = u64::BITS as u64;
 
-/// A set of slots. Its memory grows with those in it, however far apart a leader says they are. Ordered, as hashing a part's
-/// number for each slot of a base would take longer than finding it.
+/// A set of slots. Its memory grows with those in it, however far apart a leader says they are. Ordered, as hashing a
+/// part's number for each slot of a base would take longer than finding it.
 #[derive(Default)]
 pub(super) struct SlotSet {
     parts: BTreeMap<u64, Box<[u64; index(PART_SLOTS / WORD_BITS)]>>,
@@ -170,8 +171,8 @@ impl Shard {
         self.fill_holes(arriving, mapped, kept)
     }
 
-    /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay. There
-    /// are `limit` slots in all.
+    /// Takes verified blocks from slot `first` on, none of which is mapped. Slots that a record has made newer stay.
+    /// There are `limit` slots in all.
     pub(super) fn take_blocks(&self, arriving: &mut Arriving, limit: u64, first: u64, blocks: &[u8]) -> Result<()> {
         let slot_len = self.layout.slot_len();
         let count = blocks.len() / slot_len;
@@ -248,9 +249,9 @@ impl Shard {
         Ok(())
     }
 
-    /// Writes the whole of a slot that is not mapped, or holds it until the base gets there. A write that fails leaves a blank
-    /// slot blank: whatever it left there is overwritten, by this record, by its block or by zeros. Of another slot it may have
-    /// torn what was there.
+    /// Writes the whole of a slot that is not mapped, or holds it until the base gets there. A write that fails leaves
+    /// a blank slot blank: whatever it left there is overwritten, by this record, by its block or by zeros. Of another
+    /// slot it may have torn what was there.
     pub(super) fn write_unmapped(&self, arriving: &mut Arriving, slot: u64, bytes: &[u8]) -> Result<()> {
         let comes = arriving.passed.is_some_and(|passed| slot >= passed.max(arriving.filled));
         if comes && !arriving.ahead.contains(slot) && arriving.held.put(slot, bytes) {
@@ -280,8 +281,8 @@ impl Shard {
         fill(&self.file, to, self.layout.slot_offset(slot)).map_err(Error::io("read", &self.path))
     }
 
-    /// Ends taking a base: as many slots as the leader has are written, synced and mapped. Their number is to be put into
-    /// the header. Gives what is in them.
+    /// Ends taking a base: as many slots as the leader has are written, synced and mapped. Their number is to be put
+    /// into the header. Gives what is in them.
     pub(super) fn end_arriving(&self, writer: &mut Writer) -> Result<Found> {
         // By the steps that the leader has taken.
         let mut count = self.map.slot_count();
@@ -316,8 +317,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Real zeros for what was not written of slots that a crash has left: whole slots, and after a power cut also single
-    /// pages of slots that were written with zeros in them.
+    /// Real zeros for what was not written of slots that a crash has left: whole slots, and after a power cut also
+    /// single pages of slots that were written with zeros in them.
     fn fill_holes(&self, arriving: &mut Arriving, first: u64, end: u64) -> Result<()> {
         let slot_len = self.layout.slot_len();
         let mut slot = first;
@@ -472,8 +473,8 @@ mod tests {
         take_around_what_was_written(300_000, 400_000, [1, 1, 0, 0, 0]);
     }
 
-    /// Records reach slots that a base then gets to, with room for so much of what they write. Says how much is held at each
-    /// of five moments.
+    /// Records reach slots that a base then gets to, with room for so much of what they write. Says how much is held at
+    /// each of five moments.
     fn take_around_what_was_written(value_len: u32, room: usize, due: [usize; 5]) {
         let options = FixedStoreOptions { value_len, ..OPTIONS };
         let directory = tempfile::tempdir().unwrap();

@@ -1,23 +1,24 @@
 //! Giving and taking bases: a slot is a block.
 //!
 //! The image is read while records are applied. Each block is a whole slot, as one record left it, but blocks differ in
-//! age: all are at least as new as the base LSN, some may be newer. The slots' versions sort that out on the other side:
-//! of a block and what the log has put into its slot, the newer stays. Once the log has been applied up to the newest
-//! block, the image is the leader's state at that LSN.
+//! age: all are at least as new as the base LSN, some may be newer. The slots' versions sort that out on the other
+//! side: of a block and what the log has put into its slot, the newer stays. Once the log has been applied up to the
+//! newest block, the image is the leader's state at that LSN.
 //!
 //! # Going on with an interrupted rebuild
 //!
-//! Slots below the last one known to be on stable storage are kept as they are, whatever has been written to them since;
-//! all others are emptied. Why that is right, where the log is applied again from the lower one of the kept LSN and the
-//! new base LSN:
+//! Slots below the last one known to be on stable storage are kept as they are, whatever has been written to them
+//! since; all others are emptied. Why that is right, where the log is applied again from the lower one of the kept LSN
+//! and the new base LSN:
 //!
 //! - A kept slot with version *v* is what record *v* left there. Records up to *v* change it no more; each later one is
 //!   in the log that follows, local or not.
 //! - A kept slot can be newer than the local log, because blocks are. Its record comes with the log lane, and rule 1 of
-//!   [`apply`](super::apply) keeps the slot until then; it is in the leader's history as long as the leader's term is the same.
+//!   [`apply`](super::apply) keeps the slot until then; it is in the leader's history as long as the leader's term is
+//!   the same.
 //! - A kept slot that is torn was being written by a record when the crash came: the local log has that record, since
-//!   records are applied only once they are durable. What is still torn after the local log has been applied is damage, and
-//!   the rebuild begins anew.
+//!   records are applied only once they are durable. What is still torn after the local log has been applied is damage,
+//!   and the rebuild begins anew.
 //! - A slot that was emptied comes with the new base, or was never used before the new base LSN.
 //!
 //! # What the device may not have

@@ -7,8 +7,8 @@
 //! comes from one of these copies, chosen at random. The header page is always the newest: it is written outside the
 //! mapping and synced at once.
 //!
-//! **What prevents harm.** The header says how far a sync got, slots say which record wrote them, and a checksum tells a
-//! torn one. Replaying the log from the header's LSN must give exactly the model, with no slot left torn, and on the
+//! **What prevents harm.** The header says how far a sync got, slots say which record wrote them, and a checksum tells
+//! a torn one. Replaying the log from the header's LSN must give exactly the model, with no slot left torn, and on the
 //! way there nothing may be read that is neither.
 //!
 //! **What else breaks.** A sync fails, and the kernel takes the pages for written: the cache has what the device has

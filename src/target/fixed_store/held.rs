@@ -1,8 +1,9 @@
 //! What records have written into slots that a base has not reached yet, in memory.
 //!
-//! Written to the file at once, each such slot would be a block by itself in the middle of nothing, for the file system to find
-//! a place for, and the base would then be written around it. Held back until the base gets there, the file grows from one end
-//! to the other. A crash takes nothing away that counts: of an interrupted rebuild only what lies before the base's end is kept.
+//! Written to the file at once, each such slot would be a block by itself in the middle of nothing, for the file system
+//! to find a place for, and the base would then be written around it. Held back until the base gets there, the file
+//! grows from one end to the other. A crash takes nothing away that counts: of an interrupted rebuild only what lies
+//! before the base's end is kept.
 //!
 //! There is [room](Room) for so much in all shards of a store together; who finds none writes to the file.
 
@@ -14,13 +15,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Bytes that the shards of a store hold together, at most.
 const MOST: usize = 32 << 20;
 
-/// Bytes that are got from the allocator at once, as long as a slot is not longer: so many that they go back to the system.
+/// Bytes that are got from the allocator at once, as long as a slot is not longer: so many that they go back to the
+/// system.
 const PART: usize = 256 << 10;
 
 /// Bytes for each slot beside it, of which the map takes some more or less.
 const BESIDE: usize = 48;
 
-/// Memory that is left, of what all shards share. Each takes and gives back as it goes. Relaxed: nothing else is told by it.
+/// Memory that is left, of what all shards share. Each takes and gives back as it goes. Relaxed: nothing else is told
+/// by it.
 pub(super) struct Room(AtomicUsize);
 
 impl Room {

@@ -17,23 +17,23 @@
 //! - [`put`](FixedStore::put) and [`delete`](FixedStore::delete) append the record through a closure and apply it at
 //!   once: the change can be read when they return.
 //! - [`propose_put`](FixedStore::propose_put) and [`propose_delete`](FixedStore::propose_delete) only append it. The
-//!   log's applier applies it, as on a follower: once it is durable. This is the way of a node, because a crash can then
-//!   not leave a slot whose record the log has lost, and many writes share one sync.
+//!   log's applier applies it, as on a follower: once it is durable. This is the way of a node, because a crash can
+//!   then not leave a slot whose record the log has lost, and many writes share one sync.
 //!
 //! # Reading
 //!
-//! Readers take no lock that is held for longer than one look-up, and never see half a slot. Every read checks the slot's
-//! checksum: damage is an [`Error::Corrupt`] that names file and offset, never a value. A key that is not found while
-//! the shard has torn slots is such an error as well, because it may be in one of them.
+//! Readers take no lock that is held for longer than one look-up, and never see half a slot. Every read checks the
+//! slot's checksum: damage is an [`Error::Corrupt`] that names file and offset, never a value. A key that is not found
+//! while the shard has torn slots is such an error as well, because it may be in one of them.
 //!
 //! # Durability
 //!
-//! Changed slots reach the disk at any time, in any subset, until [`sync`](ReplicationTarget::sync) makes sure of all of
-//! them and then moves [`durable_applied`](ReplicationTarget::durable_applied) forward. After a crash the log is replayed
-//! from there; until the replay has passed the newest slot that reached the disk, the shard refuses to be read. How that
-//! works stands in `apply.rs`, and what is done after a sync that failed in `shard.rs`. Slots are verified at every
-//! open, also after a clean shutdown: the clean mark only tells damage from a crash in what is reported, and that the
-//! header need not be written again.
+//! Changed slots reach the disk at any time, in any subset, until [`sync`](ReplicationTarget::sync) makes sure of all
+//! of them and then moves [`durable_applied`](ReplicationTarget::durable_applied) forward. After a crash the log is
+//! replayed from there; until the replay has passed the newest slot that reached the disk, the shard refuses to be
+//! read. How that works stands in `apply.rs`, and what is done after a sync that failed in `shard.rs`. Slots are
+//! verified at every open, also after a clean shutdown: the clean mark only tells damage from a crash in what is
+//! reported, and that the header need not be written again.
 
 mod apply;
 mod arriving;
@@ -238,8 +238,8 @@ impl FixedStore {
         Ok(self.shard(shard)?.consistent_from())
     }
 
-    /// How many slots of the shard cannot be read, because a crash tore them or the disk damaged them. Replaying the log
-    /// mends the former.
+    /// How many slots of the shard cannot be read, because a crash tore them or the disk damaged them. Replaying the
+    /// log mends the former.
     ///
     /// # Errors
     ///
@@ -252,8 +252,8 @@ impl FixedStore {
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`] if the slot is damaged, or the key may be in a torn one; [`Error::Invalid`] while the shard is
-    /// being rebuilt, or recovered after a crash.
+    /// [`Error::Corrupt`] if the slot is damaged, or the key may be in a torn one; [`Error::Invalid`] while the shard
+    /// is being rebuilt, or recovered after a crash.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
         let mut value = Vec::new();
         Ok(self.get_into(key, &mut value)?.map(|_| value))
@@ -269,8 +269,8 @@ impl FixedStore {
         self.shard_of(key)?.get_into(key, value)
     }
 
-    /// Shows every entry of every shard to `visit`, shard by shard in slot order, until that breaks. Entries that change
-    /// meanwhile are shown as they were or as they are; one that moves may be shown twice or not at all.
+    /// Shows every entry of every shard to `visit`, shard by shard in slot order, until that breaks. Entries that
+    /// change meanwhile are shown as they were or as they are; one that moves may be shown twice or not at all.
     ///
     /// # Errors
     ///
@@ -302,8 +302,8 @@ impl FixedStore {
     /// Sets the value of a key, through the log: `append` is given the shard and the record, appends it to that shard's
     /// log and returns its LSN. The record is then applied. Returns its LSN.
     ///
-    /// `append` runs while other writes to the shard wait, so that records are applied in order. Where losing power must
-    /// not lose the log's record and keep the slot, `append` returns only after the record is durable; see
+    /// `append` runs while other writes to the shard wait, so that records are applied in order. Where losing power
+    /// must not lose the log's record and keep the slot, `append` returns only after the record is durable; see
     /// [Writing](self#writing) for the faster way.
     ///
     /// # Errors
@@ -327,7 +327,8 @@ impl FixedStore {
     }
 
     /// Appends the record that sets the value of a key, and leaves applying it to the log's applier. Later proposals
-    /// take this one into account, readers do not. `append` is as for [`put`](Self::put), and need not wait for anything.
+    /// take this one into account, readers do not. `append` is as for [`put`](Self::put), and need not wait for
+    /// anything.
     ///
     /// # Errors
     ///
@@ -448,8 +449,8 @@ impl ReplicationTarget for FixedStore {
         true
     }
 
-    /// The newest version in the slots, unless one of them is torn or could not be written: whatever was being written there
-    /// is not known then.
+    /// The newest version in the slots, unless one of them is torn or could not be written: whatever was being written
+    /// there is not known then.
     fn touched(&self, shard: ShardId) -> Result<Option<Lsn>> {
         let shard = self.shard(shard)?;
         let is_whole = shard.torn.load(Ordering::Acquire) == 0 && shard.check_sound().is_ok();

@@ -24,9 +24,9 @@ const READS: u32 = 1000;
 /// It takes no lock, maps nothing and writes nothing. Slots are read from the file and shown only if their checksum is
 /// right; one that is just being written is read again. There is no index: every look-up reads the shard.
 ///
-/// What it shows of a store that is being written to was true, entry by entry, at some moment during the look; a key that
-/// moves to another slot meanwhile may be missed. On a store that crashed it shows what reached the disk, which may be
-/// newer than [`durable_applied`](Self::durable_applied) here and older there, until its owner replays the log.
+/// What it shows of a store that is being written to was true, entry by entry, at some moment during the look; a key
+/// that moves to another slot meanwhile may be missed. On a store that crashed it shows what reached the disk, which
+/// may be newer than [`durable_applied`](Self::durable_applied) here and older there, until its owner replays the log.
 ///
 /// ```
 /// use towline::target::{FixedStore, FixedStoreOptions};
@@ -91,8 +91,8 @@ impl FixedStoreReader {
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`] if the key was not found and a slot of its shard is damaged, [`Error::Invalid`] while the shard
-    /// is being rebuilt, I/O errors.
+    /// [`Error::Corrupt`] if the key was not found and a slot of its shard is damaged, [`Error::Invalid`] while the
+    /// shard is being rebuilt, I/O errors.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
         check_key(key, self.topology.key_len)?;
         let mut best: Option<(Lsn, Vec<u8>)> = None;

@@ -21,8 +21,8 @@
 //!
 //! # Locks
 //!
-//! `writer` before `header`. `sync` takes `syncing` and, briefly, `header`: appliers go on while the disk works. Readers
-//! take none of them.
+//! `writer` before `header`. `sync` takes `syncing` and, briefly, `header`: appliers go on while the disk works.
+//! Readers take none of them.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -43,9 +43,9 @@ use crate::limits::PAGE_LEN;
 use crate::types::{Lsn, ShardId};
 use crate::wal::segment::{read_at, write_all_at, write_in_pages, zero_in_pieces};
 
-/// Bytes of zeros that are written at once. The page cache keeps such a piece as one folio, and whoever writes a part of that
-/// later goes through all its blocks: with 64 KiB puts of 4 KiB all over a store took a quarter longer than with 16, with
-/// single pages not less.
+/// Bytes of zeros that are written at once. The page cache keeps such a piece as one folio, and whoever writes a part
+/// of that later goes through all its blocks: with 64 KiB puts of 4 KiB all over a store took a quarter longer than
+/// with 16, with single pages not less.
 const ZERO_PIECE: u64 = 16 << 10;
 
 pub(super) struct Shard {
@@ -225,8 +225,8 @@ impl Shard {
         Ok(std::ops::ControlFlow::Continue(()))
     }
 
-    /// Replaces a mapped slot. A write that fails may have torn what was there: then nothing more is written, and opening
-    /// the shard again finds it.
+    /// Replaces a mapped slot. A write that fails may have torn what was there: then nothing more is written, and
+    /// opening the shard again finds it.
     pub(super) fn write_mapped(&self, slots: &mut SlotWriter, slot: u64, bytes: &[u8]) -> Result<()> {
         if !self.writes_through_file() {
             self.map.write(slots, slot, bytes);
@@ -237,14 +237,14 @@ impl Shard {
 
     /// Whether slots are written through the file also where they are mapped, which shows in the mapping at once.
     ///
-    /// That is better for long ones: to sync a page that was stored to, the kernel must make it read-only again where it is
-    /// mapped, and tells the other processors so page by page; and then the next store takes a fault.
+    /// That is better for long ones: to sync a page that was stored to, the kernel must make it read-only again where
+    /// it is mapped, and tells the other processors so page by page; and then the next store takes a fault.
     fn writes_through_file(&self) -> bool {
         cfg!(target_os = "linux") && self.layout.slot_len() as u64 >= PAGE_LEN
     }
 
-    /// Writes real zeros to the file: in larger pieces where nothing is stored to them through the mapping, for the reason that
-    /// [`write_slots`](Self::write_slots) has.
+    /// Writes real zeros to the file: in larger pieces where nothing is stored to them through the mapping, for the
+    /// reason that [`write_slots`](Self::write_slots) has.
     pub(super) fn write_zeros(&self, range: std::ops::Range<u64>) -> std::io::Result<()> {
         zero_in_pieces(&self.file, range, if self.writes_through_file() { ZERO_PIECE } else { PAGE_LEN })
     }

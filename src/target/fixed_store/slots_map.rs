@@ -3,20 +3,20 @@
 //! # Invariants
 //!
 //! 1. **Length.** A mapped extent lies within its file, on blocks that were written, with real zeros or with slots, and
-//!    synced before it was mapped. Nobody shortens the file: the store's lock keeps other writers out. So no access can fault, not even
-//!    on a full disk.
+//!    synced before it was mapped. Nobody shortens the file: the store's lock keeps other writers out. So no access can
+//!    fault, not even on a full disk.
 //! 2. **Alignment.** Extents begin at whole pages of the file and slots are whole words of 8 bytes, so every word
 //!    accessed is aligned.
 //! 3. **Only atomics.** The mapping is read and written through relaxed loads and stores of whole words, nothing else:
-//!    no reference to plain bytes of it is ever made. The system may write to the same pages through the file. Threads may
-//!    therefore meet in a slot without undefined behaviour; whether what they read belongs together is for the sequence
-//!    numbers to say.
+//!    no reference to plain bytes of it is ever made. The system may write to the same pages through the file. Threads
+//!    may therefore meet in a slot without undefined behaviour; whether what they read belongs together is for the
+//!    sequence numbers to say.
 //! 4. **Extents stay.** An extent, once in the list, stays mapped and in its place until the whole map is dropped.
 //!
 //! # Whole slots
 //!
-//! Each slot shares a sequence number, in memory, with a few others. The writer of a slot makes it odd, writes, and makes
-//! it even again; a reader that sees an odd or changed number reads again. There is one [`SlotWriter`], so no two
+//! Each slot shares a sequence number, in memory, with a few others. The writer of a slot makes it odd, writes, and
+//! makes it even again; a reader that sees an odd or changed number reads again. There is one [`SlotWriter`], so no two
 //! writers meet. Readers take no lock and never delay the writer; a reader waits for as long as one slot is being
 //! written.
 //!

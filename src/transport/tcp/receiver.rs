@@ -4,9 +4,9 @@
 //! the buffer yet is read straight into the caller's memory, and the same system call takes what is behind it into the
 //! buffer.
 //!
-//! A stream on which nothing but signs of life comes has a small buffer. It gets a large one when some reads in a row have
-//! found more than that takes, and loses it when so little came for a number of reads that the small one would have done.
-//! One large frame now and then needs none: most of it does not go through the buffer.
+//! A stream on which nothing but signs of life comes has a small buffer. It gets a large one when some reads in a row
+//! have found more than that takes, and loses it when so little came for a number of reads that the small one would
+//! have done. One large frame now and then needs none: most of it does not go through the buffer.
 
 use std::io::{self, IoSliceMut, Read};
 use std::mem::MaybeUninit;

@@ -1,23 +1,23 @@
-//! Files that can be filled again: which of them wait for that, and how many. Pure bookkeeping, under the lock of whoever
-//! prepares spares: nothing here touches a file.
+//! Files that can be filled again: which of them wait for that, and how many. Pure bookkeeping, under the lock of
+//! whoever prepares spares: nothing here touches a file.
 //!
-//! One of a segment that was given up has its pages and blocks, and a log at its bound takes no memory and no room from one
-//! segment to the next. One waits for it at the bound, and where that leaves room as many as the writer took from one giving up
-//! to the next; once nothing has been wanted for a while, no more than what is missing of the spares.
+//! One of a segment that was given up has its pages and blocks, and a log at its bound takes no memory and no room from
+//! one segment to the next. One waits for it at the bound, and where that leaves room as many as the writer took from
+//! one giving up to the next; once nothing has been wanted for a while, no more than what is missing of the spares.
 //!
-//! Zeros over such a file need not reach the device before the records do where nobody waits for syncs or no spare is left:
-//! what a power cut brings back then is older than the segment. Its chain is no other batch's (but by a chance of one in
-//! 2^32), and its LSNs are below those that recovery looks for behind the end, so the log is cut there. Nobody knows that of
-//! files that were left over when the log was opened: their zeros go to the device first.
+//! Zeros over such a file need not reach the device before the records do where nobody waits for syncs or no spare is
+//! left: what a power cut brings back then is older than the segment. Its chain is no other batch's (but by a chance of
+//! one in 2^32), and its LSNs are below those that recovery looks for behind the end, so the log is cut there. Nobody
+//! knows that of files that were left over when the log was opened: their zeros go to the device first.
 
 use std::path::PathBuf;
 
-/// A log that may have so many segments in the room for used files lets one wait even where it is at its bound: then it goes
-/// from segment to segment without a new file.
+/// A log that may have so many segments in the room for used files lets one wait even where it is at its bound: then it
+/// goes from segment to segment without a new file.
 const ONE_SEGMENT_IN: u64 = 8;
 
-/// Bytes of used files that wait because bursts take so many, at most: a follower that was far behind lets go of any number
-/// of segments at once.
+/// Bytes of used files that wait because bursts take so many, at most: a follower that was far behind lets go of any
+/// number of segments at once.
 const MOST_USED: u64 = 512 << 20;
 
 /// What a file that is to be prepared was.
@@ -141,8 +141,8 @@ impl OldFiles {
         surplus
     }
 
-    /// The one to be prepared next. What must be synced before it is taken is none for whoever is in a hurry: files left over
-    /// always are, used ones where somebody waits for syncs.
+    /// The one to be prepared next. What must be synced before it is taken is none for whoever is in a hurry: files
+    /// left over always are, used ones where somebody waits for syncs.
     pub(super) fn next(&mut self, in_a_hurry: bool, used_are_synced: bool) -> Option<(PathBuf, Origin)> {
         let left_over = if in_a_hurry { None } else { self.left_over.pop() };
         left_over.map(|path| (path, Origin::LeftOver)).or_else(|| {

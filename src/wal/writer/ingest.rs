@@ -32,8 +32,8 @@ impl LogWriter {
             )));
         }
         if self.open.is_none() && self.reserved.is_none() {
-            // Now, and not when the page has been checked: that is done under a lock that acknowledgements need. Behind an empty
-            // segment the page is most often that one's again.
+            // Now, and not when the page has been checked: that is done under a lock that acknowledgements need. Behind
+            // an empty segment the page is most often that one's again.
             self.log.spares().set_long(false);
             self.reserved = Some(self.log.spares().take()?);
         }
@@ -211,8 +211,8 @@ impl LogWriter {
         let mut whole = 0usize;
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
-            // In memory only: what is in the file is never to be wrong, not even for a moment and not even unpublished. Only
-            // the first of a run can be the first of its segment, and if any is too far from there, the last is.
+            // In memory only: what is in the file is never to be wrong, not even for a moment and not even unpublished.
+            // Only the first of a run can be the first of its segment, and if any is too far from there, the last is.
             if self.is_staged
                 && let Some((len, last)) =
                     batch::verify_compact_run(&mut arrived[whole..], room - whole as u64, expected)

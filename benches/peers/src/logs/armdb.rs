@@ -1,7 +1,7 @@
-//! armdb 0.15: a store of keys and values over an append-only log; each record is the value of a key of its own. One shard,
-//! as one log has. What nobody waits for is in the process's buffers until they are flushed to the file, which counts. Its
-//! setting `enable_fsync` does nothing to this kind of store: a write waits for the disk only where its batches are synced
-//! and have one record.
+//! armdb 0.15: a store of keys and values over an append-only log; each record is the value of a key of its own. One
+//! shard, as one log has. What nobody waits for is in the process's buffers until they are flushed to the file, which
+//! counts. Its setting `enable_fsync` does nothing to this kind of store: a write waits for the disk only where its
+//! batches are synced and have one record.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! commitlog 0.2: segments and an index. Its `flush` issues no sync, so it takes no part where records must be durable, and
-//! it keeps a checksum of each message that it checks when told to.
+//! commitlog 0.2: segments and an index. Its `flush` issues no sync, so it takes no part where records must be durable,
+//! and it keeps a checksum of each message that it checks when told to.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! writeahead 0.4: a thread that writes and syncs for all who wait; they wait for futures, run to their end here by whoever
-//! made them. Every write is synced, so there is no append without.
+//! writeahead 0.4: a thread that writes and syncs for all who wait; they wait for futures, run to their end here by
+//! whoever made them. Every write is synced, so there is no append without.
 
 use std::path::Path;
 

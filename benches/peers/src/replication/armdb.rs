@@ -1,5 +1,5 @@
-//! armdb 0.15, its log (bitcask) replication. It tells nobody when a record has arrived: the follower is asked again and
-//! again, which costs processor time but no latency of its own.
+//! armdb 0.15, its log (bitcask) replication. It tells nobody when a record has arrived: the follower is asked again
+//! and again, which costs processor time but no latency of its own.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,6 +1,7 @@
-//! PostgreSQL with one streaming standby, driven by its own programs: messages in its log, which change no table. `ship`
-//! writes them in one statement and waits until the standby has them on disk and replayed; `commit` is a transaction of one
-//! message with `synchronous_commit = remote_write` (leader synced, and the standby's memory), timed by `pgbench`.
+//! PostgreSQL with one streaming standby, driven by its own programs: messages in its log, which change no table.
+//! `ship` writes them in one statement and waits until the standby has them on disk and replayed; `commit` is a
+//! transaction of one message with `synchronous_commit = remote_write` (leader synced, and the standby's memory), timed
+//! by `pgbench`.
 //!
 //! It refuses to run as root: there its programs run as the user `postgres`.
 
@@ -172,8 +173,8 @@ fn append(path: &Path, text: &str) -> Result<()> {
     Ok(std::fs::File::options().append(true).open(path)?.write_all(text.as_bytes())?)
 }
 
-/// Runs it to its end. What it writes to standard error goes to a file: a server that it leaves behind would hold a pipe
-/// open for ever.
+/// Runs it to its end. What it writes to standard error goes to a file: a server that it leaves behind would hold a
+/// pipe open for ever.
 fn run(mut command: Command) -> Result<()> {
     use std::io::{Read, Seek};
     let mut complaints = tempfile::tempfile()?;

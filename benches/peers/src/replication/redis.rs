@@ -1,4 +1,5 @@
-//! Redis, in memory, with one replica: values appended to a list; `commit` is `WAIT 1`, a replica that has it in memory.
+//! Redis, in memory, with one replica: values appended to a list; `commit` is `WAIT 1`, a replica that has it in
+//! memory.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
