@@ -162,7 +162,8 @@ pub enum Outcome {
     Deposed,
     /// The node is shutting down.
     ShutDown,
-    /// A sync failed on this node; what it holds may be lost in a power cut. The text says what failed.
+    /// The shard is read-only since a failure, of a sync mostly, or of this node's own target. What it holds may be
+    /// lost in a power cut. The text says what failed.
     Poisoned(String),
     /// No record has this LSN yet.
     NotWritten,

@@ -12,8 +12,9 @@ use crate::types::{Chain, Epoch, Lsn, ShardId};
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something could not be done. Every variant names the thing it is about, and prints as one plain sentence. What
-/// one failure ends can be told to everybody who asks: clones share what the operating system, or a target, said.
+/// Why something could not be done. Every variant but `ShutDown` names the thing it is about, and prints as one plain
+/// sentence. What one failure ends can be told to everybody who asks: clones share what the operating system, or a
+/// target, said.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -119,11 +120,11 @@ pub enum Error {
         /// The failure.
         reason: String,
     },
-    /// The other side acts under an epoch that this node has left behind.
+    /// An epoch is over: a peer's, one that was asked for, or the one that this node led under before it was deposed.
     StaleEpoch {
-        /// The epoch offered.
+        /// The epoch that is over.
         offered: Epoch,
-        /// The epoch that this node has accepted.
+        /// The newer or present one, accepted or led under.
         accepted: Epoch,
     },
     /// The peer's log has another history than this node's: nothing that it says of its log counts any more.
@@ -177,7 +178,8 @@ pub enum RefusalCode {
     ProtocolViolation = 11,
     /// The node is shutting down.
     ShuttingDown = 12,
-    /// A newer connection of the same follower took over.
+    /// A newer connection of the same follower took over, or what was agreed on no longer holds: asking again settles
+    /// it.
     Superseded = 13,
     /// Something failed on the other side that is not the asker's fault.
     Internal = 14,

@@ -8,13 +8,14 @@
 //! | `tl-agree-s…` | one a shard while it connects | connecting, and agreeing with the leader on how the log goes on |
 //! | `tl-ack-s…` | one a shard while log arrives | waiting for the synced or the applied mark |
 //! | `tl-apply-s…` | one a shard, if the target takes records | waiting for the written mark, or in the target |
+//! | `tl-rebuild-s…`, `tl-beat` | one a shard while it is rebuilt, or made ready for that | completing the rebuild; waiting for that to be over |
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-retain` | one | waiting for a new segment, or for the checkpoint |
 //! | `tl-scrub` | one, unless it is off | waiting for the next pass, or reading a segment |
 //! | `tl-sync-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-prep-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-unmap-s…` | one a shard while removed segments go | see [`crate::wal`] |
-//! | `tl-accept`, `tl-peer-…` | as on a leader, if it listens | |
+//! | `tl-accept`, `tl-agree-…`, `tl-peer-…`, `tl-tail-…` | as on a leader, if it listens | |
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};

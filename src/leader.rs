@@ -8,6 +8,8 @@
 //! | `tl-peer-…` | one a connection once it has its answer | reading acknowledgements |
 //! | `tl-agree-…` | one a connection until it has its answer | reading the request, deciding on it |
 //! | `tl-ship-…` | one a follower and shard | waiting for `written`, or writing to its socket |
+//! | `tl-tail-…` | one a reader of the log | waiting for `written`, or writing to its socket |
+//! | `tl-beat` | one while a base is opened | waiting for that to be over |
 //! | `tl-ckpt` | one | waiting for marks |
 //! | `tl-proto` | one | waiting for the earliest deadline of a session |
 //! | `tl-retain` | one | waiting for a new segment, or for a follower that leaves one behind |

@@ -31,9 +31,9 @@
 //! back followers that the log cannot; [`status`] and [`tail`] look in from outside; [`repair`] mends a damaged log
 //! from a peer's copy; [`shutdown`] ends everything at once.
 //!
-//! An application needs what stands at the root, [`target`], [`wal`] to read a log, [`status`] and [`tail`]. The other
-//! modules are for tools, for transports of one's own, and for those who read how it works: the document of a format is
-//! its specification.
+//! An application needs what stands at the root, [`target`], [`wal`] to read a log, [`status`], [`tail`] with
+//! [`transport::TcpTransport`], and for a few settings [`scrub`] and [`protocol`]. The rest is for tools, for
+//! transports of one's own, and for those who read how it works: the document of a format is its specification.
 //!
 //! # Words
 //!

@@ -194,8 +194,8 @@ impl NodeBuilder {
         self
     }
 
-    /// Bytes of a segment, whole pages of 4096 bytes; a record must fit in one. Fixed when the directory is made.
-    /// Default: what the directory says, else 16 MiB. A follower takes its leader's.
+    /// Bytes of a segment: whole pages of 4096 bytes, from 64 KiB to 1 GiB; a record must fit in one. Fixed when the
+    /// directory is made. Default: what the directory says, else 16 MiB. A follower takes its leader's.
     #[must_use]
     pub fn segment_size(mut self, bytes: u64) -> Self {
         self.segment_size = Some(bytes);
@@ -267,7 +267,7 @@ impl NodeBuilder {
         self
     }
 
-    /// The most bytes of segments that each shard keeps; `None` or 0 for no bound. Default: 1 GiB
+    /// The most bytes of files that each shard's log takes; `None` or 0 for no bound. Default: 1 GiB
     /// ([`DEFAULT_MAX_WAL_BYTES`](crate::limits::DEFAULT_MAX_WAL_BYTES)).
     ///
     /// Beyond it the oldest segments go although a follower still needs them: it loses its place, and has to be
@@ -381,7 +381,8 @@ impl NodeBuilder {
     }
 
     /// Gives a signal that stops a follower, also while it still waits for a leader to come up. On a leader it ends
-    /// listener and streams, once what is pending was sent; its writers write on until [`Leader::shutdown`].
+    /// listener and streams, once what is pending was sent; its writers write on until [`Leader::shutdown`],
+    /// and [`drain_timeout`](Self::drain_timeout) counts from there.
     #[must_use]
     pub fn stop_signal(mut self, stop: ShutdownSignal) -> Self {
         self.stop = stop;

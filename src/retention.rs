@@ -28,8 +28,8 @@
 //!
 //! What nobody needs goes once it is synced. What goes because the log is too large goes at once, synced or not: a
 //! writer that waits for no sync may be faster than the device, and its log is bounded all the same. Only the node's
-//! own target can hold a log that is too large. It is asked to hurry when half of the limit is held, and what it has
-//! not applied durably stays.
+//! own target can hold a log that is too large. It is asked to hurry when files take more than half of where
+//! segments begin to go, and what it has not applied durably stays.
 //!
 //! One thread a node does this. It waits for a new segment, for a follower that leaves one behind, for a pin that
 //! moves, and for the checkpoint; between those it does nothing, and it never waits for a device.
@@ -51,7 +51,7 @@ use crate::watermark::{Until, WaitStrategy, Watermark, wait_any};
 /// How much log a shard keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RetentionOptions {
-    /// The most bytes of segments; `None` for no bound.
+    /// The most bytes of files; `None` for no bound.
     pub(crate) max_wal_bytes: Option<u64>,
     /// Bytes of segments kept although nobody needs them.
     pub(crate) min_wal_bytes: u64,

@@ -52,7 +52,7 @@ pub struct ShardStatus {
     pub committed: Lsn,
     /// Bytes of its segments.
     pub retained_bytes: u64,
-    /// The bound on those bytes; `None` for no bound.
+    /// The bound on the bytes of all its files, spares too; `None` for no bound.
     pub max_wal_bytes: Option<u64>,
     /// How the shard is, in a word.
     pub mode: Mode,
@@ -102,7 +102,7 @@ pub struct FollowerStatus {
     pub applied: Lsn,
     /// When it last acknowledged, in milliseconds since 1970; 0 for never.
     pub acked_at_ms: u64,
-    /// Log bytes that it has not received yet; of which segments it needs, whole ones are counted whole.
+    /// Log bytes that it has not received yet, or somewhat more: of the segment that it is in, all of it counts.
     pub lag_bytes: u64,
     /// How it is, in a word.
     pub mode: Mode,

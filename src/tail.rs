@@ -336,8 +336,8 @@ pub fn ask_status(transport: &dyn Transport, address: &str, timeout: Duration) -
     Status::decode(&body).map_err(|reason| Error::protocol(peer, format!("its status cannot be read: {reason}")))
 }
 
-/// Asks the node at `address` how many shards it has, and of what size its segments are. Where the log of a shard
-/// begins and ends, each shard is asked.
+/// Asks the node at `address` how many shards it has, and of what size its segments are. What the
+/// answer says of where a log begins and ends is about shard 0 alone.
 ///
 /// # Errors
 ///

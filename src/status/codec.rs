@@ -11,7 +11,7 @@
 //! | cluster, node, region, epoch | 16, 8, 2, 8 |
 //! | uptime in milliseconds | 8 |
 //! | number of shards | 2 |
-//! | for each shard: shard, tail, head, synced, committed, retained bytes | 2, 8, 8, 8, 8, 8 |
+//! | for each shard, all that follows: shard, tail, head, synced, committed, retained bytes | 2, 8, 8, 8, 8, 8 |
 //! | `max_wal_bytes`, 0 for no bound | 8 |
 //! | mode, reason: texts, the reason empty if there is none | |
 //! | number of pins | 2 |
@@ -20,11 +20,11 @@
 //! | following: 0 or 1; if 1: connected (1 byte), leader head, applied, heard at (milliseconds since 1970), error: text | 1, 1, 8, 8, 8 |
 //! | number of followers | 2 |
 //! | for each follower: node, connected (1 byte), shipped, received, durable, applied, acknowledged at, lag in bytes | 8, 1, 8, 8, 8, 8, 8, 8 |
-//! | then its mode, reason and refusal: texts, empty if there is none | |
+//! | then its mode, reason and refusal: texts, the last two empty if there is none | |
 //! | then place lost (1 byte), session kind and phase: texts, the kind empty if there is none | 1 |
 //! | then session, its target, achieved LSN and base blocks | 8, 8, 8, 8 |
 //! | then how its history differs: text, empty if that is not known to be so | |
-//! | then of scrubbing: passes, last completed (milliseconds since 1970), bytes, number of findings | 8, 8, 8, 2 |
+//! | after its followers, of the shard's scrubbing: passes, last completed (milliseconds since 1970), bytes, number of findings | 8, 8, 8, 2 |
 //! | for each finding: segment, offset, end, LSN, path and reason: texts | 8, 8, 8, 8 |
 //!
 //! Modes, reasons, refusals, kinds and phases are the words of [`crate::protocol`].

@@ -9,7 +9,7 @@
 //! | follow, and go on after a restart | [`durable_applied`](ReplicationTarget::durable_applied), [`apply`](ReplicationTarget::apply), [`sync`](ReplicationTarget::sync) |
 //! | give its state to others | also [`open_base`](ReplicationTarget::open_base) |
 //! | be rebuilt where the log that it needs is gone, or where it has applied what no leader has any more, as one that was deposed may have | also [`begin_base`](ReplicationTarget::begin_base), [`give_up`](ReplicationTarget::give_up), [`is_rebuilding`](ReplicationTarget::is_rebuilding) |
-//! | apply the log while a base comes | also [`blocks_of`](ReplicationTarget::blocks_of): else the base is a snapshot, and the log is applied after it |
+//! | apply the log while a base comes | also [`blocks_of`](ReplicationTarget::blocks_of), and bases with a [`block_len`](BaseInfo::block_len): without either, neither, and the base is a snapshot with the log applied after it |
 //! | go on with a rebuild that was interrupted | also [`resumes_bases`](ReplicationTarget::resumes_bases), [`resume_base`](ReplicationTarget::resume_base) |
 //!
 //! The leader's target gives, the follower's takes. Where either does not, the follower is told so, and has to start
@@ -53,6 +53,7 @@ use crate::wal::{Batch, Record};
 /// Where panics abort, the process ends.
 ///
 /// ```
+/// use std::collections::BTreeMap;
 /// use std::sync::Mutex;
 /// use towline::target::ReplicationTarget;
 /// use towline::wal::Record;
@@ -60,18 +61,19 @@ use crate::wal::{Batch, Record};
 ///
 /// /// Counts bytes, in memory: the smallest possible target.
 /// #[derive(Default)]
-/// struct ByteCount(Mutex<(Lsn, usize)>);
+/// struct ByteCount(Mutex<(BTreeMap<ShardId, Lsn>, usize)>);
 ///
 /// impl ReplicationTarget for ByteCount {
 ///     fn durable_applied(&self, _: ShardId) -> Result<Option<Lsn>> {
 ///         Ok(None)
 ///     }
 ///     fn apply(&self, shard: ShardId, record: Record<'_>) -> Result<()> {
-///         let mut state = self.0.lock().unwrap();
-///         if record.lsn > state.0 {
-///             let sum = state.1.checked_add(record.bytes.len());
-///             let sum = sum.ok_or_else(|| Error::target(shard, "there are more bytes than can be counted"))?;
-///             *state = (record.lsn, sum);
+///         let (applied, count) = &mut *self.0.lock().unwrap();
+///         let applied = applied.entry(shard).or_default();
+///         if record.lsn > *applied {
+///             let sum = count.checked_add(record.bytes.len());
+///             *count = sum.ok_or_else(|| Error::target(shard, "there are more bytes than can be counted"))?;
+///             *applied = record.lsn;
 ///         }
 ///         Ok(())
 ///     }
@@ -141,8 +143,9 @@ pub trait ReplicationTarget: Send + Sync {
         self.keeps_state() && self.takes_records()
     }
 
-    /// Whether records have to be handed to this target. Where not, what is received counts as applied at once, and
-    /// nobody reads the log for it.
+    /// Whether records have to be handed to this target. Where not, and where it does not [need a durable
+    /// log](Self::needs_durable_log) either, what is received counts as applied at once, and nobody reads the log for
+    /// it, but during a rebuild.
     fn takes_records(&self) -> bool {
         true
     }
@@ -237,7 +240,8 @@ pub trait ReplicationTarget: Send + Sync {
     }
 
     /// Appends the numbers of the blocks that a record touches to `blocks`, deletes and trims included. Returns false
-    /// if this target cannot number its blocks: its base is then a consistent snapshot, with the log applied after it.
+    /// if this target cannot number its blocks: its bases have a [`block_len`](BaseInfo::block_len) of 0 then, and are
+    /// consistent snapshots, with the log applied after them. Asked on the follower, and of numbered bases only.
     ///
     /// # Errors
     ///
