@@ -455,7 +455,7 @@ impl NodeBuilder {
 
     /// The same of an epoch and of followers, for whoever is to lead as this node.
     fn check_leadership(&self, node: Option<NodeId>) -> Result<()> {
-        if let Some(epoch @ (Epoch::ZERO | Epoch(u64::MAX))) = self.epoch {
+        if let Some(epoch) = self.epoch.filter(|&epoch| epoch == Epoch::ZERO || !epoch.has_successor()) {
             let reason = format!("nobody can lead under epoch {epoch}: the first is 1, and each must have a successor");
             return Err(Error::invalid(reason));
         }

@@ -222,9 +222,7 @@ impl Reading<'_> {
         gathered.bytes.drain(..used);
         Ok(flow)
     }
-}
 
-impl Reading<'_> {
     /// Whether the last record read is to be asked for once more.
     fn asks_again(&self) -> bool {
         self.chain.is_some() && !self.is_given_up

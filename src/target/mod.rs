@@ -2,7 +2,7 @@
 //!
 //! [`ReplicationTarget`] has two halves. The *apply half* takes records in order and says how far they are durable. The
 //! *base half* gives and takes images of the state, for followers that the log cannot bring back. [`FixedStore`] is the
-//! built-in target; `tests/redb_target.rs` puts a log into another crate's database in a hundred lines.
+//! built-in target; `tests/redb_target.rs` puts a log into another crate's database, both halves in two hundred lines.
 //!
 //! | so that a node can … | its target has |
 //! |---|---|
