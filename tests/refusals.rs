@@ -607,7 +607,8 @@ fn a_transport_that_panics_and_panics_again_ends_following_at_once() {
     append(&mut writer, 1);
     let error = reason_of_end(&follower);
     assert!(matches!(error, Error::Panicked { .. }), "{error}");
-    assert_says(&error.to_string(), &["the receiver of shard 0", "stumbled over Ack"]);
+    // Either of the two that acknowledge may be the first to stumble.
+    assert_says(&error.to_string(), &["of shard 0 panicked", "stumbled over Ack"]);
 }
 
 /// A target whose sync panics.
