@@ -144,6 +144,11 @@ impl AckLane {
         self.under.goes_on_under(epoch);
     }
 
+    /// The epoch that the leader goes on under.
+    pub(crate) fn leaders_epoch(&self) -> Epoch {
+        self.under.epoch()
+    }
+
     /// Tells the leader why the stream ends, as well as may be.
     #[inline(never)]
     pub(crate) fn say_why(&self, error: &Error, intake: Option<&Intake>) {

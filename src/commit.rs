@@ -317,6 +317,8 @@ pub struct Commits {
     acknowledged: Acknowledged,
     /// The streams to followers that stand now. Changed when one begins or ends.
     shippers: RwLock<Vec<Arc<Shipper>>>,
+    /// On a follower: the newest LSN that its leader has said to be committed. Moved by the shard's receiver.
+    told: Option<Arc<AtomicU64>>,
     /// The newest LSN that somebody waits for at the durable or the applied level. Moved by waiters; shippers wait on
     /// it to ask followers for haste.
     durable_wanted: Watermark,
@@ -324,6 +326,11 @@ pub struct Commits {
 }
 
 impl Commits {
+    /// On a follower: nothing is committed here, and `told` is what its leader says.
+    pub(crate) fn of_follower(log: Arc<Log>, told: Arc<AtomicU64>) -> Commits {
+        Commits { told: Some(told), ..Commits::new(log, Commit::SYNCED) }
+    }
+
     pub(crate) fn new(log: Arc<Log>, policy: Commit) -> Commits {
         let mut commits = Commits {
             log,
@@ -331,6 +338,7 @@ impl Commits {
             policy_reached: None,
             acknowledged: Acknowledged::default(),
             shippers: RwLock::default(),
+            told: None,
             durable_wanted: Watermark::new(Lsn::ZERO),
             applied_wanted: Watermark::new(Lsn::ZERO),
         };
@@ -348,6 +356,9 @@ impl Commits {
     /// Wait-free.
     #[must_use]
     pub fn committed(&self) -> Lsn {
+        if let Some(told) = &self.told {
+            return Lsn(told.load(Ordering::Relaxed)).min(self.log.head());
+        }
         let synced = if self.policy.synced { self.log.synced().load() } else { Lsn::MAX };
         let followers = self.policy_reached.as_ref().map_or(Lsn::MAX, |mark| mark.load());
         synced.min(followers)

@@ -72,6 +72,11 @@ impl StreamUnder {
         self.standing.epoch.fetch_max(epoch.0, Ordering::SeqCst);
     }
 
+    /// The epoch that it stands under.
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch(self.standing.epoch.load(Ordering::SeqCst))
+    }
+
     /// Whether anything may still be said.
     ///
     /// # Errors
@@ -79,7 +84,7 @@ impl StreamUnder {
     /// [`Error::Refused`], which another stream can mend, if a newer epoch has been accepted.
     #[inline]
     pub(crate) fn check(&self) -> Result<()> {
-        let (own, accepted) = (Epoch(self.standing.epoch.load(Ordering::SeqCst)), self.fence.accepted());
+        let (own, accepted) = (self.epoch(), self.fence.accepted());
         if own >= accepted { Ok(()) } else { Err(self.refusal(own, accepted)) }
     }
 

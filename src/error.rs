@@ -185,6 +185,8 @@ pub enum RefusalCode {
     Internal = 14,
     /// Both have a record of the same LSN, and their chains there differ: one of the two logs is wrong.
     ChainMismatch = 15,
+    /// The node is a follower that feeds others, and has yet to catch up with its own leader: asking again settles it.
+    NotReady = 16,
 }
 
 impl RefusalCode {
@@ -208,6 +210,7 @@ impl RefusalCode {
             13 => C::Superseded,
             14 => C::Internal,
             15 => C::ChainMismatch,
+            16 => C::NotReady,
             _ => return None,
         })
     }
@@ -435,7 +438,7 @@ mod tests {
 
     #[test]
     fn refusal_codes_survive_the_wire() {
-        let last = RefusalCode::ChainMismatch.to_wire();
+        let last = RefusalCode::NotReady.to_wire();
         for number in 0..=u16::MAX {
             let code = RefusalCode::from_wire(number);
             assert_eq!(code.map(RefusalCode::to_wire), (1..=last).contains(&number).then_some(number));

@@ -15,7 +15,8 @@
 //! | `tl-sync-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-prep-s…` | one a shard while it receives | see [`crate::wal`] |
 //! | `tl-unmap-s…` | one a shard while removed segments go | see [`crate::wal`] |
-//! | `tl-accept`, `tl-agree-…`, `tl-peer-…`, `tl-tail-…` | as on a leader, if it listens | |
+//! | `tl-accept`, `tl-proto` | as on a leader, if it listens | |
+//! | `tl-agree-…`, `tl-peer-…`, `tl-ship-…`, `tl-tail-…` | as on a leader, for those whom it feeds | |
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -41,7 +42,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::status::{Role, Status};
 use crate::target::{ReplicationTarget, TargetTopology};
 use crate::transport::{Connection, Transport};
-use crate::types::{ClusterId, Epoch, Lsn, ShardId};
+use crate::types::{ClusterId, Epoch, Lsn, NodeId, ShardId};
 use crate::wal::{Log, LogWriter, Wal, segment, unix_ms};
 use crate::watermark::Watermark;
 use crate::wire::ShardInfo;
@@ -146,6 +147,8 @@ impl Following {
 pub(crate) struct ShardState {
     connected: AtomicBool,
     leader_head: AtomicU64,
+    /// What the leader has said to be committed.
+    committed: Arc<AtomicU64>,
     heard_at_ms: AtomicU64,
     applied: Mutex<Option<Arc<AppliedMark>>>,
     rebuild: Mutex<RebuildProgress>,
@@ -193,6 +196,15 @@ impl ShardState {
 
     pub(crate) fn set_leader_head(&self, head: Lsn) {
         self.leader_head.fetch_max(head.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_committed(&self, lsn: Lsn) {
+        self.committed.fetch_max(lsn.0, Ordering::Relaxed);
+    }
+
+    /// What the shard's followers have acknowledged, and the leader has committed.
+    pub(crate) fn commits(&self, log: &Arc<Log>) -> Arc<Commits> {
+        Arc::new(Commits::of_follower(Arc::clone(log), Arc::clone(&self.committed)))
     }
 
     pub(crate) fn set_error(&self, error: &Error) {
@@ -278,7 +290,7 @@ impl Follower {
         });
         let shards = wals.iter().zip(&states).zip(&hosting.hosts).map(|((wal, state), host)| ServerShard {
             log: Arc::clone(wal.log()),
-            commits: Arc::new(Commits::new(Arc::clone(wal.log()), builder.options.commit)),
+            commits: state.commits(wal.log()),
             host: Arc::clone(host),
             following: Some(Arc::clone(state)),
             target: Some(Arc::clone(&target)),
@@ -288,8 +300,9 @@ impl Follower {
             Arc::clone(&directory),
             shards.collect(),
             builder.options.clone(),
-            builder.abort_signal().child(),
-            stop.clone(),
+            // Once following ends, for whatever reason, those who are fed get what is here and no more.
+            stop.child(),
+            ShutdownSignal::new(),
             Arc::clone(&threads),
         ));
         let (path, hurry, registry) = (directory.checkpoint_path(), hosting.hurry(), hosting.registry());
@@ -403,6 +416,16 @@ impl Follower {
     pub fn rebuild_progress(&self, shard: ShardId) -> Result<RebuildProgress> {
         let state = self.states.get(usize::from(shard.0));
         state.map(|state| state.rebuild()).ok_or_else(|| Error::invalid(format!("there is no shard {shard}")))
+    }
+
+    /// Forgets a follower that this node has [fed](crate::NodeBuilder::listen) and that will not come back: as
+    /// [`Leader::forget_follower`](crate::Leader::forget_follower).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if that could not be written down: it is then remembered when the node starts again.
+    pub fn forget_follower(&self, node: NodeId) -> Result<()> {
+        self.server.forget_follower(node)
     }
 
     /// What the node says about itself now.

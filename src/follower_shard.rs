@@ -35,7 +35,6 @@ use parking_lot::Mutex;
 use crate::applier::Applier;
 use crate::caught::caught;
 use crate::checkpointer::{CheckpointShard, Checkpointer};
-use crate::commit::Commits;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::{Following, ShardState};
 use crate::node::running::NODE_THREAD_STACK;
@@ -398,6 +397,18 @@ impl FollowerShard {
         Ok(())
     }
 
+    /// Feeds others from now on, if it can: the log has reached where the leader of this epoch was.
+    pub(crate) fn feed(&self, epoch: Epoch) -> Result<()> {
+        self.server.shard(self.shard)?.host.set_caught_up(epoch, !self.is_incomplete()?);
+        Ok(())
+    }
+
+    /// Feeds no other node until this one has caught up again: its log or its target become others.
+    pub(crate) fn withdraw(&self) -> Result<()> {
+        self.server.shard(self.shard)?.host.withdraw();
+        Ok(())
+    }
+
     fn log_settings(&self) -> (LogIdentity, WalOptions, PathBuf) {
         let manifest = self.node.manifest();
         let identity = LogIdentity {
@@ -427,7 +438,7 @@ impl FollowerShard {
         self.server.replace_shard(
             self.shard,
             ServerShard {
-                commits: Arc::new(Commits::new(Arc::clone(&log), self.node.options.commit)),
+                commits: self.state.commits(&log),
                 log,
                 host: Arc::clone(&before.host),
                 following: Some(Arc::clone(&self.state)),

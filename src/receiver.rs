@@ -331,7 +331,7 @@ impl Receiver {
                         acknowledge();
                     }
                 }
-                FrameKind::CaughtUp => self.take_caught_up(peer, receiver, header)?,
+                FrameKind::CaughtUp => self.take_caught_up(peer, receiver, header, lane)?,
                 FrameKind::Error => return Err(receive_refusal(peer, receiver, header)),
                 _ => match intake {
                     Some(intake) => self.take_in_base(intake, receiver, header, &mut arrived, lane)?,
@@ -422,17 +422,25 @@ impl Receiver {
     ) -> Result<()> {
         if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
             self.own.state.set_leader_head(beat.head);
+            self.own.state.set_committed(beat.committed);
             lane.compare(peer, self.own.shard, &beat)?;
         }
         Ok(())
     }
 
     #[inline(never)]
-    fn take_caught_up(&mut self, peer: &str, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<()> {
+    fn take_caught_up(
+        &mut self,
+        peer: &str,
+        receiver: &mut dyn FrameReceiver,
+        header: FrameHeader,
+        lane: &AckLane,
+    ) -> Result<()> {
         if let Message::CaughtUp(caught_up) = receiver.receive_message_body(header)? {
             self.own.state.set_leader_head(caught_up.head);
             self.own.writer()?.log().prepare_spares()?;
             log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
+            self.own.feed(lane.leaders_epoch())?;
         }
         Ok(())
     }
@@ -475,6 +483,7 @@ impl Receiver {
         }
         let total = u64::from(receiver.remaining());
         let node = Arc::clone(&self.own.node);
+        let mut newer = None;
         let writer = self.own.writer()?;
         while receiver.remaining() > 0 {
             let len = u64::from(receiver.remaining()).min(TAKE_IN);
@@ -491,9 +500,11 @@ impl Receiver {
                 // The leader goes on under a newer term. Should the node stop right here, the log says so too.
                 lane.goes_on_under(epoch);
                 node.accept_epoch(epoch).map_err(|error| stale_answer(peer, error))?;
+                newer = Some(epoch);
             }
         }
-        Ok(total)
+        // All that the leader had of older terms came before.
+        newer.map_or(Ok(()), |epoch| self.own.feed(epoch)).map(|()| total)
     }
 }
 

@@ -153,6 +153,20 @@ impl Registry {
         self.followers.read().clone()
     }
 
+    /// The shard's log has become another one, with these LSNs: what followers had behind its end is not of it, and who
+    /// needs what comes before it has lost its place.
+    pub(crate) fn cut_behind(&self, shard: ShardId, tail: Lsn, head: Lsn) {
+        for known in self.followers() {
+            if let Some(place) = known.places.get(usize::from(shard.0)) {
+                place.durable.fetch_min(head.0, Ordering::AcqRel);
+                place.applied.fetch_min(head.0, Ordering::AcqRel);
+            }
+            if known.position(shard).next() < tail {
+                known.set_lost_place(shard, true);
+            }
+        }
+    }
+
     /// The follower, which is known from now on. New ones are on stable storage on return.
     ///
     /// # Errors

@@ -256,7 +256,7 @@ impl ShardRetention {
     }
 
     /// Puts another log in the place of the present one, whose files `open` removes: nothing is released meanwhile.
-    /// Pins on the old one are lost. `applied` is up to where the target has durably applied the new one.
+    /// Pins on the old one are lost, and no follower stands behind the end of the new one. `applied` is up to where the target has durably applied the new one.
     pub(crate) fn replace_log(
         &self,
         applied: &Arc<Watermark>,
@@ -270,6 +270,7 @@ impl ShardRetention {
             *kept = Kept { log: Arc::clone(opened.0.log()), applied: Some(Arc::clone(applied)) };
             let pins = self.pins.lock();
             self.tail.store(kept.log.tail().0, Ordering::Release);
+            self.registry.cut_behind(kept.log.shard(), kept.log.tail(), kept.log.head());
             pins.iter().for_each(|held| held.lost.store(true, Ordering::Release));
             opened
         };

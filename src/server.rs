@@ -81,6 +81,7 @@ struct Answer {
     info: ShardInfo,
     lanes: Lanes,
     stream: Option<StreamKey>,
+    of_shard: Arc<ServerShard>,
 }
 
 /// What a stream carries.
@@ -225,19 +226,17 @@ impl Server {
         };
         let signals = StreamSignals { over, superseded: ShutdownSignal::new() };
         let answer = server.check(&request).and_then(|version| match request.purpose {
-            Purpose::Topology => {
-                server.describe(&request, version).map(|info| Answer { info, lanes: Lanes::None, stream: None })
-            }
+            Purpose::Topology => server.answer_without_log(&request, version, Lanes::None),
             Purpose::Follow => {
                 server.start_following(&mut request, version, (sender.as_mut(), receiver.as_mut()), peer, &signals)
             }
             Purpose::Tail => server.start_tail(&request, version),
-            Purpose::Segment if request.from == Lsn::ZERO => takes_log(version)
-                .and_then(|()| server.describe(&request, version))
-                .map(|info| Answer { info, lanes: Lanes::Ranges, stream: None }),
+            Purpose::Segment if request.from == Lsn::ZERO => {
+                takes_log(version).and_then(|()| server.answer_without_log(&request, version, Lanes::Ranges))
+            }
             other => Err(Refusal(RefusalCode::WrongRole, format!("this node does not serve {other:?} here"))),
         });
-        let Answer { info, lanes, stream: key } = match answer {
+        let Answer { info, lanes, stream: key, of_shard } = match answer {
             Ok(answer) => answer,
             Err(refusal) => {
                 log::warn!("{peer} (node {}, shard {}) was refused: {}", request.node, request.shard, refusal.1);
@@ -248,7 +247,6 @@ impl Server {
         let leave = key.map(|stream| LeaveStream { server: Arc::clone(server), shard: request.shard, stream });
         receiver.set_deadline(None)?;
         sender.send_message(&Message::ShardInfo(info))?;
-        let of_shard = server.shard(request.shard)?;
         let cursor = match &lanes {
             Lanes::Log(place) | Lanes::Rebuild(_, Some(place), _) => ChainCursor::at(Arc::clone(&of_shard.log), *place),
             _ => ChainCursor::unplaced(Arc::clone(&of_shard.log)),
@@ -335,12 +333,17 @@ impl Server {
         Ok(version)
     }
 
+    /// The answer to somebody who is shipped nothing.
+    fn answer_without_log(&self, request: &SyncRequest, version: u16, lanes: Lanes) -> Result<Answer, Refusal> {
+        let of_shard = self.shard(request.shard).map_err(internal)?;
+        Ok(Answer { info: self.describe(&of_shard, request, version), lanes, stream: None, of_shard })
+    }
+
     /// What the node tells about a shard.
-    fn describe(&self, request: &SyncRequest, version: u16) -> Result<ShardInfo, Refusal> {
+    fn describe(&self, shard: &ServerShard, request: &SyncRequest, version: u16) -> ShardInfo {
         let manifest = self.directory.manifest();
-        let shard = self.shard(request.shard).map_err(internal)?;
         let topology = shard.target.as_ref().map(|target| target.topology()).unwrap_or_default();
-        Ok(ShardInfo {
+        ShardInfo {
             version,
             cluster: manifest.cluster,
             node: manifest.node,
@@ -362,7 +365,7 @@ impl Server {
             key_len: topology.key_len,
             value_len: topology.value_len,
             prefix_bits: topology.prefix_bits,
-        })
+        }
     }
 
     /// Checks that the follower is one of this log at all, asks it where the logs part if they do, and has the shard's
@@ -377,12 +380,13 @@ impl Server {
         signals: &StreamSignals,
     ) -> Result<Answer, Refusal> {
         self.check_follower(request, version)?;
+        self.wait_until_feeding(request.shard, signals)?;
         let shard = self.shard(request.shard).map_err(internal)?;
         let parting = ask_where_logs_part(&shard.log, request, version, sender, receiver).map_err(|error| {
             let violates = matches!(error, Error::Protocol { .. });
             Refusal(if violates { RefusalCode::ProtocolViolation } else { RefusalCode::Internal }, error.to_string())
         })?;
-        let admitted = shard.host.admit(request, parting.as_ref(), peer, signals)?;
+        let admitted = shard.host.admit(request, (&shard.log, parting.as_ref()), peer, signals)?;
         if let (Some(cut), Some(place)) = (admitted.session.cut, admitted.place) {
             request.received = cut;
             request.durable = request.durable.min(cut);
@@ -392,18 +396,20 @@ impl Server {
         let request = &*request;
         let answer = match (admitted.session.kind, admitted.place) {
             (Recovery::Rebuild, _) | (_, None) => self.start_rebuild(&shard, &admitted, request, version),
-            (kind, Some(place)) => self.describe(request, version).map(|info| Answer {
+            (kind, Some(place)) => Ok(Answer {
                 info: ShardInfo {
+                    epoch: admitted.session.epoch,
                     session: admitted.session.id,
                     session_kind: if kind == Recovery::KeepUp { SessionKind::KeepUp } else { SessionKind::CatchUp },
                     start: request.received.next(),
                     target: admitted.session.target,
                     start_segment: place.segment,
                     start_offset: place.offset,
-                    ..info
+                    ..self.describe(&shard, request, version)
                 },
                 lanes: Lanes::Log(place),
                 stream: Some(admitted.stream),
+                of_shard: Arc::clone(&shard),
             }),
         };
         // Before it is answered: whoever has the answer is a follower.
@@ -416,7 +422,7 @@ impl Server {
     /// to give, the session fails and the follower is told what is retained.
     fn start_rebuild(
         &self,
-        shard: &ServerShard,
+        shard: &Arc<ServerShard>,
         admitted: &Admitted,
         request: &SyncRequest,
         version: u16,
@@ -429,29 +435,25 @@ impl Server {
         // Otherwise the reader gets its place when the base is open.
         let anew = || shard.log.segment_start_for(shard.log.head().next()).map_err(internal);
         let place = goes_on.map_or_else(anew, Ok)?;
-        self.describe(request, version).map(|info| Answer {
+        Ok(Answer {
             info: ShardInfo {
+                epoch: admitted.session.epoch,
                 session: admitted.session.id,
                 session_kind: SessionKind::Rebuild,
                 target: admitted.session.target,
                 start: goes_on.map_or(Lsn::ZERO, |place| place.lsn.next()),
                 start_segment: goes_on.map_or(Lsn::ZERO, |place| place.segment),
                 start_offset: goes_on.map_or(0, |place| place.offset),
-                ..info
+                ..self.describe(shard, request, version)
             },
             lanes: Lanes::Rebuild(shard.log.reader_at_known(place), goes_on, store),
             stream: Some(admitted.stream),
+            of_shard: Arc::clone(shard),
         })
     }
 
     /// Whether the follower can follow this node and this log, wherever it stands.
     fn check_follower(&self, request: &SyncRequest, version: u16) -> Result<(), Refusal> {
-        if self.role != Role::Leader {
-            return Err(Refusal(
-                RefusalCode::WrongRole,
-                "this node is a follower itself; follow its leader".to_owned(),
-            ));
-        }
         let manifest = self.directory.manifest();
         let asked = (request.shard_count, request.segment_size, request.region);
         let own = (manifest.shard_count, manifest.segment_size, manifest.region);
@@ -482,10 +484,26 @@ impl Server {
         Ok(())
     }
 
-    /// A leader that learns of a newer epoch is deposed: nothing is appended any more, and its streams end.
+    /// A follower has agreed with its own leader before it feeds others.
+    fn wait_until_feeding(&self, shard: ShardId, signals: &StreamSignals) -> Result<(), Refusal> {
+        // The one that asks waits no longer than this for the whole answer, if it was told the same.
+        let deadline = Instant::now().checked_add(self.options.handshake_timeout / 2);
+        let host = Arc::clone(&self.shard(shard).map_err(internal)?.host);
+        host.wait_until_feeding(deadline, [signals.over.until(), self.draining.until()])
+    }
+
+    /// A leader that learns of a newer epoch is deposed: nothing is appended any more, and its streams end. A follower
+    /// waits for the leader of that epoch.
     fn check_epoch(&self, epoch: Epoch) -> Result<(), Refusal> {
         if !epoch.has_successor() {
             return Err(Refusal(RefusalCode::ProtocolViolation, format!("epoch {epoch} has no successor")));
+        }
+        if self.role == Role::Follower {
+            let accepted = self.directory.manifest().epoch;
+            let reason = || {
+                format!("you have accepted epoch {epoch}, and this node, a follower itself, has met {accepted} so far")
+            };
+            return if epoch > accepted { Err(Refusal(RefusalCode::StaleEpoch, reason())) } else { Ok(()) };
         }
         if epoch > self.led {
             self.depose(epoch).map_err(internal)?;
@@ -533,7 +551,7 @@ impl Server {
         // A reader has nothing of the log that a compact batch could lean on.
         let place = log.plain_position_before(from);
         let place = place.map_err(|error| Refusal(RefusalCode::NotRetained, error.to_string()))?;
-        let info = self.describe(request, version)?;
+        let info = self.describe(&shard, request, version);
         let info = ShardInfo {
             start: place.lsn.next(),
             target: info.head,
@@ -541,7 +559,7 @@ impl Server {
             start_offset: place.offset,
             ..info
         };
-        Ok(Answer { info, lanes: Lanes::Log(place), stream: None })
+        Ok(Answer { info, lanes: Lanes::Log(place), stream: None, of_shard: shard })
     }
 
     fn answer_status(&self, sender: &mut dyn FrameSender) -> Result<()> {

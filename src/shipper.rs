@@ -302,8 +302,8 @@ impl Shipper {
         let goes_on = rebuild.log_goes_on;
         // A target that makes its boundary durable first may take long over it.
         let opened = while_beating(lane.sender.as_mut(), self.heartbeat, self.epoch, &self.stream_over, || {
-            let held = host.pin_rebuild(stream, session, goes_on.map(|place| place.lsn.next()))?;
-            Ok((held, rebuild.open(place)?))
+            let (held, open) = host.pin_rebuild(stream, session, goes_on.map(|place| place.lsn.next()))?;
+            Ok((held, rebuild.open(place, open)?))
         });
         let opened = opened.and_then(|(held, base)| {
             let start = match goes_on.filter(|place| held == place.lsn.next()) {

@@ -254,6 +254,7 @@ fn ack(epoch: Epoch, replica: NodeId, arguments: &Arguments<'_>) -> Result<SyncA
             chain_at_received: arguments.optional("leader_chain")?.or(same_history.then_some(chain)),
             common: arguments.optional("common")?,
             cut_possible: arguments.or("cut_possible", false)?,
+            is_relay: arguments.or("relay", false)?,
         },
     })
 }

@@ -16,7 +16,7 @@ use crate::protocol::{
 use crate::registry::Known;
 use crate::shutdown::ShutdownSignal;
 use crate::types::{Epoch, Lsn, NodeId};
-use crate::wal::{LogPosition, unix_ms};
+use crate::wal::{Log, LogPosition, unix_ms};
 use crate::wire::SyncRequest;
 
 /// How long a stream that a newer one replaces may take to tell its follower. Only a peer that reads nothing needs more
@@ -59,18 +59,21 @@ pub(crate) struct StreamSignals {
 
 impl Host {
     /// Decides about a follower that asks to follow on a stream with these signals. `parting` is where its log parts
-    /// from this one, if that was found out. What is decided holds until [`stream_ended`](Self::stream_ended), which
+    /// from `log`, the shard's when that was found out, if it was. What is decided holds until [`stream_ended`](Self::stream_ended), which
     /// the caller owes.
     ///
     /// An older stream of the follower is over when this returns.
     pub(crate) fn admit(
         &self,
         request: &SyncRequest,
-        parting: Option<&Parting>,
+        (log, parting): (&Arc<Log>, Option<&Parting>),
         endpoint: &str,
         signals: &StreamSignals,
     ) -> Result<Admitted, Declined> {
         let mut state = self.state.lock();
+        if !state.feeds() || !Arc::ptr_eq(log, &state.log) {
+            return Err(self.feeds_nobody());
+        }
         let before = state.member(request.node).and_then(|member| member.stream.take());
         let admitted = self.admit_locked(&mut state, request, parting, endpoint, (signals, before.as_ref()));
         drop(state);
@@ -176,6 +179,7 @@ impl Host {
                 // Nor is one to cut a log for.
                 cut_possible: parting.is_some_and(|parting| parting.cut_possible)
                     && common.is_some_and(|place| place.segment >= tail),
+                is_relay: state.is_relay(),
             },
         };
         self.apply(state, &Event::SyncAckReceived(facts));
@@ -190,7 +194,7 @@ impl Host {
         if self.settings.members.as_ref().is_some_and(|members| !members.contains(&node)) {
             return Err(Declined(
                 RefusalCode::WrongTopology,
-                format!("node {node} is not among the followers that this leader was told to have"),
+                format!("node {node} is not among the followers that this node was told to have"),
             ));
         }
         let full =
@@ -265,6 +269,14 @@ impl Host {
             Some(Refusal::SessionIdsExhausted) => {
                 Declined(RefusalCode::Internal, "this leader has no session ids left".to_owned())
             }
+            Some(Refusal::RelayBehind) => Declined(
+                RefusalCode::NotReady,
+                format!(
+                    "you have shard {shard} up to LSN {}, and this node, which is a follower itself, only up to {head} so \
+                     far; ask again",
+                    request.received.max(request.applied)
+                ),
+            ),
             None => self.not_retained(request, tail, head),
         }
     }
@@ -345,6 +357,7 @@ mod tests {
                 first_session: 1,
                 on_projection: None,
                 clock: Arc::new(Clock::new()),
+                is_followable: true,
             };
             let host = Host::new(settings, log, Arc::clone(&retention));
             host.assign(Role::Leader, Epoch(1));
@@ -379,7 +392,7 @@ mod tests {
 
         fn admit(&self, request: &SyncRequest) -> Result<Admitted, Declined> {
             let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
-            self.host.admit(request, None, "somewhere", &signals)
+            self.host.admit(request, (self.wal.log(), None), "somewhere", &signals)
         }
     }
 
@@ -418,7 +431,7 @@ mod tests {
         let parting = Parting { tail_epoch: Epoch(1), common, cut_possible: true };
         let admit = || {
             let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
-            scene.host.admit(&request, Some(&parting), "somewhere", &signals).unwrap().session
+            scene.host.admit(&request, (scene.wal.log(), Some(&parting)), "somewhere", &signals).unwrap().session
         };
         assert_eq!(admit().cut, Some(tail.previous()), "it is there");
         scene.retention.give_up_before(tail);
@@ -442,7 +455,7 @@ mod tests {
                     registry.retain(|_| false).unwrap();
                     scene.host.forget(FOLLOWER, || {});
                 });
-                let admitted = scene.host.admit(&request, None, "somewhere", &signals);
+                let admitted = scene.host.admit(&request, (scene.wal.log(), None), "somewhere", &signals);
                 forgets.join().unwrap();
                 admitted
             });

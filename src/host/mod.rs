@@ -1,6 +1,7 @@
 //! The host of the protocol engine: what a node observes of a shard becomes events, and commands become deeds.
 //!
-//! There is one [`Host`] a shard, on a leader and on a follower alike. Nothing else in the crate decides how a follower
+//! There is one [`Host`] a shard, on a leader and on a follower alike; that of a follower decides about those whom the
+//! follower [feeds](relay) in its turn. Nothing else in the crate decides how a follower
 //! recovers: its request is a report of facts, the engine decides, and the answer on the connection follows from the
 //! session that the engine has then, or from its refusal.
 //!
@@ -35,6 +36,7 @@
 
 mod admission;
 mod clock;
+mod relay;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -56,9 +58,11 @@ use crate::types::{Chain, Epoch, Lsn, NodeId, SessionId, ShardId};
 use crate::wal::{Log, LogWriter, Wal, unix_ms};
 use crate::watermark::Watermark;
 use crate::wire::SessionFailure;
+use relay::Relay;
 
 pub(crate) use admission::{Admitted, Declined, StreamSignals, rebuild_goes_on};
 pub(crate) use clock::Clock;
+pub(crate) use relay::OpenBase;
 
 /// Called with each projection of each shard that changed in more than its numbers.
 pub(crate) type OnProjection = Arc<dyn Fn(&Projection) + Send + Sync>;
@@ -74,6 +78,8 @@ pub(crate) struct HostSettings {
     pub(crate) first_session: u64,
     pub(crate) on_projection: Option<OnProjection>,
     pub(crate) clock: Arc<Clock>,
+    /// Whether it can be followed: it leads, or it listens.
+    pub(crate) is_followable: bool,
 }
 
 /// One shard's engine, and what its commands have brought about.
@@ -84,6 +90,8 @@ pub(crate) struct Host {
     state: Mutex<State>,
     /// Held by whoever hands projections to the callback, so that they arrive in order.
     publishing: Mutex<()>,
+    /// Moves each time that a follower begins to feed others. Moved under the lock of `state`.
+    fed: Watermark,
 }
 
 struct State {
@@ -102,6 +110,10 @@ struct State {
     confirmed: Option<Lsn>,
     /// On a follower: whether its receiver has a stream.
     receiving: bool,
+    /// On a follower: whether it feeds others.
+    relay: Relay,
+    /// The bases that are being read, each with the end of that.
+    bases: Vec<ShutdownSignal>,
     /// Projections not handed out yet.
     outbox: VecDeque<Projection>,
 }
@@ -159,20 +171,24 @@ impl Host {
             streams: 0,
             confirmed: None,
             receiving: false,
+            relay: Relay::default(),
+            bases: Vec::new(),
             outbox: VecDeque::new(),
         };
-        Host { shard, settings, retention, state: Mutex::new(state), publishing: Mutex::new(()) }
+        let (state, publishing, fed) = (Mutex::new(state), Mutex::new(()), Watermark::default());
+        Host { shard, settings, retention, state, publishing, fed }
     }
 
-    /// Takes on a role under an epoch that is on stable storage. A leader's followers are those known.
+    /// Takes on a role under an epoch that is on stable storage. Its followers are those known, if it can have any.
     pub(crate) fn assign(&self, role: Role, epoch: Epoch) {
         let mut state = self.state.lock();
         if (state.assignment.role, state.assignment.epoch) == (role, epoch) {
             return;
         }
+        self.stop_feeding(&mut state);
         state.assignment.role = role;
         state.assignment.epoch = epoch;
-        let known = if role == Role::Leader { self.retention.registry().followers() } else { Vec::new() };
+        let known = if self.settings.is_followable { self.retention.registry().followers() } else { Vec::new() };
         let named = |known: &Arc<Known>| ReplicaInfo { node: known.node(), endpoint: String::new() };
         state.assignment.replicas = known.iter().map(named).collect();
         state.confirmed = None;
@@ -216,7 +232,8 @@ impl Host {
             tail_epoch: if received == Lsn::ZERO { Epoch::ZERO } else { epoch },
             ..FollowerFacts::default()
         };
-        let leader = LeaderFacts { tail: self.retention.tail(), head: state.log.head(), ..LeaderFacts::default() };
+        let (tail, head, is_relay) = (self.retention.tail(), state.log.head(), state.is_relay());
+        let leader = LeaderFacts { tail, head, is_relay, ..LeaderFacts::default() };
         let facts = SyncAck { epoch, replica: stream.node, follower, leader };
         self.apply_at(&mut state, now, &Event::SyncAckReceived(facts));
         let session = state.engine.session(stream.node);
@@ -275,7 +292,7 @@ impl Host {
     /// # Errors
     ///
     /// [`Error::NotRetained`] if it has been given up meanwhile; [`Error::ShutDown`] if the stream has ended.
-    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64, goes_on: Option<Lsn>) -> Result<Lsn> {
+    pub(crate) fn pin_rebuild(&self, stream: StreamKey, session: u64, goes_on: Option<Lsn>) -> Result<(Lsn, OpenBase)> {
         let mut state = self.state.lock();
         state.rebuild_of(stream, SessionId(session)).ok_or(Error::ShutDown)?;
         let (owner, reason) = (format!("node {}", stream.node), SessionKind::Rebuild.as_str());
@@ -285,7 +302,7 @@ impl Host {
         if let Some(member) = state.member(stream.node) {
             member.pins.push((SessionId(session), pin));
         }
-        Ok(first)
+        Ok((first, state.opens_base()))
     }
 
     /// A rebuild's log lane begins with `first`: from there on the follower has its place in the log again, and loses
@@ -368,12 +385,14 @@ impl Host {
         self.settle();
     }
 
-    /// On a follower: a rebuild puts another log in the place of the shard's, as `open` does.
+    /// On a follower: another log takes the place of the shard's, as `open` does. Nobody is fed with the one before any
+    /// more.
     pub(crate) fn replace_log(
         &self,
         applied: &Arc<Watermark>,
         open: impl FnOnce() -> Result<(Wal, LogWriter)>,
     ) -> Result<(Wal, LogWriter)> {
+        self.withdraw();
         let opened = self.retention.replace_log(applied, open)?;
         self.state.lock().log = Arc::clone(opened.0.log());
         Ok(opened)
@@ -520,7 +539,7 @@ impl Host {
                 log::debug!("shard {}: {} changed nothing: {why}", self.shard, event.name());
             }
         }
-        if state.assignment.role == Role::Leader
+        if self.settings.is_followable
             && let Err(error) = self.retention.registry().reserve_sessions(state.engine.next_session().0)
         {
             log::error!("shard {}: session ids were not reserved: {error}", self.shard);
@@ -683,6 +702,10 @@ impl State {
         let current = self.engine.session(stream.node)?;
         let is_it = current.id == session && current.kind == SessionKind::Rebuild && current.phase.is_live();
         is_it.then_some(current)
+    }
+
+    fn is_relay(&self) -> bool {
+        self.assignment.role == Role::Follower
     }
 
     fn all_connected(&self) -> bool {

@@ -25,7 +25,7 @@ use crate::watermark::Watermark;
 pub(crate) struct Hosting {
     /// By shard.
     pub(crate) hosts: Vec<Arc<Host>>,
-    /// Only a leader's sessions run out of time.
+    /// Only sessions of those who follow this node run out of time.
     clock: Option<Arc<Clock>>,
     registry: Arc<Registry>,
     retainer: Retainer,
@@ -49,15 +49,17 @@ impl Hosting {
                 registry.add(node)?;
             }
         }
+        let is_followable = leads || builder.listen.is_some();
         let clock = Arc::new(Clock::new());
         let settings = HostSettings {
             node: manifest.node,
             limits: builder.options.sessions,
             commit: builder.options.commit,
             members: builder.members.clone(),
-            first_session: if leads { registry.first_session(manifest.epoch)? } else { 1 },
+            first_session: if is_followable { registry.first_session(manifest.epoch)? } else { 1 },
             on_projection: builder.on_projection.clone(),
             clock: Arc::clone(&clock),
+            is_followable,
         };
         let wake = Arc::new(Watermark::default());
         let hosts: Vec<_> = shards
@@ -72,7 +74,7 @@ impl Hosting {
         hosts.iter().for_each(|host| host.assign(role, manifest.epoch));
         let retainer =
             Retainer { hosts: hosts.clone(), wake, hurry: Arc::new(Watermark::default()), stop: stop.clone() };
-        Ok(Hosting { hosts, clock: leads.then_some(clock), registry, retainer })
+        Ok(Hosting { hosts, clock: is_followable.then_some(clock), registry, retainer })
     }
 
     /// What has the checkpoint written at once when it moves.

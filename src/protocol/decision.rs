@@ -6,18 +6,19 @@
 //! | # | facts | decision |
 //! |---:|---|---|
 //! | 1 | the follower's newest epoch is newer than the leader's | refuse: `newer_epoch` |
-//! | 2 | the follower knows more to be committed than the leader has | refuse: `leader_behind` |
-//! | 3 | end = 0 = head, the follower's base is whole | keep-up |
-//! | 4 | the leader's log is empty | refuse: `leader_behind` |
-//! | 5 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
-//! | 6 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
-//! | 7 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
-//! | 8 | `received` + 1 < tail, or = tail > 1 with another chain than the leader's: its log ends before the leader's begins | rebuild |
-//! | 9 | position = head | keep-up |
-//! | 10 | position + 1 >= tail | catch-up from position |
-//! | 11 | | rebuild |
+//! | 2 | the follower knows more to be committed than the leader has | refuse: `leader_behind`; of a relay, `relay_behind` |
+//! | 3 | the leader is a relay, end past the head, same epoch or no log that tells one | refuse: `relay_behind` |
+//! | 4 | end = 0 = head, the follower's base is whole | keep-up |
+//! | 5 | the leader's log is empty | refuse: `leader_behind` |
+//! | 6 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
+//! | 7 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
+//! | 8 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
+//! | 9 | `received` + 1 < tail, or = tail > 1 with another chain than the leader's: its log ends before the leader's begins | rebuild |
+//! | 10 | position = head | keep-up |
+//! | 11 | position + 1 >= tail | catch-up from position |
+//! | 12 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 8 applies.
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 9 applies.
 //! One before the tail it knows a single chain, the one behind the batch that sealed the segment it has given up. A log
 //! that ends before that batch has another chain there and the same history: that it differs proves nothing. A fresh
 //! follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
@@ -30,11 +31,18 @@
 //! | b | common is known, nothing above it was applied to the base, common + 1 >= tail, and the cut leaves records or the follower is no longer than the leader | catch-up from common, cutting there |
 //! | c | common is known and above 0 | rebuild |
 //! | d | no common point, the leader's log does not reach back to LSN 1, and the follower is no longer than the leader | rebuild |
-//! | e | | refuse: `diverged` |
+//! | e | no common point, the leader is a relay, and its log does not reach back to LSN 1 | refuse: `relay_behind` |
+//! | f | | refuse: `diverged` |
 //!
-//! Row e is why an empty or shortened leader, or one that began anew, never wipes a follower: a follower's log is given
+//! Row f is why an empty or shortened leader, or one that began anew, never wipes a follower: a follower's log is given
 //! up only against proof that both logs once were one, or when the leader holds more than the follower and what they
 //! once shared may have been retired.
+//!
+//! A *relay* is a follower that feeds others. It decides only while it has every record of older epochs that its leader
+//! has ([`LeaderFacts::is_relay`](super::LeaderFacts::is_relay)), so about those it knows as much as the leader; of this
+//! epoch it may be behind a follower that was fed by somebody else before. That one asks again (row 3), and keeps what
+//! it has. So does one whose history a relay cannot compare, because it was rebuilt itself and has a short log (row e):
+//! when it has come further than that follower, row d holds.
 
 use super::event::SyncAck;
 use super::words::Refusal;
@@ -87,7 +95,12 @@ pub fn decide(ack: &SyncAck) -> Decision {
         return Decision::Refuse(Refusal::NewerEpoch);
     }
     if follower.committed > leader.head {
-        return Decision::Refuse(Refusal::LeaderBehind);
+        return Decision::Refuse(if leader.is_relay { Refusal::RelayBehind } else { Refusal::LeaderBehind });
+    }
+    // State without a log tells no epoch: it may be of this one.
+    let may_be_of_epoch = follower.tail_epoch == ack.epoch || follower.received == Lsn::ZERO;
+    if leader.is_relay && end > leader.head && may_be_of_epoch {
+        return Decision::Refuse(Refusal::RelayBehind);
     }
     if leader.head == Lsn::ZERO {
         let nothing_to_do = end == Lsn::ZERO && !follower.base_incomplete;
@@ -139,6 +152,8 @@ fn decide_diverged(ack: &SyncAck) -> Decision {
         }
         Some(common) if common > Lsn::ZERO => Decision::Rebuild,
         None if leader.tail > Lsn::FIRST && !longer => Decision::Rebuild,
+        // A rebuild may have left it with less to compare than its leader has.
+        None if leader.tail > Lsn::FIRST && leader.is_relay => Decision::Refuse(Refusal::RelayBehind),
         Some(_) | None => Decision::Refuse(Refusal::Diverged),
     }
 }
@@ -284,6 +299,29 @@ mod tests {
     }
 
     #[test]
+    fn a_relay_waits_for_what_its_leader_may_still_send() {
+        const WAITS: Decision = Decision::Refuse(Refusal::RelayBehind);
+        let of_relay = |mut ack: SyncAck| {
+            ack.leader.is_relay = true;
+            decide(&ack)
+        };
+        assert_eq!(of_relay(ack(10, 1, 9)), WAITS, "the follower was fed by somebody else before");
+        assert_eq!(of_relay(ack(1, 1, 0)), WAITS);
+        assert_eq!(of_relay(ack(9, 1, 9)), Decision::KeepUp);
+        assert_eq!(of_relay(ack(0, 1, 0)), Decision::KeepUp);
+        assert_eq!(of_relay(older(ack(12, 1, 10), Some(8), true)), cut(8), "of older epochs it has everything");
+        assert_eq!(of_relay(older(ack(12, 5, 10), None, false)), WAITS, "nothing to compare");
+        assert_eq!(of_relay(older(ack(9, 5, 10), None, false)), Decision::Rebuild);
+        assert_eq!(of_relay(older(ack(12, 1, 10), None, true)), DIVERGED);
+        let mut facts = ack(9, 1, 10);
+        facts.leader.chain_at_received = Some(Chain(8));
+        assert_eq!(of_relay(facts), BEHIND, "two histories of one epoch");
+        let mut facts = ack(12, 1, 9);
+        (facts.follower.received, facts.follower.tail_epoch) = (Lsn::ZERO, Epoch::ZERO);
+        assert_eq!(of_relay(facts), WAITS, "state whose epoch nobody knows");
+    }
+
+    #[test]
     fn what_is_committed_stays() {
         let mut facts = ack(9, 1, 10);
         facts.follower.committed = Lsn(11);
@@ -347,6 +385,7 @@ mod tests {
                 chain_at_received: chain_at_received.map(Chain),
                 common: common.map(|common| Lsn(common.min(head)).min(follower.received)),
                 cut_possible,
+                is_relay: false,
             };
             SyncAck { epoch: LEADER_EPOCH, follower, leader, ..SyncAck::default() }
         })
@@ -372,6 +411,23 @@ mod tests {
             let is_beginning = ack.follower.end() <= ack.leader.head && !histories_differ(&ack);
             let follows = bound.follower.tail_epoch <= ack.epoch;
             prop_assert!(!(is_beginning && follows) || decided == exact);
+        }
+
+        /// A relay that may lack something waits for it, and knows as much as the leader about everything else.
+        #[test]
+        fn a_relay_decides_as_its_leader_does_or_waits(ack in any_facts()) {
+            let mut of_relay = ack;
+            of_relay.leader.is_relay = true;
+            let (leaders, relays) = (decide(&ack), decide(&of_relay));
+            if relays == Decision::Refuse(Refusal::RelayBehind) {
+                prop_assert!(ack.follower.end() > ack.leader.head || ack.follower.committed > ack.leader.head);
+                let cut = matches!(leaders, Decision::CatchUp { cut: Some(_), .. });
+                prop_assert!(!cut || ack.follower.tail_epoch == ack.epoch || ack.follower.received == Lsn::ZERO);
+            } else {
+                prop_assert_eq!(leaders, relays);
+                let is_ahead = ack.follower.end() > ack.leader.head && ack.follower.tail_epoch == ack.epoch;
+                prop_assert!(!is_ahead, "what it is yet to receive is nobody's divergence");
+            }
         }
 
         #[test]

@@ -423,7 +423,9 @@ impl Engine {
         }
         let assigned = check_assignment(assignment, self.state.node)?;
         let (shard, anew) = (self.state.shard, (epoch, Some(role)) != (self.state.epoch, self.state.role));
-        let regrouped = anew || assigned != self.state.assigned;
+        // A follower mostly has none of its own, and nothing to be told then.
+        let regrouped = (anew || assigned != self.state.assigned)
+            && (role == Role::Leader || !assigned.is_empty() || !self.state.assigned.is_empty());
         let stays = |node: NodeId| !anew && assigned.binary_search_by_key(&node, |info| info.node).is_ok();
         let reason = if epoch == self.state.epoch { FailureReason::Cancelled } else { FailureReason::EpochMismatch };
         for replica in self.state.replicas.iter().filter(|replica| !stays(replica.node)) {
@@ -438,12 +440,12 @@ impl Engine {
                 commands.push(Command::StartReceiver { shard, epoch });
             }
         }
-        if role == Role::Leader && regrouped {
+        if regrouped {
             self.state.readiness.shipper_configured = false;
             commands.push(Command::ConfigureShipper { shard, epoch, replicas: assigned.clone() });
         }
         self.regroup(assigned);
-        self.state.commit_followers = assignment.commit_followers;
+        self.state.commit_followers = if role == Role::Leader { assignment.commit_followers } else { 0 };
         let best = self.state.replicas.iter().filter_map(|replica| replica.counted).max();
         self.state.publish_durable(best.max(self.state.local_durable));
         self.dirty = true;
@@ -495,9 +497,9 @@ impl Engine {
         if self.state.role == Some(Role::Leader) { Ok(()) } else { Err(Ignored::NotLeader) }
     }
 
-    /// Where a follower stands in the state, if this node leads it under this epoch.
+    /// Where a follower stands in the state, if it follows this node under this epoch.
     fn follower(&self, epoch: Epoch, node: NodeId) -> Result<usize, Ignored> {
-        self.leading(epoch)?;
+        self.check_epoch(epoch)?;
         self.state.find(node).ok_or(Ignored::UnknownReplica { node })
     }
 
@@ -599,14 +601,11 @@ fn watch_keep_up(session: &mut Session, now: Millis, ack: &SyncAck, before: &Fol
     session.awaiting = true;
 }
 
-/// The followers of an assignment in the order of their ids; none unless it makes a leader.
+/// The followers of an assignment in the order of their ids.
 fn check_assignment(assignment: &Assignment, own: NodeId) -> Result<Vec<ReplicaInfo>, Ignored> {
     let invalid = |reason| Err(Ignored::InvalidAssignment { reason });
     if assignment.epoch == Epoch::ZERO {
         return invalid("the first epoch is 1");
-    }
-    if assignment.role == Role::Follower {
-        return Ok(Vec::new());
     }
     if assignment.replicas.len() > MAX_FOLLOWERS {
         return invalid("more followers than a shard can have");
@@ -617,7 +616,7 @@ fn check_assignment(assignment: &Assignment, own: NodeId) -> Result<Vec<ReplicaI
         return invalid("a follower stands in it twice");
     }
     if replicas.iter().any(|info| info.node == own) {
-        return invalid("the leader stands among its followers");
+        return invalid("the node stands among its own followers");
     }
     if replicas.iter().any(|info| info.node == NodeId(0)) {
         return invalid("node 0 is nobody");

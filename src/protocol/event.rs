@@ -86,11 +86,12 @@ pub struct Assignment {
     pub epoch: Epoch,
     /// What this node is to the shard.
     pub role: Role,
-    /// The leader's followers, in any order, without the leader itself, each once, at most
-    /// [`MAX_FOLLOWERS`](crate::limits::MAX_FOLLOWERS). A follower may be told them too; it does nothing with them.
+    /// Those who follow this node, in any order, without the node itself, each once, at most
+    /// [`MAX_FOLLOWERS`](crate::limits::MAX_FOLLOWERS): a leader's followers, or those that a follower feeds in its turn.
     pub replicas: Vec<ReplicaInfo>,
     /// How many followers must have a record on stable storage for it to count as durable; 0 means that the leader's
-    /// own disk decides. More than there are followers means that nothing counts.
+    /// own disk decides. More than there are followers means that nothing counts. Of no meaning to a follower, at which
+    /// nothing is committed.
     pub commit_followers: u16,
 }
 
@@ -183,7 +184,7 @@ impl FollowerFacts {
     }
 }
 
-/// The leader's log beside one follower's.
+/// The leader's log beside one follower's; where a follower feeds another, its own stands for the leader's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeaderFacts {
     /// Oldest retained LSN; one past the head when nothing is retained. 0 counts as 1.
@@ -201,6 +202,9 @@ pub struct LeaderFacts {
     pub common: Option<Lsn>,
     /// The follower has applied nothing above `common` to its target's base, so that its log may be cut there.
     pub cut_possible: bool,
+    /// This node is a follower itself: its log has every record of older epochs that the leader's has, and of this epoch
+    /// a beginning. More may be on its way.
+    pub is_relay: bool,
 }
 
 /// How far a session is. Neither number moves back; growth of either is progress.

@@ -25,11 +25,11 @@ pub struct Projection {
     pub healthy: bool,
     /// What is durable as widely as the commit policy asks: on the k-th follower, not on the best one.
     pub durable: Lsn,
-    /// The oldest LSN that the leader's log retained when last heard of.
+    /// The oldest LSN that this node's log retained when last heard of.
     pub tail: Lsn,
-    /// The newest LSN of the leader's log when last heard of.
+    /// The newest LSN of this node's log when last heard of.
     pub head: Lsn,
-    /// The followers, in the order of their ids; none unless this node leads.
+    /// Those who follow this node, in the order of their ids.
     pub replicas: Vec<ReplicaProjection>,
 }
 

@@ -26,7 +26,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     let node = || (1u64..5).prop_map(NodeId);
     let epoch = || prop_oneof![8 => Just(Epoch(1)), 6 => Just(Epoch(2)), 1 => (0u64..5).prop_map(Epoch)];
     let session = || (0u64..14).prop_map(SessionId);
-    let role = prop_oneof![9 => Just(Role::Leader), 1 => Just(Role::Follower)];
+    let role = prop_oneof![3 => Just(Role::Leader), 1 => Just(Role::Follower)];
     let replicas = proptest::collection::vec(
         (2u64..5).prop_map(|node| ReplicaInfo { node: NodeId(node), endpoint: String::new() }),
         0..4,
@@ -75,10 +75,11 @@ fn any_facts() -> impl Strategy<Value = (FollowerFacts, LeaderFacts)> {
     let chain = || prop_oneof![5 => Just(Chain(7)), 1 => Just(Chain(8))];
     let rarely = || proptest::bool::weighted(0.05);
     let marks = (lsn(), lsn(), lsn(), 0u64..3, chain(), 0u64..3, rarely(), rarely());
-    let log = (0u64..14, lsn(), proptest::option::weighted(0.9, chain()), proptest::option::of(lsn()), any::<bool>());
+    let chain_and_common = (proptest::option::weighted(0.9, chain()), proptest::option::of(lsn()));
+    let log = (0u64..14, lsn(), chain_and_common, any::<bool>(), proptest::bool::weighted(0.2));
     (marks, log).prop_map(|(marks, log)| {
         let (received, durable, applied, committed, chain, tail_epoch, base_incomplete, hostile) = marks;
-        let (tail, head, chain_at_received, common, cut_possible) = log;
+        let (tail, head, (chain_at_received, common), cut_possible, is_relay) = log;
         let follower = FollowerFacts {
             received: if hostile { Lsn::MAX } else { received },
             durable,
@@ -88,7 +89,7 @@ fn any_facts() -> impl Strategy<Value = (FollowerFacts, LeaderFacts)> {
             tail_epoch: Epoch(tail_epoch),
             base_incomplete,
         };
-        (follower, LeaderFacts { tail: Lsn(tail), head, chain_at_received, common, cut_possible })
+        (follower, LeaderFacts { tail: Lsn(tail), head, chain_at_received, common, cut_possible, is_relay })
     })
 }
 

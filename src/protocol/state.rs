@@ -2,8 +2,7 @@
 //!
 //! The invariants, checked by `verify` after every event in tests and debug builds:
 //!
-//! 1. Followers are in strictly ascending order of their ids, at most `MAX_FOLLOWERS`, none is this node, and there
-//!    are none unless this node leads.
+//! 1. Followers are in strictly ascending order of their ids, at most `MAX_FOLLOWERS`, and none is this node.
 //! 2. Every session has the epoch in force and an id below the next one; no two sessions share an id.
 //! 3. A session is never idle, has a failure reason exactly when it failed, and a deadline unless it keeps up;
 //!    a keep-up is not completed. A catch-up starts at or below its target and at or above what it pins.
@@ -79,7 +78,7 @@ pub(super) struct ShardState {
     pub assigned: Vec<ReplicaInfo>,
     /// In ascending order of `node`.
     pub replicas: Vec<Replica>,
-    /// Of the leader's log, as last heard of in this epoch; neither moves back.
+    /// Of this node's log, as last heard of in this epoch; neither moves back.
     pub tail: Lsn,
     pub head: Lsn,
     /// Confirmed by the leader's own disk in this epoch.
@@ -157,9 +156,8 @@ impl ShardState {
     pub fn verify(&self, limits: &SessionLimits) -> Result<(), Violation> {
         let violated = |invariant| Err(Violation { shard: self.shard, invariant });
         let ascending = self.replicas.windows(2).all(|pair| pair[0].node < pair[1].node);
-        let leads = self.role == Some(Role::Leader) || self.replicas.is_empty();
-        if !ascending || !leads || self.replicas.len() > MAX_FOLLOWERS || self.find(self.node).is_some() {
-            return violated("followers are ordered, few, and only a leader's");
+        if !ascending || self.replicas.len() > MAX_FOLLOWERS || self.find(self.node).is_some() {
+            return violated("followers are ordered, few, and others");
         }
         if !self.assigned.iter().map(|info| info.node).eq(self.replicas.iter().map(|replica| replica.node)) {
             return violated("the followers are those assigned");

@@ -126,6 +126,7 @@ fn every_event_in_every_state() {
     let states = [
         ("not assigned", 1, vec![], "............I-"),
         ("not leading", 1, vec![assign(1, Role::Follower, &[])], "............I-"),
+        ("feeding as a follower", 1, vec![assign(1, Role::Follower, &[2, 3])], "Kcrx........I-"),
         ("idle", 1, vec![leader.clone()], "Kcrx........I-"),
         ("keeping up", 1, vec![leader.clone(), ack(10, 1, 10)], "KKffK.fK....I-"),
         ("catch-up issued", 1, vec![leader.clone(), ack(10, 1, 12)], "ccccCKfc....I-"),

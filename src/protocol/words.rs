@@ -154,6 +154,8 @@ words! {
     Refusal, "refusal":
     /// The follower, or what it knows to be committed, is ahead of the leader: the leader has lost data.
     LeaderBehind = "leader_behind",
+    /// The follower has more of the epoch than this node, which is a follower itself and may still receive that.
+    RelayBehind = "relay_behind",
     /// The logs have no proven point in common to return to, or only one below what is known to be committed.
     Diverged = "diverged",
     /// The follower's log holds records of a newer epoch than the leader's: this leader is deposed.
@@ -169,7 +171,7 @@ impl Refusal {
         match self {
             Refusal::LeaderBehind => FailureReason::LocalWalCorrupt,
             Refusal::Diverged | Refusal::NewerEpoch => FailureReason::EpochMismatch,
-            Refusal::SessionIdsExhausted => FailureReason::Cancelled,
+            Refusal::SessionIdsExhausted | Refusal::RelayBehind => FailureReason::Cancelled,
         }
     }
 }
@@ -273,7 +275,10 @@ mod tests {
                 "cancelled"
             ]
         );
-        assert_eq!(spelled(Refusal::ALL), ["leader_behind", "diverged", "newer_epoch", "session_ids_exhausted"]);
+        assert_eq!(
+            spelled(Refusal::ALL),
+            ["leader_behind", "relay_behind", "diverged", "newer_epoch", "session_ids_exhausted"]
+        );
         assert_eq!(
             spelled(Reason::PLAIN),
             [

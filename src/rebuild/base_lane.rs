@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
-use crate::host::{Host, StreamKey};
+use crate::host::{Host, OpenBase, StreamKey};
 use crate::limits::{BASE_RUN_LEN, MAX_BASE_DATA_LEN};
 use crate::rebuild::places::{Place, Places};
 use crate::target::{BaseInfo, BaseSource, BlockId, ReplicationTarget};
@@ -107,7 +107,7 @@ impl IssuedRebuild {
     }
 
     /// Opens the base: the target makes a flushed boundary. The place is kept until the base has been sent.
-    pub(crate) fn open(self, place: Place) -> Result<BaseLane> {
+    pub(crate) fn open(self, place: Place, open: OpenBase) -> Result<BaseLane> {
         let source = self.store.open_base(self.shard)?;
         let info = source.info();
         let len = info.block_len.max(BASE_RUN_LEN);
@@ -120,6 +120,7 @@ impl IssuedRebuild {
         Ok(BaseLane {
             issued: self,
             source,
+            _open: open,
             info,
             place: Some(place),
             is_open: false,
@@ -134,6 +135,8 @@ impl IssuedRebuild {
 pub(crate) struct BaseLane {
     issued: IssuedRebuild,
     source: Box<dyn BaseSource>,
+    /// Dropped once the source has been.
+    _open: OpenBase,
     info: BaseInfo,
     /// Given up once the base has been sent.
     place: Option<Place>,

@@ -24,6 +24,7 @@ use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
+use crate::host::Host;
 use crate::limits::MAX_BASE_DATA_LEN;
 use crate::rebuild::interrupted::{self, Interrupted};
 use crate::rebuild::{RebuildContract, RebuildSession};
@@ -145,6 +146,7 @@ impl Intake {
         start: &SessionControl,
         over: &ShutdownSignal,
     ) -> Result<Intake> {
+        own.withdraw()?;
         own.stop_applier();
         let (shard, base) = (own.shard, contract.base);
         let durable = own.target().durable_applied(shard)?.unwrap_or(Lsn::ZERO);
@@ -213,6 +215,7 @@ impl Intake {
     }
 
     fn keep(own: &mut FollowerShard, contract: RebuildContract, interrupted: &Interrupted) -> Result<RebuildSession> {
+        own.withdraw()?;
         own.stop_applier();
         let (shard, base, kept) = (own.shard, contract.base, interrupted.kept);
         let log = own.log()?;
@@ -435,6 +438,7 @@ impl Intake {
         }
         own.checkpointer.take_up(log.shard(), own.taken_up.clone());
         own.applied.tell();
+        own.host.set_whole();
         log::info!("shard {}: the rebuild is complete at LSN {achieved}", log.shard());
         lane.send_message(&self.word(SessionPhase::Completed, achieved))
     }
@@ -517,6 +521,8 @@ pub(crate) struct Completion {
     applied: Arc<AppliedMark>,
     state: Arc<ShardState>,
     checkpointer: Arc<Checkpointer>,
+    /// Who decides about those whom this node feeds.
+    host: Arc<Host>,
     taken_up: CheckpointShard,
     target: Arc<dyn ReplicationTarget>,
     /// Where it is kept how far the rebuild has come.
@@ -530,6 +536,7 @@ impl Completion {
             applied: Arc::clone(&own.applied),
             state: Arc::clone(&own.state),
             checkpointer: Arc::clone(&own.checkpointer),
+            host: Arc::clone(&own.server.shard(own.shard)?.host),
             taken_up: own.checkpoint_shard()?,
             target: Arc::clone(own.target()),
             path: own.node.rebuild_path(own.shard),

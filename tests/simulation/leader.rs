@@ -460,6 +460,7 @@ impl World {
                 chain_at_received: place.map(|_| request.chain),
                 common,
                 cut_possible: parting.is_some_and(|parting| parting.cut_possible),
+                is_relay: false,
             },
         };
         self.apply(id, Event::SyncAckReceived(facts));

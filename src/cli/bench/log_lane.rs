@@ -359,12 +359,17 @@ mod tests {
         }
         let stores = Some(Stores { near: &near, far: &far });
         let kept = Load { stores, is_kept: true, ..Load::default() };
-        let beside = lane.beside(kept, || {
-            std::thread::sleep(Duration::from_millis(20));
-            Ok(())
-        });
-        let Beside { appended, behind, .. } = beside.unwrap();
-        assert!(appended > ROOM * 4 && behind <= appended, "nobody waits for room");
+        // However long it takes here to append more than there would be room for.
+        let goes_past_its_room = |millis: u64| {
+            let beside = lane.beside(kept, || {
+                std::thread::sleep(Duration::from_millis(millis));
+                Ok(())
+            });
+            let Beside { appended, behind, .. } = beside.unwrap();
+            assert!(behind <= appended);
+            appended > ROOM * 4
+        };
+        assert!([20, 500, 10_000].into_iter().any(goes_past_its_room), "nobody waits for room");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2, "kept no longer than it takes");
         let failed = lane.beside(Load::default(), || Err(io::Error::other("the base")));
         assert_eq!(failed.unwrap_err().to_string(), "the base");
