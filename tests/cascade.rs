@@ -401,21 +401,7 @@ fn another_leader_has_every_store_rebuilt(net: &Net) {
         head = put(&mut writer, &of_next, key, "newer");
     }
     for (follower, store) in [(&relay, &of_relay), (&last, &of_last)] {
-        let mut n = 0;
-        until("it is rebuilt", || {
-            n += 1;
-            if n % 500 == 0 {
-                eprintln!(
-                    "{} {} {:?} {} {:?}",
-                    follower.log(S0).unwrap().head(),
-                    head,
-                    store.is_rebuilding(S0),
-                    error_of(follower),
-                    follower.rebuild_progress(S0)
-                );
-            }
-            follower.log(S0).unwrap().head() == head && !store.is_rebuilding(S0).unwrap()
-        });
+        until("it is rebuilt", || follower.log(S0).unwrap().head() == head && !store.is_rebuilding(S0).unwrap());
     }
     head = put(&mut writer, &of_next, 7, "newest");
     for (follower, store) in [(&relay, &of_relay), (&last, &of_last)] {

@@ -820,9 +820,9 @@ fn a_follower_that_went_on_applying_before_its_rebuild_asks_again(net: &Net) {
         assert_eq!(request.received, Lsn(40));
         (connection, request.applied)
     };
-    let rebuild = |connection: &mut Connection| {
+    let rebuild = |connection: &mut Connection, target: Lsn| {
         let info = catch_up_from(&manifest, Epoch(1), Lsn(50), end);
-        let info = ShardInfo { session_kind: SessionKind::Rebuild, start: Lsn::ZERO, ..info };
+        let info = ShardInfo { session_kind: SessionKind::Rebuild, start: Lsn::ZERO, target, ..info };
         connection.sender.send_message(&info.into()).unwrap();
         let start = SessionControl {
             session: info.session,
@@ -842,11 +842,14 @@ fn a_follower_that_went_on_applying_before_its_rebuild_asks_again(net: &Net) {
     assert_eq!(applied, Lsn::ZERO);
     drop(shut);
     common::reach(follower.applied(S0).unwrap(), Lsn(40), "applying");
-    rebuild(&mut connection);
-    // Told of all that is here, a leader whose base has less cannot have it replaced.
+    rebuild(&mut connection, Lsn(50));
+    // Told of all that is here, a leader whose base has less cannot have it replaced. Where its log has more, a later
+    // base will have it.
     let (mut connection, applied) = accept();
     assert_eq!(applied, Lsn(40));
-    rebuild(&mut connection);
+    rebuild(&mut connection, Lsn(50));
+    let (mut connection, _) = accept();
+    rebuild(&mut connection, Lsn(30));
     until("it has ended", || follower.stop_signal().is_shutdown());
     let ended = follower.wait();
     assert!(matches!(ended, Err(Error::Invalid { .. })), "{ended:?}");

@@ -164,6 +164,14 @@ impl Intake {
                  LSN {told}"
             );
             return Err(Error::Refused { peer: "this node".to_owned(), code: RefusalCode::Superseded, reason });
+        } else if is_newer && here <= contract.target {
+            // The leader's log has come further, and its target will.
+            let (base_lsn, target) = (base.base_lsn, contract.target);
+            let reason = format!(
+                "a rebuild from LSN {base_lsn} was to begin, of a log that goes on to LSN {target}, and LSN {here} has been \
+                 applied here: a newer base will do"
+            );
+            return Err(Error::Refused { peer: "this node".to_owned(), code: RefusalCode::Superseded, reason });
         } else if is_newer {
             return Err(Error::invalid(format!(
                 "shard {shard} has applied LSN {here}, which is newer than the offered base at LSN {}; nothing was \

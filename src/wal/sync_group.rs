@@ -127,7 +127,7 @@ impl SyncGroup {
         if missing > 0 && self.hasty > 0 {
             self.hasty -= 1;
         } else if missing > 0 {
-            wait_while_more_come(|| shared.arrived(), due, self.took);
+            wait_while_more_come(|| shared.arrived(), due, self.took, Instant::now);
             // Where fewer than half of those missing have come, it is not for having been released together.
             if due.saturating_sub(shared.arrived()) * 2 > missing {
                 self.hasty = HASTY_SYNCS;
@@ -196,15 +196,15 @@ fn count_in_ranges(list: &str) -> Option<u32> {
     })
 }
 
-/// Waits until so many have arrived as are due, or no more come.
-fn wait_while_more_come(arrived: impl Fn() -> u64, due: u64, last_took: Duration) {
+/// Waits until so many have arrived as are due, or no more come. `clock` tells the time.
+fn wait_while_more_come(arrived: impl Fn() -> u64, due: u64, last_took: Duration, clock: impl Fn() -> Instant) {
     let silence = MOST_SILENCE.min(last_took / GROUP_SILENCE);
-    let mut now = Instant::now();
+    let mut now = clock();
     let until = now + MOST_PATIENCE.min(last_took);
     let (mut seen, mut silent_at) = (arrived(), now + silence);
     while seen < due && now < until.min(silent_at) {
         std::thread::yield_now();
-        now = Instant::now();
+        now = clock();
         let here = arrived();
         if here > seen {
             (seen, silent_at) = (here, now + silence);
@@ -254,21 +254,26 @@ mod tests {
 
     #[test]
     fn a_group_is_waited_for_as_long_as_one_after_the_other_comes() {
-        let came = Cell::new(0);
-        let all_come = || {
-            came.set(0);
-            wait_while_more_come(|| came.replace(came.get() + 1), 32, Duration::from_secs(3600));
-            came.get() == 33
+        // How many are there after waiting for 32 of which one comes at each look, where a look takes so long.
+        let come = |look: Duration| {
+            let (came, now) = (Cell::new(0), Cell::new(Instant::now()));
+            let clock = || now.replace(now.get() + look);
+            wait_while_more_come(|| came.replace(came.get() + 1), 32, Duration::from_secs(3600), clock);
+            came.get() - 1
         };
-        // Not always: whoever waits gives way, and others may take long.
-        assert!((0..1000).any(|_| all_come()), "it is looked until all are there");
+        assert_eq!(come(Duration::from_micros(5)), 32, "it is looked until all are there");
+        assert_eq!(come(MOST_PATIENCE / 10), 10, "or for as long as is patient");
         let looks = Cell::new(0);
         let nobody_comes = || {
             looks.set(looks.get() + 1);
             0
         };
-        wait_while_more_come(nobody_comes, 32, Duration::ZERO);
+        wait_while_more_come(nobody_comes, 32, Duration::ZERO, Instant::now);
         assert_eq!(looks.get(), 1, "a sync that took no time is not worth waiting");
+        let (silent, now) = (Cell::new(0), Cell::new(Instant::now()));
+        let clock = || now.replace(now.get() + MOST_SILENCE / 4);
+        wait_while_more_come(|| silent.replace(silent.get() + 1).min(1), 32, Duration::from_secs(3600), clock);
+        assert_eq!(silent.get(), 6, "or until nobody has come for a while");
     }
 
     #[test]
