@@ -48,6 +48,7 @@
 //! | chain | the running checksum of a log: where it is equal, so is all that came before |
 //! | target | the state machine that a log is applied to; its base is an image of its state |
 //! | session | what brings a follower to the leader's log: keep-up, catch-up from the log, or rebuild from base and log |
+//! | cascade, relay | followers that follow a follower; the one that feeds them |
 //! | place, pin | where a known follower needs the log from; a hold on the log for anybody else. Either can be lost to the log's bound |
 //!
 //! # Example

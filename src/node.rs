@@ -114,14 +114,14 @@ impl NodeOptions {
 /// | [`epoch`](Self::epoch) | the one that the directory has led under, at first 1 | leaders |
 /// | [`commit`](Self::commit) | `synced` | leaders |
 /// | [`target`](Self::target) | none | leaders; a follower's is given to [`follow`](Self::follow) |
-/// | [`followers`](Self::followers) | whoever of the cluster asks | leaders |
+/// | [`followers`](Self::followers) | whoever of the cluster asks | whoever is followed |
 /// | [`wal`](Self::wal) | [`WalOptions::default`] | both |
 /// | [`max_wal_bytes`](Self::max_wal_bytes), [`min_wal_bytes`](Self::min_wal_bytes) | 1 GiB and 128 MiB for each shard | both |
 /// | [`heartbeat`](Self::heartbeat), [`peer_timeout`](Self::peer_timeout), [`handshake_timeout`](Self::handshake_timeout) | 1 s, 10 s, 5 s | both |
 /// | [`reconnect`](Self::reconnect) | 1 s, doubling to 30 s | followers |
-/// | [`drain_timeout`](Self::drain_timeout) | 5 s | leaders |
-/// | [`session_limits`](Self::session_limits) | [`SessionLimits::default`] | leaders |
-/// | [`max_rebuilds`](Self::max_rebuilds) | 2 | leaders |
+/// | [`drain_timeout`](Self::drain_timeout) | 5 s | whoever is followed |
+/// | [`session_limits`](Self::session_limits) | [`SessionLimits::default`] | whoever is followed |
+/// | [`max_rebuilds`](Self::max_rebuilds) | 2 | whoever is followed |
 /// | [`max_connections`](Self::max_connections), [`max_connections_per_address`](Self::max_connections_per_address) | 4096, seven eighths of all | whoever listens |
 /// | [`scrub`](Self::scrub) | [`ScrubOptions::default`]: once a day | both |
 /// | [`transport`](Self::transport), [`allow_plaintext`](Self::allow_plaintext) | TCP, on this machine only | both |
@@ -251,7 +251,7 @@ impl NodeBuilder {
         self
     }
 
-    /// How long a leader that stops goes on sending what is pending. Default: 5 s.
+    /// How long a node that stops goes on sending what is pending to its followers. Default: 5 s.
     #[must_use]
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.options.drain_timeout = timeout;
@@ -298,7 +298,8 @@ impl NodeBuilder {
     }
 
     /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning,
-    /// and the others that the directory remembers are forgotten. Default: whoever of the same cluster asks may follow,
+    /// and the others that the directory remembers are forgotten. A follower that [listens](Self::listen) feeds no others
+    /// than these, and keeps log for those of them that have come. Default: whoever of the same cluster asks may follow,
     /// and is remembered.
     #[must_use]
     pub fn followers(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
@@ -330,7 +331,7 @@ impl NodeBuilder {
         self
     }
 
-    /// How many rebuilds a leader serves at once, each of one follower's shard; more wait for their turn. At least 1.
+    /// How many rebuilds a node serves at once, each of one follower's shard; more wait for their turn. At least 1.
     /// Default: 2.
     #[must_use]
     pub fn max_rebuilds(mut self, rebuilds: usize) -> Self {
@@ -360,8 +361,39 @@ impl NodeBuilder {
         self
     }
 
-    /// Makes a follower answer requests for its status and its log at this address, also those of a node that repairs
-    /// its own log. Default: it does not listen.
+    /// Makes a follower listen at this address. There it answers requests for its status and its log, also those of a
+    /// node that repairs its own log, and feeds further followers (a cascade). Default: it does not listen.
+    ///
+    /// Those whom it feeds follow it as they would the leader: they catch up from its log, and are rebuilt from its
+    /// target where that gives images of its state. What they acknowledge counts for no commit of the leader's: that is
+    /// for nodes which the leader feeds itself. Log is kept for them here, within
+    /// [`max_wal_bytes`](Self::max_wal_bytes), and [`Follower::forget_follower`] ends that for one that will not come
+    /// back.
+    ///
+    /// It feeds them while its log is known to be a beginning of its leader's: once it has caught up under the epoch in
+    /// force, and then also while the leader is away. Before that, and while it is rebuilt, they are told to ask again.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use towline::target::LogOnly;
+    /// use towline::{Lsn, Node, ShardId};
+    ///
+    /// # let parent = tempfile::tempdir()?;
+    /// # let directory = |name: &str| parent.path().join(name);
+    /// let leader = Node::builder(directory("a")).segment_size(1 << 20).lead("127.0.0.1:0")?;
+    /// let relay = Node::builder(directory("b")).listen("127.0.0.1:0");
+    /// let relay = relay.follow(leader.local_address(), Arc::new(LogOnly))?;
+    /// let address = relay.local_address().ok_or("it listens")?;
+    /// let last = Node::builder(directory("c")).follow(address, Arc::new(LogOnly))?;
+    ///
+    /// let lsn = leader.writer(ShardId(0))?.append(b"a record")?;
+    /// while last.applied(ShardId(0))?.load() < lsn {
+    ///     std::thread::yield_now();
+    /// }
+    /// let status = relay.status();
+    /// assert_eq!(status.shards[0].followers[0].node, last.manifest().node);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn listen(mut self, address: impl Into<String>) -> Self {
         self.listen = Some(address.into());

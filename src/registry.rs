@@ -1,4 +1,4 @@
-//! The followers that a leader knows, and where each of them stands: kept in the data directory, so that a leader that
+//! The followers that a node knows, and where each of them stands: kept in the data directory, so that a node that
 //! starts again holds on to the log that its followers will ask for.
 //!
 //! A follower is known from its first contact on, which is on stable storage before it is answered. Positions are

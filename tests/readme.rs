@@ -77,10 +77,10 @@ impl Shell<'_> {
     }
 }
 
-/// Lets a leader's followers catch up, as a reader does who takes a moment to type.
-fn settle(leader: &str, followers: usize) {
+/// Lets those who follow a node catch up, as a reader does who takes a moment to type.
+fn settle(upstream: &str, followers: usize) {
     until("the followers have everything", || {
-        let Ok(status) = ask_status(&TcpTransport::default(), leader, Duration::from_secs(10)) else { return false };
+        let Ok(status) = ask_status(&TcpTransport::default(), upstream, Duration::from_secs(10)) else { return false };
         status.shards.iter().all(|shard| {
             let durable = shard.followers.iter().filter(|follower| follower.durable == shard.head);
             shard.head.get() == 5000 && durable.count() == followers
@@ -117,8 +117,13 @@ fn every_command_in_the_readme_works() {
             }
             ran += 1;
         }
-        if let Some(followers) = beside.len().checked_sub(1) {
-            settle(&format!("127.0.0.1:{}", ports["7400"]), followers);
+        for (written, free) in &ports {
+            let follows = format!("--leader 127.0.0.1:{written} ");
+            let is_follower = |line: &&String| line.starts_with("towline follower") && line.contains(&follows);
+            let followers = block.iter().filter(is_follower).count();
+            if followers > 0 {
+                settle(&format!("127.0.0.1:{free}"), followers);
+            }
         }
         for mut process in beside {
             let group = format!("-{}", process.id());

@@ -26,7 +26,7 @@ pub(super) struct Follower {
     /// Data directory; made if it is not there
     #[arg(long)]
     dir: PathBuf,
-    /// The leader's address
+    /// The leader's address, or that of a follower that listens
     #[arg(long, value_name = "ADDR")]
     leader: String,
     /// This node's id [default: random, kept in the directory]
@@ -45,9 +45,13 @@ pub(super) struct Follower {
     /// to thirty times this
     #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     reconnect: u64,
-    /// Address at which to answer `status` and `tail`, and who repairs a log [default: none]
+    /// Address at which to answer `status` and `tail`, and who repairs a log, and to feed further followers
+    /// [default: none]
     #[arg(long)]
     listen: Option<String>,
+    /// Forget this node, which this one has fed and which will not come back. May be given several times
+    #[arg(long, value_name = "ID", requires = "listen")]
+    forget: Vec<u64>,
     /// Listen on an address that other machines reach, although nothing is encrypted
     #[arg(long)]
     allow_plaintext: bool,
@@ -83,6 +87,10 @@ impl Follower {
             other => other?,
         };
         let manifest = follower.manifest();
+        for &node in &self.forget {
+            follower.forget_follower(NodeId(node))?;
+            tell!("follower {node} is forgotten");
+        }
         tell!(
             "following {} into {} with {} shards{}, node {}{}",
             self.leader,
