@@ -7,6 +7,7 @@
 //! | `replication.ckpt` | applied marks; replaced as a whole |
 //! | `followers` | the followers known to a leader; replaced as a whole |
 //! | `rebuild-0003` | on a follower, how far the rebuild of shard 3 has come; replaced as a whole |
+//! | `owed-0003` | on a follower, up to where that rebuild must come at least; replaced as a whole |
 //! | `shard-0003/` | the log of shard 3 |
 //! | `store/` | the state of the node's own target, if it keeps it here; nothing in it is looked at |
 //!
@@ -326,6 +327,11 @@ impl DataDir {
     /// Where the list of known followers is kept.
     pub(crate) fn followers_path(&self) -> PathBuf {
         self.path.join(FOLLOWERS)
+    }
+
+    /// Where it is kept up to where the rebuild of a shard must come.
+    pub(crate) fn owed_path(&self, shard: ShardId) -> PathBuf {
+        self.path.join(format!("owed-{shard:04}", shard = shard.0))
     }
 
     /// Where it is kept how far the rebuild of a shard has come.

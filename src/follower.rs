@@ -81,6 +81,10 @@ impl Following {
         self.directory.rebuild_path(shard)
     }
 
+    pub(crate) fn owed_path(&self, shard: ShardId) -> std::path::PathBuf {
+        self.directory.owed_path(shard)
+    }
+
     pub(crate) fn connect(&self) -> Result<Connection> {
         self.transport.connect_until(&self.leader, self.options.handshake_timeout, &self.stop)
     }

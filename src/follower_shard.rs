@@ -8,6 +8,7 @@
 //!
 //! | step | a crash after it leaves |
 //! |---|---|
+//! | it is written down up to where the rebuild must come | the old log; it says nothing of a target that is whole |
 //! | the target has its mark | the old log, and a target that asks for a rebuild |
 //! | the checkpoint forgets the shard | the same; recovery expects nothing of the log |
 //! | the old segments are removed, newest first | a beginning of the old log |
@@ -38,8 +39,9 @@ use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::{Following, ShardState};
 use crate::node::running::NODE_THREAD_STACK;
-use crate::rebuild::RebuildSession;
 use crate::rebuild::interrupted::{self, Interrupted};
+use crate::rebuild::owed::Owed;
+use crate::rebuild::{RebuildContract, RebuildSession};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
 use crate::target::ReplicationTarget;
@@ -259,6 +261,27 @@ impl FollowerShard {
         } else {
             None
         })
+    }
+
+    /// Writes down up to where a rebuild must come that is about to give up what is here, or what an interrupted one has
+    /// left. Durable on return.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if an interrupted one was to come further under the same epoch: whoever serves this one has yet
+    /// to come as far.
+    pub(crate) fn owe(&self, contract: &RebuildContract) -> Result<()> {
+        let (shard, path) = (self.shard, self.node.owed_path(self.shard));
+        let RebuildContract { epoch, target: lsn, .. } = *contract;
+        let before = if self.is_incomplete()? { Owed::load(&path, shard)? } else { None };
+        let owed = before.filter(|owed| owed.epoch == epoch).map_or(Lsn::ZERO, |owed| owed.lsn);
+        if lsn < owed {
+            let reason = format!(
+                "a rebuild to LSN {lsn} was to begin, and an earlier one under this epoch gave up what may have been                  acknowledged up to LSN {owed}: whoever serves it must have come as far"
+            );
+            return Err(Error::Refused { peer: "this node".to_owned(), code: RefusalCode::Superseded, reason });
+        }
+        if lsn == owed { Ok(()) } else { Owed { shard, epoch, lsn }.save(&path) }
     }
 
     /// The next rebuild begins anew. Durable on return.

@@ -17,8 +17,9 @@ use tempfile::TempDir;
 use towline::protocol::{Mode, SessionKind};
 use towline::status::FollowerStatus;
 use towline::target::fixed_store::FixedStoreOptions;
-use towline::target::{FixedStore, LogOnly, ReplicationTarget};
-use towline::wal::LogWriter;
+use towline::target::{BaseInfo, BaseSink, BlockId, FixedStore, LogOnly, ReplicationTarget};
+use towline::types::shard_directory_name;
+use towline::wal::{LogWriter, Record};
 use towline::{AckLevel, Commit, Epoch, Follower, Leader, Lsn, NodeBuilder, NodeId, Outcome, RefusalCode, ShardId};
 
 const S0: ShardId = ShardId(0);
@@ -35,6 +36,7 @@ over_both![
     a_follower_that_has_more_than_the_relay_keeps_it,
     a_store_is_rebuilt_through_every_link,
     another_leader_has_every_store_rebuilt,
+    no_rebuild_ends_short_of_what_an_interrupted_one_gave_up,
     a_relay_keeps_log_for_whom_it_feeds,
     a_relay_that_stops_hands_over_all_that_it_has,
     only_those_named_are_fed,
@@ -412,6 +414,111 @@ fn another_leader_has_every_store_rebuilt(net: &Net) {
     }
     [last, relay].into_iter().for_each(|follower| follower.shutdown().unwrap());
     drop(writer);
+    leader.shutdown().unwrap();
+}
+
+/// A store whose rebuild is interrupted at its first block: state and log of before are gone.
+struct Interrupted(Arc<FixedStore>);
+
+impl ReplicationTarget for Interrupted {
+    fn durable_applied(&self, shard: ShardId) -> towline::Result<Option<Lsn>> {
+        self.0.durable_applied(shard)
+    }
+
+    fn apply(&self, shard: ShardId, record: Record<'_>) -> towline::Result<()> {
+        self.0.apply(shard, record)
+    }
+
+    fn sync(&self, shard: ShardId) -> towline::Result<()> {
+        self.0.sync(shard)
+    }
+
+    fn is_rebuilding(&self, shard: ShardId) -> towline::Result<bool> {
+        self.0.is_rebuilding(shard)
+    }
+
+    fn begin_base(&self, shard: ShardId, info: BaseInfo) -> towline::Result<Box<dyn BaseSink>> {
+        Ok(Box::new(NoBlock(self.0.begin_base(shard, info)?)))
+    }
+}
+
+struct NoBlock(Box<dyn BaseSink>);
+
+impl BaseSink for NoBlock {
+    fn put_block(&mut self, _: BlockId, _: &[u8]) -> towline::Result<()> {
+        Err(towline::Error::target(S0, "interrupted"))
+    }
+
+    fn consistent_from(&self) -> Lsn {
+        self.0.consistent_from()
+    }
+
+    fn complete(&mut self, achieved: Lsn) -> towline::Result<()> {
+        self.0.complete(achieved)
+    }
+
+    fn cancel(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// A follower has acknowledged much, and its leader begins to rebuild it: what it had is gone. A relay that is behind
+/// must not complete that with less, or the follower would pass for one that has what it acknowledged.
+fn no_rebuild_ends_short_of_what_an_interrupted_one_gave_up(net: &Net) {
+    let scene = Scene::new(net);
+    let [of_leader, of_relay, of_last] = [LEADER, RELAY, LAST].map(|node| store(&scene, node));
+    let lead = || scene.node(LEADER).target(of_leader.clone()).lead(&net.address).unwrap();
+    let leader = lead();
+    let relay = scene.feed(of_relay.clone());
+    let mut writer = leader.writer(S0).unwrap();
+    let mut head = Lsn::ZERO;
+    for key in 0..100 {
+        head = put(&mut writer, &of_leader, key, "before");
+    }
+    has(&relay, head);
+    relay.shutdown().unwrap();
+    drop(writer);
+    leader.shutdown().unwrap();
+    let short = scene.parent.path().join("short");
+    copy(&scene.directory(LEADER), &short);
+
+    let leader = lead();
+    let mut writer = leader.writer(S0).unwrap();
+    let last = scene.node(LAST).follow(&net.address, of_last.clone()).unwrap();
+    for key in 0..2000 {
+        head = put(&mut writer, &of_leader, key, "after");
+    }
+    has(&last, head);
+    last.shutdown().unwrap();
+    leader.forget_follower(NodeId(LAST)).unwrap();
+    for key in 0..1000 {
+        head = put(&mut writer, &of_leader, key, "later");
+    }
+    trim(&leader);
+    let last = scene.node(LAST).follow(&net.address, Arc::new(Interrupted(of_last.clone()))).unwrap();
+    assert!(last.wait().unwrap_err().to_string().contains("interrupted"));
+    drop(last);
+    assert!(of_last.is_rebuilding(S0).unwrap(), "it is nobody's state any more");
+    // What had come of the log was not synced, and a power cut takes it.
+    let log = scene.directory(LAST).join(shard_directory_name(S0));
+    for entry in std::fs::read_dir(log).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    drop(writer);
+    leader.shutdown().unwrap();
+
+    // The relay is where it was long ago, under the same epoch, and does not know better.
+    let behind = net.node(&short).lead(&net.address).unwrap();
+    let relay = scene.feed(of_relay.clone());
+    let last = scene.last(of_last.clone());
+    until("it is not content", || error_of(&last).contains("whoever serves it must have come as far"));
+    assert!(of_last.is_rebuilding(S0).unwrap());
+    behind.shutdown().unwrap();
+    let leader = lead();
+    has(&last, head);
+    assert_same_stores(&of_leader, &of_last, 2000);
+    [last, relay].into_iter().for_each(|follower| follower.shutdown().unwrap());
+    assert!(!scene.directory(LAST).join("owed-0000").exists(), "it owes nothing any more");
     leader.shutdown().unwrap();
 }
 

@@ -116,14 +116,17 @@ impl Intake {
         }
         let failure_of = |reason| failed(&contract, reason);
         let heartbeat = own.node.options.heartbeat;
-        let mut taken = while_beating(sender, heartbeat, info.epoch, over, || match own.interrupted.take() {
-            Some(interrupted) if goes_on => Self::resume(own, contract, &interrupted, over).map_err(begin_anew),
-            interrupted => {
-                if interrupted.is_some() {
-                    let reason = format!("the leader's log no longer has what comes after LSN {}", own.log()?.head());
-                    own.forget_interrupted(&reason)?;
+        let mut taken = while_beating(sender, heartbeat, info.epoch, over, || {
+            own.owe(&contract)?;
+            match own.interrupted.take() {
+                Some(interrupted) if goes_on => Self::resume(own, contract, &interrupted, over).map_err(begin_anew),
+                interrupted => {
+                    if interrupted.is_some() {
+                        let head = own.log()?.head();
+                        own.forget_interrupted(&format!("the leader's log no longer has what comes after LSN {head}"))?;
+                    }
+                    Self::prepare(own, contract, &start, over)
                 }
-                Self::prepare(own, contract, &start, over)
             }
         });
         if let Ok(intake) = &mut taken {
@@ -440,9 +443,12 @@ impl Intake {
             achieved
         };
         let Some(achieved) = achieved else { return Ok(()) };
-        // One that stays does no harm: the target is whole, and before a rebuild begins anew it must go.
-        if let Err(error) = interrupted::forget(&own.path) {
-            log::warn!("shard {}: {error}", log.shard());
+        // What stays does no harm: the target is whole, and before a rebuild begins anew the one must go, and the other
+        // is overwritten.
+        for path in [&own.path, &own.owed_path] {
+            if let Err(error) = interrupted::forget(path) {
+                log::warn!("shard {}: {error}", log.shard());
+            }
         }
         own.checkpointer.take_up(log.shard(), own.taken_up.clone());
         own.applied.tell();
@@ -533,8 +539,9 @@ pub(crate) struct Completion {
     host: Arc<Host>,
     taken_up: CheckpointShard,
     target: Arc<dyn ReplicationTarget>,
-    /// Where it is kept how far the rebuild has come.
+    /// Where it is kept how far the rebuild has come, and up to where it must.
     path: PathBuf,
+    owed_path: PathBuf,
 }
 
 impl Completion {
@@ -548,6 +555,7 @@ impl Completion {
             taken_up: own.checkpoint_shard()?,
             target: Arc::clone(own.target()),
             path: own.node.rebuild_path(own.shard),
+            owed_path: own.node.owed_path(own.shard),
         })
     }
 }

@@ -28,7 +28,7 @@
 //! | the crash is | the follower has | at its next start |
 //! |---|---|---|
 //! | before the target's mark | its old state and log | the leader decides as before |
-//! | after the mark | a target that serves nothing, and some log | it says `base_incomplete`: another rebuild |
+//! | after the mark | a target that serves nothing, and some log | it says `base_incomplete`: another rebuild, to at least where this one was to come (`owed.rs`) |
 //! | after it was saved how far the base has come | the same, and blocks that can be kept | the rebuild goes on |
 //! | after completion, before it was accepted | a whole target and a whole log | catch-up |
 //!
@@ -59,13 +59,14 @@
 //!
 //! So it is only done where the local log reaches back to both and the leader still has what follows it, with the same
 //! chain; where the target can do it ([`resume_base`](crate::target::ReplicationTarget::resume_base)); and under the
-//! same epoch, since blocks may be newer than the local log, and only the leader of that term is known to have their
-//! records. Otherwise the rebuild begins anew, and the log output says why.
+//! same epoch, since blocks may be newer than the local log, and only that term is known to have their records.
+//! Otherwise the rebuild begins anew, and the log output says why.
 
 pub(crate) mod base_lane;
 pub mod bitmap;
 pub(crate) mod intake;
 pub(crate) mod interrupted;
+pub(crate) mod owed;
 pub(crate) mod places;
 pub mod session;
 
