@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 
 use towline::limits::MIN_SEGMENT_SIZE;
-use towline::{Epoch, WalSegmentId};
+use towline::{Epoch, Lsn, WalSegmentId};
 
 use super::clock::Chance;
 
@@ -50,6 +50,8 @@ pub struct Manifest {
     pub own_epoch: bool,
     /// What was here was given up, or taken away, and is not all back yet: the node cannot speak for what it once had.
     pub recovering: bool,
+    /// Up to where a rebuild must come under that epoch, because of what one gave up.
+    pub owed: Option<(Epoch, Lsn)>,
 }
 
 pub struct Disk {
@@ -200,7 +202,7 @@ impl Disk {
 
     /// Another disk in the place of this one; only who the node is and what it has promised is carried over.
     pub fn replace(&mut self) {
-        let manifest = Manifest { recovering: true, ..self.manifest };
+        let manifest = Manifest { recovering: true, owed: None, ..self.manifest };
         *self = Disk { manifest, next_file: self.next_file, lies: self.lies, ..Disk::new() };
     }
 

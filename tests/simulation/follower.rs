@@ -85,11 +85,17 @@ impl World {
         let now = self.queue.now;
         let node = self.node(id);
         let leader = node.leader.filter(|leader| *leader != id);
+        // Whoever gives it an empty disk has it follow the leader first.
+        let asks_relays = !node.disk.manifest.recovering || node.blocks.is_incomplete();
         match (&node.following.stream, leader) {
-            (None, Some(leader)) if node.following.retry_at <= now && node.leading.is_none() => {
-                // Addresses are learnt late: now and then it asks one who leads no more, or not yet.
+            (None, Some(leader)) if node.following.retry_at <= now && !node.leads() => {
+                // Addresses are learnt late: now and then it asks one who leads no more, or not yet. In a cascade often
+                // one that follows too, with a lower number, so that nobody feeds itself.
                 let other = 1 + self.chance.below(self.nodes.len() as u64);
-                let asks_other = other != id && self.chance.per_mille(150);
+                let asks_other = match self.cascades {
+                    true => other < id && asks_relays && self.chance.per_mille(700),
+                    false => other != id && self.chance.per_mille(150),
+                };
                 self.ask(id, if asks_other { other } else { leader });
             }
             (Some(stream), _) if stream.heard_at + PEER_TIMEOUT < now => {
@@ -181,7 +187,11 @@ impl World {
                     Err(format!("refused: {:?} {}", error.code, error.text))
                 }
                 (Message::Heartbeat(beat), Some(info)) if beat.epoch == info.epoch => Ok(()),
-                (Message::CaughtUp(_), Some(_)) => Ok(()),
+                (Message::CaughtUp(_), Some(info)) => {
+                    let relay = node.leading.as_mut().filter(|leading| leading.epoch == info.epoch);
+                    relay.into_iter().for_each(|leading| leading.caught_up = true);
+                    Ok(())
+                }
                 (Message::SessionControl(control), Some(info)) => self.take_control(id, &info, control),
                 (Message::BaseComplete(end), Some(_)) => {
                     let Some(rebuild) = &mut stream.rebuild else { return Err("no base is due".to_owned()) };
@@ -205,6 +215,10 @@ impl World {
             return Err(format!("epoch {} is over", info.epoch));
         }
         self.accept_epoch(id, info.epoch);
+        let accepted = self.node(id).accepted;
+        if self.cascades && self.node(id).leading.as_ref().is_some_and(|leading| leading.epoch < accepted) {
+            self.relay_under(id, accepted);
+        }
         let node = self.node(id);
         if info.session_kind != SessionKind::Rebuild {
             node.refused_since = None;
@@ -226,8 +240,14 @@ impl World {
             if node.blocks.applied() > shared {
                 return Err(format!("{} has been applied since, and {shared} is where to cut", node.blocks.applied()));
             }
+            self.withdraw(id);
+            let World { nodes, oracle, .. } = &mut *self;
+            let node = &mut nodes[usize::try_from(id - 1).unwrap()];
+            oracle.is_cut(id, &node.log, shared);
             node.log.cut(&mut node.disk, offered.0, offered.1)?;
             node.opened_with = shared;
+            self.cut_places(id);
+            let node = self.node(id);
             let (head, applied) = (node.log.head(), node.blocks.applied());
             self.oracle.cuts += 1;
             self.oracle.begins(id, applied);
@@ -289,6 +309,14 @@ impl World {
             node.refused_since = node.refused_since.or(Some(now));
             return Err(text);
         }
+        let owed = node.disk.manifest.owed.filter(|(epoch, _)| node.blocks.is_incomplete() && *epoch == control.epoch);
+        let owed = owed.map_or(Lsn::ZERO, |(_, lsn)| lsn);
+        if control.target < owed {
+            return Err(format!("what was given up may have been acknowledged up to {owed}"));
+        }
+        node.disk.manifest.owed = Some((control.epoch, control.target));
+        self.withdraw(id);
+        let node = self.node(id);
         let base =
             BaseInfo { base_lsn: control.base_lsn, block_len: control.block_len, block_count: control.block_count };
         let contract = RebuildContract { session: control.session, epoch: control.epoch, target: control.target, base };
@@ -298,6 +326,8 @@ impl World {
         node.disk.manifest.recovering = true;
         node.opened_with = control.base_lsn;
         node.log = Log::begin_at(&mut node.disk, control.log_start, control.epoch).planted_as(&node.log);
+        self.cut_places(id);
+        let node = self.node(id);
         let rebuild = Rebuild { session, epoch: control.epoch, checksum: crc32fast::Hasher::new() };
         let accepted = word(&rebuild, SessionPhase::Accepted, Lsn::ZERO);
         let Some(stream) = &mut node.following.stream else { return Ok(()) };
@@ -334,6 +364,7 @@ impl World {
         };
         let (connection, word) = (stream.connection, word(rebuild, SessionPhase::Completed, achieved));
         oracle.stands(id, &node.log, achieved, &node.blocks.state());
+        oracle.is_rebuilt(id, achieved);
         oracle.keeps(id, &node.log);
         if node.log.record_epoch().is_some() {
             // The leader counts on it from its word on, and the next acknowledgement may not come any more.

@@ -30,6 +30,10 @@ const WINDOW: usize = 96 * 1024;
 
 pub struct Leading {
     pub epoch: Epoch,
+    /// It follows itself, and feeds others.
+    pub is_relay: bool,
+    /// Then: its log has been agreed on with a leader of this epoch, and has come as far as that one was.
+    pub caught_up: bool,
     /// Up to where it has acknowledged; at first what its log held when the epoch began, which is not its to
     /// acknowledge.
     acknowledged: Lsn,
@@ -78,11 +82,20 @@ impl Leading {
     pub fn new(epoch: Epoch, began: Lsn, others: &[u64]) -> Leading {
         let followers = others.iter().map(|other| (*other, Known::default())).collect();
         let (streams, commits, asked) = (BTreeMap::new(), CommitRule::default(), BTreeMap::new());
-        Leading { epoch, acknowledged: began, streams, followers, commits, asked }
+        let (is_relay, caught_up) = (false, true);
+        Leading { epoch, is_relay, caught_up, acknowledged: began, streams, followers, commits, asked }
+    }
+
+    /// A follower that feeds whoever comes.
+    pub fn relay(epoch: Epoch) -> Leading {
+        Leading { is_relay: true, caught_up: false, ..Leading::new(epoch, Lsn::ZERO, &[]) }
     }
 
     /// Up to here nobody needs anything.
     pub fn unneeded(&self) -> Lsn {
+        if self.followers.is_empty() {
+            return Lsn::ZERO;
+        }
         let placed = self.followers.values().filter(|known| !known.lost_place);
         let pins = self.followers.values().flat_map(|known| known.pins.iter().map(|(_, lsn)| lsn.previous()));
         placed.map(|known| known.position).chain(pins).min().unwrap_or(Lsn::MAX)
@@ -155,7 +168,7 @@ impl World {
     fn take_committed(&mut self, id: u64, durable: Lsn) {
         let World { nodes, oracle, k, .. } = self;
         let node = &mut nodes[usize::try_from(id - 1).unwrap()];
-        let Some(leading) = &mut node.leading else { return };
+        let Some(leading) = node.leading.as_mut().filter(|leading| !leading.is_relay) else { return };
         let durable = leading.commits.reached(AckLevel::Durable, usize::from(*k)).max(durable);
         if durable <= leading.acknowledged {
             return;
@@ -209,6 +222,27 @@ impl World {
         let streams = self.leading(id).map(|leading| std::mem::take(&mut leading.streams)).unwrap_or_default();
         for stream in streams.into_values() {
             self.close(stream.connection, End::Called);
+        }
+    }
+
+    /// Its log or its target become others: whom it feeds comes again, once it has caught up.
+    pub fn withdraw(&mut self, id: u64) {
+        let others: Vec<u64> = self.leading(id).map(|it| it.streams.keys().copied().collect()).unwrap_or_default();
+        for other in others {
+            self.fail_session(id, other, FailureReason::Cancelled);
+        }
+        self.end_all_streams(id);
+        let keeps_feeding = self.plant == Some(Plant::FeedAtOnce);
+        self.leading(id).into_iter().for_each(|leading| leading.caught_up = keeps_feeding);
+    }
+
+    /// Its log ends there now: nobody stands behind that.
+    pub fn cut_places(&mut self, id: u64) {
+        let node = self.node(id);
+        let (tail, head) = (node.log.tail(), node.log.head());
+        for known in node.leading.iter_mut().flat_map(|leading| leading.followers.values_mut()) {
+            known.position = known.position.min(head);
+            known.lost_place |= known.position.next() < tail;
         }
     }
 
@@ -412,7 +446,18 @@ impl World {
         let Some(leading) = self.leading(id) else {
             return self.decline(connection, RefusalCode::WrongRole, "it does not lead");
         };
-        let epoch = leading.epoch;
+        let (epoch, is_relay, caught_up) = (leading.epoch, leading.is_relay, leading.caught_up);
+        let node = self.node(id);
+        if is_relay && request.epoch > epoch {
+            return self.decline(connection, RefusalCode::StaleEpoch, "it has not met that epoch's leader");
+        }
+        if !caught_up || is_relay && (node.blocks.is_incomplete() || epoch != node.accepted) {
+            return self.decline(connection, RefusalCode::NotReady, "it has yet to catch up with its leader");
+        }
+        let Some(leading) = self.leading(id) else { return Ok(()) };
+        if leading.is_relay {
+            leading.followers.entry(follower).or_default();
+        }
         let before = leading.streams.remove(&follower);
         let reason = if before.is_some() { FailureReason::Superseded } else { FailureReason::TransportLost };
         self.fail_session(id, follower, reason);
@@ -460,7 +505,7 @@ impl World {
                 chain_at_received: place.map(|_| request.chain),
                 common,
                 cut_possible: parting.is_some_and(|parting| parting.cut_possible),
-                is_relay: false,
+                is_relay,
             },
         };
         self.apply(id, Event::SyncAckReceived(facts));
@@ -472,6 +517,7 @@ impl World {
             let code = match refusal {
                 Some(towline::protocol::Refusal::NewerEpoch) => RefusalCode::StaleEpoch,
                 Some(towline::protocol::Refusal::LeaderBehind) => RefusalCode::LeaderBehind,
+                Some(towline::protocol::Refusal::RelayBehind) => RefusalCode::NotReady,
                 _ => RefusalCode::Diverged,
             };
             return self.decline(connection, code, &format!("{refusal:?}"));
@@ -623,6 +669,7 @@ impl World {
                 tail: node.log.tail(),
                 head: node.log.head(),
                 chain_at_received: node.log.chain_at(ack.received, ack.chain),
+                is_relay: leading.is_relay,
                 ..LeaderFacts::default()
             },
         };

@@ -94,6 +94,10 @@ impl Node {
         KnownSynced { lsn, written_here: if own_epoch { WrittenHere::Epoch(epoch) } else { WrittenHere::Nothing } }
     }
 
+    pub fn leads(&self) -> bool {
+        self.leading.as_ref().is_some_and(|leading| !leading.is_relay)
+    }
+
     /// Whether it can speak for everything that it ever acknowledged.
     pub fn is_whole(&self) -> bool {
         let state_without_log = self.log.record_epoch().is_none() && self.blocks.applied() > Lsn::ZERO;
@@ -128,7 +132,6 @@ impl World {
     /// What the authority says, once the epoch is accepted: who leads, and whether this node is it.
     pub fn assign(&mut self, id: u64, epoch: Epoch, leader: Option<u64>) {
         let others: Vec<u64> = self.nodes.iter().map(|node| node.id).filter(|other| *other != id).collect();
-        let k = self.k;
         self.end_following(id, 0);
         if self.node(id).leading.is_some() {
             self.end_all_streams(id);
@@ -147,15 +150,30 @@ impl World {
             node.disk.manifest.own_epoch = node.disk.manifest.epoch == epoch;
             node.leading = Some(Leading::new(epoch, node.log.head(), &others));
         }
-        let replicas =
-            others.iter().map(|other| ReplicaInfo { node: NodeId(*other), endpoint: String::new() }).collect();
-        let assignment = Assignment {
-            epoch,
-            role: if leads { Role::Leader } else { Role::Follower },
-            replicas: if leads { replicas } else { Vec::new() },
-            commit_followers: k,
-        };
         self.line(id, format_args!("assigned epoch={epoch} leader={leader:?}"));
+        if leads || !self.cascades {
+            let replicas = if leads { others } else { Vec::new() };
+            self.take_role(id, epoch, if leads { Role::Leader } else { Role::Follower }, &replicas);
+        } else {
+            self.relay_under(id, epoch);
+        }
+    }
+
+    /// A follower that others may follow takes on an epoch: what it serves begins anew.
+    pub fn relay_under(&mut self, id: u64, epoch: Epoch) {
+        let others: Vec<u64> = self.nodes.iter().map(|node| node.id).filter(|other| *other != id).collect();
+        self.end_all_streams(id);
+        let mut relay = Leading::relay(epoch);
+        relay.caught_up = self.plant == Some(Plant::FeedAtOnce);
+        self.node(id).leading = Some(relay);
+        self.take_role(id, epoch, Role::Follower, &others);
+    }
+
+    fn take_role(&mut self, id: u64, epoch: Epoch, role: Role, replicas: &[u64]) {
+        let (k, leads) = (self.k, role == Role::Leader);
+        let replicas =
+            replicas.iter().map(|other| ReplicaInfo { node: NodeId(*other), endpoint: String::new() }).collect();
+        let assignment = Assignment { epoch, role, replicas, commit_followers: k };
         self.apply(id, Event::AssignmentDelivered(assignment));
         let ready = ReadinessObserved {
             epoch,
@@ -350,8 +368,12 @@ impl World {
         node.accepted = node.disk.manifest.epoch;
         node.engine = engine(id, lives);
         node.refused_since = None;
+        let (accepted, follows) = (node.accepted, node.leader.is_some_and(|leader| leader != id));
         oracle.begins(id, node.blocks.applied());
         self.line(id, format_args!("{text}"));
+        if self.cascades && follows && accepted > Epoch::ZERO {
+            self.relay_under(id, accepted);
+        }
         let life = self.node(id).life;
         let first = self.chance.between(1, 200);
         self.queue.after(first, Happening::Tick { node: id, life });

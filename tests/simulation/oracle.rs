@@ -152,6 +152,26 @@ impl Oracle {
         }
     }
 
+    /// A node is about to cut its log behind an LSN: what was acknowledged is the log of every leader since, so no node
+    /// gives that up.
+    pub fn is_cut(&mut self, node: u64, log: &Log, behind: Lsn) {
+        let mut given_up = self.acknowledged.range(behind.next()..);
+        if let Some((lsn, _)) = given_up.find(|(lsn, chain)| log.place_after(**lsn, **chain).is_some()) {
+            self.violated(format!("node {node} cuts its log behind LSN {behind}, and LSN {lsn} was acknowledged"));
+        }
+    }
+
+    /// A node's rebuild is complete: it passes for one that has all that it ever acknowledged.
+    pub fn is_rebuilt(&mut self, node: u64, achieved: Lsn) {
+        let kept = |place: Place| self.kept.get(&place).is_some_and(|nodes| nodes & (1 << node) != 0);
+        let mut missing = self.acknowledged.range(achieved.next()..);
+        if let Some((lsn, _)) = missing.find(|(lsn, chain)| kept((**lsn, **chain))) {
+            self.violated(format!(
+                "node {node} is rebuilt at LSN {achieved}, and had LSN {lsn}, which was acknowledged"
+            ));
+        }
+    }
+
     /// Nothing acknowledged is missing in a log that is to be the log.
     pub fn holds_acknowledged(&mut self, node: u64, log: &Log) {
         let (origin, _) = log.origin();

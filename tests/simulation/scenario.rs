@@ -92,23 +92,33 @@ impl World {
             slow_disk: [100, 1000, 5000][chance.index(3)],
             fault_every: [500, 2000, 6000, 15_000][chance.index(4)],
             write_every: [100, 300, 1000][chance.index(3)],
+            cascades: false,
             is_restless: chance.per_mille(200),
             faults_end: seconds * 1000,
             written: 0,
             lives: 0,
             chance,
         };
+        // Drawn by itself, so that all other runs stay what they were.
+        let drawn = Chance::new(seed ^ 0xca5c_ade0).per_mille(350);
+        world.cascades = count >= 3 && (drawn && plant.is_none() || plant == Some(Plant::FeedAtOnce));
         match plant {
             Some(Plant::ElectLongest) if count >= 4 => {
                 // It takes several leaders in the wrong order to do harm.
                 (world.k, world.is_restless) = (u16::try_from(count - 2).unwrap(), true);
                 (world.fault_every, world.write_every) = (700, 1500);
             }
-            Some(Plant::TakeAcceptedEpoch) => world.is_restless = true,
+            Some(Plant::TakeAcceptedEpoch | Plant::FeedAtOnce) => world.is_restless = true,
             _ => {}
         }
         let (k, delay) = (world.k, world.network.delay);
-        world.line(0, format_args!("seed {seed}: {count} nodes, durable on {k}, delay {delay} ms, plant {plant:?}"));
+        let cascades = world.cascades;
+        world.line(
+            0,
+            format_args!(
+                "seed {seed}: {count} nodes, durable on {k}, delay {delay} ms, cascades {cascades}, plant {plant:?}"
+            ),
+        );
         for id in 1..=count {
             world.queue.after(id, Happening::Tick { node: id, life: 0 });
         }
@@ -126,6 +136,7 @@ impl World {
             }
             look_at = self.queue.now + 1000;
             match self.differs() {
+                None if self.cascades => self.end_cascades(),
                 None => return self.check_end(),
                 Some(what) if self.queue.now > self.faults_end + CALM => {
                     self.oracle.violated(format!("nothing breaks any more, and it does not come together: {what}"));
@@ -138,7 +149,7 @@ impl World {
     /// What is still missing for everything to be well.
     fn differs(&mut self) -> Option<String> {
         let down = self.nodes.iter().find(|node| !node.up).map(|node| format!("node {} is down", node.id));
-        let leading = |node: &&Node| node.leading.is_some() && node.accepted == self.authority.epoch;
+        let leading = |node: &&Node| node.leads() && node.accepted == self.authority.epoch;
         let leader = self.nodes.iter().find(leading);
         let (None, Some(leader)) = (&down, leader) else { return Some(down.unwrap_or("nobody leads".to_owned())) };
         let (head, chain) = (leader.log.head(), leader.log.chain);
@@ -154,6 +165,10 @@ impl World {
                 ));
             }
         }
+        if self.cascades {
+            // Whom others feed, the leader does not see.
+            return None;
+        }
         let projection = leader.engine.projection();
         let keeps_up = projection.replicas.iter().all(|replica| {
             (replica.kind, replica.phase) == (Some(SessionKind::KeepUp), Phase::Running)
@@ -165,6 +180,19 @@ impl World {
         let count = usize::from(self.k);
         let reached = leader.leading.as_ref().map(|leading| leading.commits.reached(AckLevel::Durable, count));
         (reached != Some(head)).then(|| format!("{reached:?} is committed, of a log up to {head}"))
+    }
+
+    /// Everything has come through every link; now everybody is to be seen by the leader.
+    fn end_cascades(&mut self) {
+        self.cascades = false;
+        self.line(0, format_args!("everybody follows the leader"));
+        for id in 1..=self.nodes.len() as u64 {
+            if !self.node(id).leads() {
+                self.end_all_streams(id);
+                self.node(id).leading = None;
+                self.end_following(id, 100);
+            }
+        }
     }
 
     fn check_end(&mut self) {
@@ -196,7 +224,7 @@ impl World {
             let node = self.node(id);
             if Some(id) != leader
                 && leader.is_some()
-                && (node.leader != leader || node.accepted < epoch || node.leading.is_some())
+                && (node.leader != leader || node.accepted < epoch || node.leads())
             {
                 self.accept_epoch(id, epoch);
                 self.assign(id, epoch, leader);
@@ -332,7 +360,7 @@ impl World {
     /// about to be rebuilt.
     fn may_rot(&mut self, id: u64) -> bool {
         let all_are_whole = self.nodes.iter().all(|node| node.is_whole() && !node.is_rotten);
-        let leads = self.node(id).leading.is_some() || self.authority.leader == Some(id);
+        let leads = self.node(id).leads() || self.authority.leader == Some(id);
         self.k >= 2 && all_are_whole && !leads
     }
 

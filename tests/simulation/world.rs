@@ -68,10 +68,12 @@ pub enum Plant {
     CountRebuilding,
     /// What a follower is about to cut counts.
     CountCut,
+    /// A follower feeds others before it has caught up with its leader.
+    FeedAtOnce,
 }
 
 impl Plant {
-    pub const ALL: [Plant; 15] = [
+    pub const ALL: [Plant; 16] = [
         Plant::AcknowledgeUnsynced,
         Plant::DiskLies,
         Plant::TrustChain,
@@ -87,6 +89,7 @@ impl Plant {
         Plant::CutBehindApplied,
         Plant::CountRebuilding,
         Plant::CountCut,
+        Plant::FeedAtOnce,
     ];
 }
 
@@ -108,6 +111,8 @@ pub struct World {
     /// The mean time between faults, and between writes.
     pub fault_every: Time,
     pub write_every: Time,
+    /// Followers feed followers.
+    pub cascades: bool,
     /// Leaders change all the time.
     pub is_restless: bool,
     /// When the last fault comes.
@@ -174,7 +179,7 @@ impl World {
         if self.queue.now > self.faults_end + 20_000 {
             return;
         }
-        let leaders: Vec<u64> = self.nodes.iter().filter(|node| node.leading.is_some()).map(|node| node.id).collect();
+        let leaders: Vec<u64> = self.nodes.iter().filter(|node| node.leads()).map(|node| node.id).collect();
         for leader in leaders {
             self.append(leader);
         }
