@@ -1,6 +1,6 @@
 //! From acknowledgements to "committed".
 //!
-//! Each shard of a leader has one [`Commits`]: the marks of its followers, what is acknowledged as widely as somebody
+//! Each shard of a node has one [`Commits`]: the marks of its followers, what is acknowledged as widely as somebody
 //! asks, and the waiting for it. Acknowledgements come in on the threads that read them; waiters park on watermarks.
 //!
 //! `applied <= received` and `durable <= received <= written` hold for every follower; an acknowledgement that breaks
@@ -352,7 +352,8 @@ impl Commits {
         self.policy
     }
 
-    /// The newest LSN that is committed by the node's policy; so is everything before it that the log has not given up.
+    /// The newest LSN that is committed by the node's policy; so is everything before it that the log has not given up. On
+    /// a follower, by its leader's word, as far as its log goes.
     /// Wait-free.
     #[must_use]
     pub fn committed(&self) -> Lsn {

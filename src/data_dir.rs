@@ -5,7 +5,7 @@
 //! | `LOCK` | empty; locked by the process that uses the directory, for as long as it does |
 //! | `MANIFEST` | what the directory is: see below; replaced as a whole |
 //! | `replication.ckpt` | applied marks; replaced as a whole |
-//! | `followers` | the followers known to a leader; replaced as a whole |
+//! | `followers` | the followers known to the node; replaced as a whole |
 //! | `rebuild-0003` | on a follower, how far the rebuild of shard 3 has come; replaced as a whole |
 //! | `owed-0003` | on a follower, up to where that rebuild must come at least; replaced as a whole |
 //! | `shard-0003/` | the log of shard 3 |

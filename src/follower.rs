@@ -202,8 +202,14 @@ impl ShardState {
         self.leader_head.fetch_max(head.0, Ordering::Relaxed);
     }
 
-    pub(crate) fn set_committed(&self, lsn: Lsn) {
-        self.committed.fetch_max(lsn.0, Ordering::Relaxed);
+    /// The leader says that so much is committed, of which `head` is here. What comes later it may say of other records.
+    pub(crate) fn set_committed(&self, lsn: Lsn, head: Lsn) {
+        self.committed.fetch_max(lsn.min(head).0, Ordering::Relaxed);
+    }
+
+    /// The log ends there now.
+    pub(crate) fn cut_committed(&self, head: Lsn) {
+        self.committed.fetch_min(head.0, Ordering::Relaxed);
     }
 
     /// What the shard's followers have acknowledged, and the leader has committed.
@@ -236,7 +242,8 @@ impl ShardState {
     }
 }
 
-/// A running follower. Dropping it, or [`shutdown`](Self::shutdown), ends its threads.
+/// A running follower. Dropping it, or [`shutdown`](Self::shutdown), ends its threads, once what is pending was sent to
+/// those whom it feeds, if it does: that takes up to [`drain_timeout`](crate::NodeBuilder::drain_timeout).
 pub struct Follower {
     following: Arc<Following>,
     server: Arc<Server>,

@@ -277,7 +277,8 @@ impl FollowerShard {
         let owed = before.filter(|owed| owed.epoch == epoch).map_or(Lsn::ZERO, |owed| owed.lsn);
         if lsn < owed {
             let reason = format!(
-                "a rebuild to LSN {lsn} was to begin, and an earlier one under this epoch gave up what may have been                  acknowledged up to LSN {owed}: whoever serves it must have come as far"
+                "a rebuild to LSN {lsn} was to begin, and an earlier one under this epoch gave up what may have been \
+                 acknowledged up to LSN {owed}: whoever serves it must have come as far"
             );
             return Err(Error::Refused { peer: "this node".to_owned(), code: RefusalCode::Superseded, reason });
         }
@@ -457,6 +458,7 @@ impl FollowerShard {
         })?;
         self.state.set_applied(&self.applied);
         let log = Arc::clone(wal.log());
+        self.state.cut_committed(log.head());
         self.open = Some((wal, writer));
         self.server.replace_shard(
             self.shard,

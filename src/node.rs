@@ -371,7 +371,8 @@ impl NodeBuilder {
     /// back.
     ///
     /// It feeds them while its log is known to be a beginning of its leader's: once it has caught up under the epoch in
-    /// force, and then also while the leader is away. Before that, and while it is rebuilt, they are told to ask again.
+    /// force, and then also while the leader is away. Before that, and while it is rebuilt, they are told to ask again. A
+    /// ring of followers has no leader, and gets no records.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -437,7 +438,8 @@ impl NodeBuilder {
         Leader::start(self, address)
     }
 
-    /// Opens the directory as a follower of the leader at `address` and applies what arrives to `target`. Waits until
+    /// Opens the directory as a follower of the leader at `address`, or of a follower that [listens](Self::listen) there,
+    /// and applies what arrives to `target`. Waits until
     /// the leader has been reached once if the directory is new, for it is the leader who knows the shards.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Where two logs part: the exchange by which a leader learns it of a follower whose log is no beginning of its own.
 //!
-//! It happens in the handshake, and only then: after an epoch has ended with records that never reached the next
+//! The *leader* here is whoever is followed, a follower that feeds others too. It happens in the handshake, and only then: after an epoch has ended with records that never reached the next
 //! leader, the node that has them follows, and its log must be [cut](crate::wal::cut) at the common point or given up.
 //! The leader tells where the epochs of its log end ([`EpochHistory`]), the follower names the newest point that its
 //! own log shares with that ([`CommonPoint`]), and the leader looks the point up in its log: by LSN and chain, so that

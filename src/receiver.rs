@@ -93,6 +93,10 @@ impl Receiver {
             if error.is_permanent() {
                 return Err(error);
             }
+            if matches!(error, Error::Refused { code: RefusalCode::NotReady, .. }) {
+                // It may be ready at any time, and has let this node wait already where it knew no better.
+                backoff.succeeded();
+            }
             self.pause(&error, backoff.next());
         }
         Ok(())
@@ -132,6 +136,7 @@ impl Receiver {
         let close_at_stop = over.on_shutdown(move || closer.close());
         let (info, under) = self.shake_hands(&peer, (sender.as_mut(), receiver.as_mut()), over)?;
         self.own.awaits_leader = false;
+        self.own.server.shard(self.own.shard)?.host.set_upstream(info.node);
         if info.session_kind != SessionKind::Rebuild {
             self.own.ensure_applier()?;
         }
@@ -414,15 +419,16 @@ impl Receiver {
 
     #[inline(never)]
     fn take_heartbeat(
-        &self,
+        &mut self,
         peer: &str,
         receiver: &mut dyn FrameReceiver,
         header: FrameHeader,
         lane: &AckLane,
     ) -> Result<()> {
         if let Message::Heartbeat(beat) = receiver.receive_message_body(header)? {
+            let head = self.own.writer()?.end().head;
             self.own.state.set_leader_head(beat.head);
-            self.own.state.set_committed(beat.committed);
+            self.own.state.set_committed(beat.committed, head);
             lane.compare(peer, self.own.shard, &beat)?;
         }
         Ok(())

@@ -6,9 +6,10 @@
 //!
 //! # Session ids
 //!
-//! No session id is used twice under one epoch, however often the node starts: the file holds a bound, ids are only
-//! used below it, and a node begins at the bound that it finds. Ids of a newer epoch are above those of every older
-//! one, on whichever node: the epoch stands in their upper 32 bits.
+//! No session id is used twice by one node, however often it starts: the file holds a bound, ids are only used below it,
+//! and a node begins at the bound that it finds, or where ids of its epoch begin if that is higher: the epoch stands in
+//! their upper 32 bits. So ids of a newer leader are above those of every older one. Those of a follower that feeds others
+//! say nothing of a leader's.
 //!
 //! # Format of `followers`, version 1
 //!
@@ -181,8 +182,8 @@ impl Registry {
                 Ok(at) => return Ok(Arc::clone(&followers[at])),
                 Err(_) if followers.len() >= MAX_FOLLOWERS => {
                     return Err(Error::invalid(format!(
-                        "{MAX_FOLLOWERS} followers are known, as many as a node can have; make the leader forget one that \
-                         will not come back: `towline leader --forget ID`, or `Leader::forget_follower`"
+                        "{MAX_FOLLOWERS} followers are known, as many as a node can have; have it forget one that will \
+                         not come back: `--forget ID`, `Leader::forget_follower` or `Follower::forget_follower`"
                     )));
                 }
                 Err(at) => followers.insert(at, Arc::new(Known::new(node, self.shards))),
@@ -432,7 +433,7 @@ mod tests {
             registry.add(NodeId(node)).unwrap();
         }
         registry.add(NodeId(1)).unwrap();
-        assert!(registry.add(NodeId(1000)).unwrap_err().to_string().contains("towline leader --forget ID"));
+        assert!(registry.add(NodeId(1000)).unwrap_err().to_string().contains("`--forget ID`"));
     }
 
     #[test]

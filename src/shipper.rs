@@ -87,6 +87,8 @@ pub(crate) struct LogLane {
     /// Flags of the newest data.
     flags: u8,
     last_sent: Instant,
+    /// When the follower was told last how far the log is, and what is committed.
+    last_beat: Instant,
     caught_up: bool,
 }
 
@@ -101,6 +103,7 @@ impl LogLane {
             applied_asked: Lsn::ZERO,
             flags: 0,
             last_sent: Instant::now(),
+            last_beat: Instant::now(),
             caught_up: false,
         })
     }
@@ -205,7 +208,7 @@ impl Shipper {
                 continue;
             }
             let (shipped, durable_asked, applied_asked) = (lane.shipped, lane.durable_asked, lane.applied_asked);
-            let deadline = lane.last_sent.checked_add(self.heartbeat);
+            let deadline = lane.last_beat.checked_add(self.heartbeat);
             drop(lane);
             // After a failure the log has ended, and what is in it is shipped all the same.
             let ended = if log.poison().is_none() { log.until_ended() } else { self.stream_over.until() };
@@ -227,11 +230,8 @@ impl Shipper {
             }
             if waited == Waited::TimedOut {
                 let mut lane = self.lane.lock();
-                // Somebody else may have sent something meanwhile.
-                if lane.last_sent.elapsed() >= self.heartbeat {
-                    lane.sender.flush()?;
-                    self.beat(&mut lane)?;
-                }
+                lane.sender.flush()?;
+                self.beat(&mut lane)?;
             }
         }
     }
@@ -403,6 +403,10 @@ impl Shipper {
             }
             lane.last_sent = Instant::now();
             sent += range.len();
+            if pace == Pace::Blocking && lane.last_sent.duration_since(lane.last_beat) >= self.heartbeat {
+                // Behind a writer that never rests, too, the follower hears what is committed.
+                self.beat(lane)?;
+            }
             if self.stream_over.is_shutdown() || self.superseded.is_shutdown() || self.is_refused() {
                 return Ok(sent);
             }
@@ -479,6 +483,7 @@ impl Shipper {
     /// Shows the follower that the leader lives, and how far behind it is.
     fn beat(&self, lane: &mut LogLane) -> Result<()> {
         lane.last_sent = Instant::now();
+        lane.last_beat = lane.last_sent;
         let head = self.log.head();
         lane.sender.send_message(&Message::Heartbeat(Heartbeat {
             epoch: self.epoch,

@@ -48,7 +48,7 @@ pub struct ShardStatus {
     pub head: Lsn,
     /// Newest LSN on stable storage.
     pub synced: Lsn,
-    /// Newest LSN committed by the node's policy.
+    /// Newest LSN committed by the node's policy; on a follower, by its leader's word.
     pub committed: Lsn,
     /// Bytes of its segments.
     pub retained_bytes: u64,
@@ -64,7 +64,7 @@ pub struct ShardStatus {
     pub poison: Option<String>,
     /// On a follower: how following goes.
     pub following: Option<FollowingStatus>,
-    /// On a leader: the followers known, in the order of their ids.
+    /// Those known to follow this node, in the order of their ids.
     pub followers: Vec<FollowerStatus>,
     /// What reading its sealed segments again has come to.
     pub scrub: ScrubStatus,
@@ -73,9 +73,9 @@ pub struct ShardStatus {
 /// How a follower's shard follows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FollowingStatus {
-    /// Whether a stream from the leader stands.
+    /// Whether a stream from the leader stands, or from the follower that feeds this one.
     pub connected: bool,
-    /// The leader's head as last heard; at least this node's own.
+    /// The head of whom it follows as last heard, which behind a relay is not the leader's; at least this node's own.
     pub leader_head: Lsn,
     /// Newest LSN applied.
     pub applied: Lsn,
@@ -85,7 +85,7 @@ pub struct FollowingStatus {
     pub error: Option<String>,
 }
 
-/// One follower of a leader's shard.
+/// One follower of a shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FollowerStatus {
     /// Who.
@@ -114,7 +114,7 @@ pub struct FollowerStatus {
     pub place_lost: bool,
     /// Its session, live or over.
     pub session: Option<SessionStatus>,
-    /// How its history was found to differ from the leader's, if it was: then nothing of it counts.
+    /// How its history was found to differ from this node's, if it was: then nothing of it counts.
     pub divergence: Option<String>,
 }
 

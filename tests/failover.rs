@@ -506,7 +506,7 @@ fn a_follower_that_is_ahead_under_the_same_epoch_is_refused(net: &Net) {
     append_strays(&mut leader.writer(S0).unwrap(), 10);
     let error = reason_of_end(&follow(net, &b, B));
     assert!(matches!(error, Error::Refused { code: RefusalCode::LeaderBehind, .. }), "{error}");
-    assert!(error.to_string().contains("up to LSN 60, but this leader only up to 40 under the same epoch"), "{error}");
+    assert!(error.to_string().contains("up to LSN 60, but this node only up to 40 under the same epoch"), "{error}");
     leader.shutdown().unwrap();
     assert_records(&b, S0, 60);
 }

@@ -264,7 +264,7 @@ fn a_leader_that_has_nothing_says_so_and_wipes_nobody() {
     let follower = net.follow(&follower_dir, 1, &Checked::forgetful(1));
     let error = reason_of_end(&follower);
     assert!(matches!(error, Error::Refused { code: RefusalCode::LeaderBehind, .. }), "{error}");
-    assert_says(&error.to_string(), &["shard 0 of this leader is empty", "up to LSN 40", "nothing is overwritten"]);
+    assert_says(&error.to_string(), &["shard 0 of this node is empty", "up to LSN 40", "nothing is overwritten"]);
     drop((leader, follower));
     assert_identical(&leader_dir, &follower_dir, &[40]);
 }
@@ -371,21 +371,6 @@ fn requests_that_do_not_fit_are_refused_by_name() {
     assert_eq!(code, RefusalCode::WrongRole);
     // After all that the right request is welcome.
     assert_eq!(ask(&mut net.connect(), good).unwrap().start, Lsn(21));
-}
-
-#[test]
-fn a_follower_is_not_followed() {
-    let net = Net::in_process();
-    let (parent, leader_dir, follower_dir) = directories();
-    let leader = net.lead(&leader_dir, 1);
-    let builder = net.node(&follower_dir).listen("second");
-    let second = builder.follow(&net.address, Arc::new(LogOnly)).unwrap();
-    let third = net.node(&parent.path().join("third")).follow("second", Arc::new(LogOnly)).unwrap();
-    let error = reason_of_end(&third);
-    assert!(matches!(error, Error::Refused { code: RefusalCode::WrongRole, .. }), "{error}");
-    assert_says(&error.to_string(), &["second", "is a follower itself; follow its leader"]);
-    append(&mut leader.writer(S0).unwrap(), 3);
-    catch_up(&leader, &second);
 }
 
 #[test]

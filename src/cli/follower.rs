@@ -50,7 +50,7 @@ pub(super) struct Follower {
     #[arg(long)]
     listen: Option<String>,
     /// Forget this node, which this one has fed and which will not come back. May be given several times
-    #[arg(long, value_name = "ID", requires = "listen")]
+    #[arg(long, value_name = "ID")]
     forget: Vec<u64>,
     /// Listen on an address that other machines reach, although nothing is encrypted
     #[arg(long)]

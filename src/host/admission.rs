@@ -59,7 +59,8 @@ pub(crate) struct StreamSignals {
 
 impl Host {
     /// Decides about a follower that asks to follow on a stream with these signals. `parting` is where its log parts
-    /// from `log`, the shard's when that was found out, if it was. What is decided holds until [`stream_ended`](Self::stream_ended), which
+    /// from `log`, if that was found out; nobody is admitted whose log was compared with another than the present one.
+    /// What is decided holds until [`stream_ended`](Self::stream_ended), which
     /// the caller owes.
     ///
     /// An older stream of the follower is over when this returns.
@@ -74,6 +75,7 @@ impl Host {
         if !state.feeds() || !Arc::ptr_eq(log, &state.log) {
             return Err(self.feeds_nobody());
         }
+        self.check_ring(&state, request.node)?;
         let before = state.member(request.node).and_then(|member| member.stream.take());
         let admitted = self.admit_locked(&mut state, request, parting, endpoint, (signals, before.as_ref()));
         drop(state);
@@ -232,9 +234,9 @@ impl Host {
             Some(Refusal::LeaderBehind) if head == Lsn::ZERO => Declined(
                 RefusalCode::LeaderBehind,
                 format!(
-                    "shard {shard} of this leader is empty, and you have it up to LSN {}: nothing proves that the two were \
+                    "shard {shard} of this node is empty, and you have it up to LSN {}: nothing proves that the two were \
                      one log, and nothing is overwritten. Make the node that has the records the leader; or, if nobody \
-                     needs them, start yours with an empty directory, or again once this leader has more records there",
+                     needs them, start yours with an empty directory, or again once this node has more records there",
                     request.received.max(request.applied)
                 ),
             ),
@@ -242,7 +244,7 @@ impl Host {
                 Declined(
                     RefusalCode::LeaderBehind,
                     format!(
-                        "you have shard {shard} up to LSN {}, but this leader only up to {head} under the same epoch: \
+                        "you have shard {shard} up to LSN {}, but this node only up to {head} under the same epoch: \
                          it has lost data, and nothing is overwritten; make a node with the longer log the leader",
                         request.received.max(request.applied)
                     ),
@@ -251,7 +253,7 @@ impl Host {
             Some(Refusal::LeaderBehind | Refusal::Diverged) => Declined(
                 RefusalCode::Diverged,
                 format!(
-                    "at LSN {} of shard {shard} your history (chain {:08x}) is not this leader's{}; nothing is \
+                    "at LSN {} of shard {shard} your history (chain {:08x}) is not this node's{}; nothing is \
                      overwritten",
                     request.received,
                     request.chain.0,
@@ -267,13 +269,13 @@ impl Host {
                 format!("epoch {} has been seen: this node is deposed", request.epoch),
             ),
             Some(Refusal::SessionIdsExhausted) => {
-                Declined(RefusalCode::Internal, "this leader has no session ids left".to_owned())
+                Declined(RefusalCode::Internal, "this node has no session ids left".to_owned())
             }
             Some(Refusal::RelayBehind) => Declined(
                 RefusalCode::NotReady,
                 format!(
                     "you have shard {shard} up to LSN {}, and this node, which is a follower itself, only up to {head} so \
-                     far; ask again",
+                     far; ask again, or follow the leader",
                     request.received.max(request.applied)
                 ),
             ),
@@ -337,6 +339,10 @@ mod tests {
 
     impl Scene {
         fn new() -> Scene {
+            Scene::of(Role::Leader)
+        }
+
+        fn of(role: Role) -> Scene {
             let directory = tempfile::tempdir().unwrap();
             let shard = directory.path().join("shard");
             std::fs::create_dir(&shard).unwrap();
@@ -360,7 +366,7 @@ mod tests {
                 is_followable: true,
             };
             let host = Host::new(settings, log, Arc::clone(&retention));
-            host.assign(Role::Leader, Epoch(1));
+            host.assign(role, Epoch(3));
             Scene { _directory: directory, wal, _writer: writer, retention, host }
         }
 
@@ -414,7 +420,6 @@ mod tests {
     #[test]
     fn no_log_is_cut_to_go_on_in_a_file_that_goes() {
         let scene = Scene::new();
-        scene.host.assign(Role::Leader, Epoch(2));
         let (log, tail) = (scene.wal.log(), scene.later_segments()[1]);
         // Before the batch that seals the segment before that.
         let last = log.reader_from(tail.previous()).unwrap().next(u64::MAX).unwrap().unwrap();
@@ -462,6 +467,74 @@ mod tests {
             assert!(admitted.is_err() || signals.over.is_shutdown(), "round {round}");
             assert!(scene.host.streams().is_empty(), "round {round}");
         }
+    }
+
+    #[test]
+    fn a_relay_feeds_while_it_has_caught_up_and_is_whole_under_the_epoch_in_force() {
+        let scene = Scene::of(Role::Follower);
+        let (host, request) = (&scene.host, scene.request(Lsn(3)));
+        let feeds = || match scene.admit(&request) {
+            Ok(admitted) => {
+                assert_eq!(admitted.session.epoch, Epoch(3));
+                true
+            }
+            Err(Declined(code, text)) => {
+                assert_eq!(code, RefusalCode::NotReady, "{text}");
+                false
+            }
+        };
+        assert!(!feeds(), "it has met nobody yet");
+        host.set_caught_up(Epoch(2), true);
+        assert!(!feeds(), "under an epoch that is over");
+        host.set_caught_up(Epoch(3), false);
+        assert!(!feeds(), "its target is being rebuilt");
+        host.set_whole();
+        assert!(feeds());
+        host.withdraw();
+        assert!(!feeds());
+        // Whoever completes the rebuild may come between the look at the target and the word about it.
+        host.set_whole();
+        host.set_caught_up(Epoch(3), false);
+        assert!(feeds());
+        host.assign(Role::Follower, Epoch(2));
+        assert!(feeds(), "one that accepted an older epoch comes late");
+        host.set_upstream(FOLLOWER);
+        assert!(!feeds(), "the one that it follows itself");
+        host.set_upstream(NodeId(9));
+        let another = Scene::of(Role::Follower);
+        let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
+        let compared_with_another = host.admit(&request, (another.wal.log(), None), "somewhere", &signals);
+        assert!(compared_with_another.is_err_and(|declined| declined.0 == RefusalCode::NotReady));
+        assert!(host.admit(&request, (scene.wal.log(), None), "somewhere", &signals).is_ok());
+        host.assign(Role::Follower, Epoch(4));
+        assert!(signals.over.is_shutdown() && !feeds(), "everybody comes again under a newer epoch");
+    }
+
+    #[test]
+    fn who_withdraws_waits_until_nobody_reads_a_base() {
+        let scene = Scene::of(Role::Follower);
+        scene.host.set_caught_up(Epoch(3), true);
+        let tail = scene.later_segments()[1];
+        scene.retention.give_up_before(tail);
+        let admitted = scene.admit(&scene.request(Lsn(3))).unwrap();
+        assert_eq!(admitted.session.kind, SessionKind::Rebuild);
+        let pin = || scene.host.pin_rebuild(admitted.stream, admitted.session.id.0, Some(tail));
+        let (first, open) = pin().unwrap();
+        assert_eq!(first, tail);
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                scene.host.withdraw();
+                done.send(()).unwrap();
+            });
+            assert!(is_done.recv_timeout(Duration::from_millis(30)).is_err(), "somebody reads");
+            while pin().is_ok() {
+                std::thread::yield_now();
+            }
+            assert!(matches!(pin(), Err(Error::ShutDown)), "nobody begins to");
+            drop(open);
+            is_done.recv().unwrap();
+        });
     }
 
     #[test]

@@ -31,7 +31,8 @@
 //! # Locking
 //!
 //! One lock a shard, held while an event is taken in and its commands are carried out. Under it a new follower is
-//! written to the registry, pins are taken and streams are told to end; nothing else blocks. An acknowledgement in
+//! written to the registry, pins are taken and streams are told to end; nothing else blocks, and nobody waits for the end
+//! of a base under it. An acknowledgement in
 //! keep-up takes it once, uncontended unless the same shard has more to say, and allocates nothing.
 
 mod admission;
@@ -95,7 +96,7 @@ pub(crate) struct Host {
 }
 
 struct State {
-    /// On a follower a rebuild puts another one in its place.
+    /// On a follower a rebuild or a cut puts another one in its place.
     log: Arc<Log>,
     engine: Engine,
     /// The buffer that the engine fills; empty between events.
@@ -182,7 +183,9 @@ impl Host {
     /// Takes on a role under an epoch that is on stable storage. Its followers are those known, if it can have any.
     pub(crate) fn assign(&self, role: Role, epoch: Epoch) {
         let mut state = self.state.lock();
-        if (state.assignment.role, state.assignment.epoch) == (role, epoch) {
+        // Of two that accept epochs at once, the one with the older may come here last.
+        let before = (state.assignment.role, state.assignment.epoch);
+        if before == (role, epoch) || epoch < before.1 {
             return;
         }
         self.stop_feeding(&mut state);
@@ -459,7 +462,7 @@ impl Host {
         state.members.iter().filter_map(|member| Some(member.stream.as_ref()?.signals.over.clone())).collect()
     }
 
-    /// Whether this node is among the followers that the leader was told to have, if it was told.
+    /// Whether `node` is among the followers that this node was told to have, if it was told.
     pub(crate) fn may_follow(&self, node: NodeId) -> bool {
         self.settings.members.as_ref().is_none_or(|members| members.contains(&node))
     }

@@ -26,18 +26,21 @@ use super::{Host, State};
 use crate::error::RefusalCode;
 use crate::protocol::{FailureReason, Role};
 use crate::shutdown::ShutdownSignal;
-use crate::types::Epoch;
+use crate::types::{Epoch, NodeId};
 use crate::watermark::{Until, WaitStrategy, Waited, wait_any};
 
 use super::Declined;
 
 /// Whether a follower can feed others.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Relay {
-    /// The log has been agreed on with a leader of the epoch in force, and reaches where that one was then.
+    /// The log has been agreed on with a leader of the epoch in force, or with whoever stands for it, and reaches where
+    /// that one was then.
     is_caught_up: bool,
     /// The target is not being rebuilt.
     is_whole: bool,
+    /// Whom the node follows, since it first met somebody.
+    upstream: Option<NodeId>,
 }
 
 /// A base that is read to be sent. Dropped when that is over.
@@ -56,9 +59,16 @@ impl Host {
         let mut state = self.state.lock();
         // Another stream may have met a newer leader, with which this log has not been agreed on.
         if epoch == state.assignment.epoch {
-            state.relay = Relay { is_caught_up: true, is_whole };
+            state.relay.is_caught_up = true;
+            // A rebuild may have completed since the caller looked.
+            state.relay.is_whole |= is_whole;
             self.tell_feeding(&state);
         }
+    }
+
+    /// On a follower: it follows that node.
+    pub(crate) fn set_upstream(&self, node: NodeId) {
+        self.state.lock().relay.upstream = Some(node);
     }
 
     /// On a follower: the rebuild of its target is complete.
@@ -81,7 +91,7 @@ impl Host {
 
     /// Ends every stream, under the lock.
     pub(super) fn stop_feeding(&self, state: &mut State) {
-        state.relay = Relay::default();
+        state.relay = Relay { upstream: state.relay.upstream, ..Relay::default() };
         for index in 0..state.members.len() {
             let Some(member) = state.members.get(index) else { break };
             let (node, stream) = (member.known.node(), member.stream.as_ref().map(|open| open.signals.over.clone()));
@@ -114,6 +124,16 @@ impl Host {
                 self.shard
             ),
         )
+    }
+
+    /// A node that this one follows is not fed by it: the two would wait for each other for ever.
+    pub(super) fn check_ring(&self, state: &State, node: NodeId) -> Result<(), Declined> {
+        if state.is_relay() && state.relay.upstream == Some(node) {
+            let text =
+                format!("this node is a follower of node {node} itself: one of the two must follow somebody else");
+            return Err(Declined(RefusalCode::NotReady, text));
+        }
+        Ok(())
     }
 
     fn tell_feeding(&self, state: &State) {

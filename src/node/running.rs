@@ -43,13 +43,14 @@ impl Hosting {
         let manifest = directory.manifest();
         let registry = Arc::new(Registry::open(&directory.followers_path(), manifest.shard_count)?);
         let leads = role == Role::Leader;
-        if let Some(members) = builder.members.as_ref().filter(|_| leads) {
+        let is_followable = leads || builder.listen.is_some();
+        if let Some(members) = builder.members.as_ref().filter(|_| is_followable) {
             registry.retain(|node| members.contains(&node))?;
-            for &node in members.iter() {
+            // A follower keeps log for those alone that have come.
+            for &node in members.iter().filter(|_| leads) {
                 registry.add(node)?;
             }
         }
-        let is_followable = leads || builder.listen.is_some();
         let clock = Arc::new(Clock::new());
         let settings = HostSettings {
             node: manifest.node,

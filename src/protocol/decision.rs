@@ -7,18 +7,19 @@
 //! |---:|---|---|
 //! | 1 | the follower's newest epoch is newer than the leader's | refuse: `newer_epoch` |
 //! | 2 | the follower knows more to be committed than the leader has | refuse: `leader_behind`; of a relay, `relay_behind` |
-//! | 3 | the leader is a relay, end past the head, same epoch or no log that tells one | refuse: `relay_behind` |
-//! | 4 | end = 0 = head, the follower's base is whole | keep-up |
-//! | 5 | the leader's log is empty | refuse: `leader_behind` |
-//! | 6 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
-//! | 7 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
-//! | 8 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
-//! | 9 | `received` + 1 < tail, or = tail > 1 with another chain than the leader's: its log ends before the leader's begins | rebuild |
-//! | 10 | position = head | keep-up |
-//! | 11 | position + 1 >= tail | catch-up from position |
-//! | 12 | | rebuild |
+//! | 3 | the leader is a relay, end past the head or common = `received` where histories differ, same epoch or no log that tells one | refuse: `relay_behind` |
+//! | 4 | the leader is a relay with an empty log, the follower's base is incomplete | refuse: `relay_behind` |
+//! | 5 | end = 0 = head, the follower's base is whole | keep-up |
+//! | 6 | the leader's log is empty | refuse: `leader_behind` |
+//! | 7 | end past the head or histories differ at `received`, same epoch | refuse: `leader_behind` |
+//! | 8 | the follower's base is incomplete, or its log is empty although it has state up to the head | rebuild |
+//! | 9 | end past the head or histories differ at `received`, older epoch | *diverged*, below |
+//! | 10 | `received` + 1 < tail, or = tail > 1 with another chain than the leader's: its log ends before the leader's begins | rebuild |
+//! | 11 | position = head | keep-up |
+//! | 12 | position + 1 >= tail | catch-up from position |
+//! | 13 | | rebuild |
 //!
-//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 9 applies.
+//! Histories are compared where the leader's log still reaches back to `received`; where it does not, row 10 applies.
 //! One before the tail it knows a single chain, the one behind the batch that sealed the segment it has given up. A log
 //! that ends before that batch has another chain there and the same history: that it differs proves nothing. A fresh
 //! follower (end = 0) has no history to differ. State without a log has one that nobody can compare.
@@ -30,8 +31,8 @@
 //! | a | common is known, and below what the follower knows to be committed | refuse: `diverged` |
 //! | b | common is known, nothing above it was applied to the base, common + 1 >= tail, and the cut leaves records or the follower is no longer than the leader | catch-up from common, cutting there |
 //! | c | common is known and above 0 | rebuild |
-//! | d | no common point, the leader's log does not reach back to LSN 1, and the follower is no longer than the leader | rebuild |
-//! | e | no common point, the leader is a relay, and its log does not reach back to LSN 1 | refuse: `relay_behind` |
+//! | d | no common point was found, the leader's log does not reach back to LSN 1, and the follower is no longer than the leader | rebuild |
+//! | e | no common point was found, the leader is a relay, and its log does not reach back to LSN 1 | refuse: `relay_behind` |
 //! | f | | refuse: `diverged` |
 //!
 //! Row f is why an empty or shortened leader, or one that began anew, never wipes a follower: a follower's log is given
@@ -40,8 +41,8 @@
 //!
 //! A *relay* is a follower that feeds others. It decides only while it has every record of older epochs that its leader
 //! has ([`LeaderFacts::is_relay`](super::LeaderFacts::is_relay)), so about those it knows as much as the leader; of this
-//! epoch it may be behind a follower that was fed by somebody else before. That one asks again (row 3), and keeps what
-//! it has. So does one whose history a relay cannot compare, because it was rebuilt itself and has a short log (row e):
+//! epoch it may be behind a follower that was fed by somebody else before. That one asks again (rows 3 and 4), and
+//! keeps what it has. So does one whose history a relay cannot compare, because it was rebuilt itself and has a short log (row e):
 //! when it has come further than that follower, row d holds.
 
 use super::event::SyncAck;
@@ -97,9 +98,7 @@ pub fn decide(ack: &SyncAck) -> Decision {
     if follower.committed > leader.head {
         return Decision::Refuse(if leader.is_relay { Refusal::RelayBehind } else { Refusal::LeaderBehind });
     }
-    // State without a log tells no epoch: it may be of this one.
-    let may_be_of_epoch = follower.tail_epoch == ack.epoch || follower.received == Lsn::ZERO;
-    if leader.is_relay && end > leader.head && may_be_of_epoch {
+    if leader.is_relay && may_be_ahead_of_relay(ack) {
         return Decision::Refuse(Refusal::RelayBehind);
     }
     if leader.head == Lsn::ZERO {
@@ -140,6 +139,17 @@ fn ends_before_tail(ack: &SyncAck) -> bool {
     let (received, tail) = (ack.follower.received, ack.leader.tail);
     let differs = ack.leader.chain_at_received != Some(ack.follower.chain);
     received.next() < tail || (received > Lsn::ZERO && received.next() == tail && differs)
+}
+
+/// Whether the follower may have something of the epoch that a relay has yet to receive.
+fn may_be_ahead_of_relay(ack: &SyncAck) -> bool {
+    let (follower, leader) = (&ack.follower, &ack.leader);
+    // State without a log tells no epoch: it may be of this one.
+    let may_be_of_epoch = follower.tail_epoch == ack.epoch || follower.received == Lsn::ZERO;
+    // A batch without a record, which seals a segment.
+    let has_seal = histories_differ(ack) && leader.common == Some(follower.received);
+    let has_more = follower.end() > leader.head || has_seal;
+    has_more && may_be_of_epoch || leader.head == Lsn::ZERO && follower.base_incomplete
 }
 
 fn decide_diverged(ack: &SyncAck) -> Decision {
@@ -316,6 +326,11 @@ mod tests {
         let mut facts = ack(9, 1, 10);
         facts.leader.chain_at_received = Some(Chain(8));
         assert_eq!(of_relay(facts), BEHIND, "two histories of one epoch");
+        facts.leader.common = Some(Lsn(9));
+        assert_eq!(of_relay(facts), WAITS, "it has the batch that seals the segment, too");
+        let mut facts = ack(0, 1, 0);
+        facts.follower.base_incomplete = true;
+        assert_eq!(of_relay(facts), WAITS, "there is no base yet");
         let mut facts = ack(12, 1, 9);
         (facts.follower.received, facts.follower.tail_epoch) = (Lsn::ZERO, Epoch::ZERO);
         assert_eq!(of_relay(facts), WAITS, "state whose epoch nobody knows");
@@ -420,7 +435,10 @@ mod tests {
             of_relay.leader.is_relay = true;
             let (leaders, relays) = (decide(&ack), decide(&of_relay));
             if relays == Decision::Refuse(Refusal::RelayBehind) {
-                prop_assert!(ack.follower.end() > ack.leader.head || ack.follower.committed > ack.leader.head);
+                let has_seal = histories_differ(&ack) && ack.leader.common == Some(ack.follower.received);
+                let is_empty = ack.leader.head == Lsn::ZERO && ack.follower.base_incomplete;
+                let is_longer = ack.follower.end() > ack.leader.head || ack.follower.committed > ack.leader.head;
+                prop_assert!(is_longer || has_seal || is_empty);
                 let cut = matches!(leaders, Decision::CatchUp { cut: Some(_), .. });
                 prop_assert!(!cut || ack.follower.tail_epoch == ack.epoch || ack.follower.received == Lsn::ZERO);
             } else {

@@ -18,8 +18,8 @@ pub struct Settings {
     pub shard: ShardId,
     /// The node that it runs on.
     pub node: NodeId,
-    /// The first session's id. Above every id that was used for the shard before, on any node; the host persists a
-    /// bound, or derives it from something that only grows. 0 counts as 1.
+    /// The first session's id. Above every id that this node has used for the shard before, and any leader under an older
+    /// epoch; the host persists a bound, or derives it from something that only grows. 0 counts as 1.
     pub first_session: SessionId,
     /// How long sessions may take.
     pub limits: SessionLimits,
@@ -197,7 +197,7 @@ impl Engine {
         Ok(())
     }
 
-    /// With no session under way: the leader decides by the facts.
+    /// With no session under way: this node decides by the facts.
     fn decide(&mut self, now: Millis, index: usize, ack: &SyncAck, commands: &mut Vec<Command>) {
         let head = ack.leader.head;
         let plan = match decide(ack) {

@@ -4,10 +4,10 @@
 //! |---|---|---|
 //! | [`AssignmentDelivered`](Event::AssignmentDelivered) | whoever assigns roles | role, epoch, followers; ends sessions |
 //! | [`ReadinessObserved`](Event::ReadinessObserved) | the host's own threads | the mode |
-//! | [`SyncAckReceived`](Event::SyncAckReceived) | leader | facts about a follower; with no session under way, the decision |
-//! | [`SessionProgress`](Event::SessionProgress) | leader | issued becomes running; the stall budget starts anew |
-//! | [`SessionCompleted`](Event::SessionCompleted) | leader | the session is over, keep-up follows |
-//! | [`SessionFailed`](Event::SessionFailed) | leader | the session is over, the next facts decide |
+//! | [`SyncAckReceived`](Event::SyncAckReceived) | whoever is followed | facts about a follower; with no session under way, the decision |
+//! | [`SessionProgress`](Event::SessionProgress) | whoever is followed | issued becomes running; the stall budget starts anew |
+//! | [`SessionCompleted`](Event::SessionCompleted) | whoever is followed | the session is over, keep-up follows |
+//! | [`SessionFailed`](Event::SessionFailed) | whoever is followed | the session is over, the next facts decide |
 //! | [`BarrierConfirmed`](Event::BarrierConfirmed) | leader | what is durable |
 //!
 //! Every event carries the epoch it belongs to, and every event about a session carries the session's id. One from
@@ -113,9 +113,9 @@ pub struct ReadinessObserved {
     pub role_applied: Option<bool>,
     /// The receiver of a follower listens.
     pub receiver_ready: Option<bool>,
-    /// The shippers of a leader know their followers.
+    /// The shippers know their followers.
     pub shipper_configured: Option<bool>,
-    /// The shippers of a leader are connected.
+    /// The shippers are connected.
     pub shipper_connected: Option<bool>,
 }
 

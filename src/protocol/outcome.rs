@@ -51,7 +51,7 @@ pub enum Ignored {
     },
     /// Nothing has been assigned yet.
     NotAssigned,
-    /// Only a leader does something with such an event.
+    /// Only a leader does something with a barrier of its own.
     NotLeader,
     /// The node is not among the followers assigned.
     UnknownReplica {
@@ -74,7 +74,7 @@ pub enum Ignored {
         /// What was to be reached.
         target: Lsn,
     },
-    /// A completion past the end of the leader's log.
+    /// A completion past the end of the log.
     BeyondHead {
         /// What was reported.
         achieved: Lsn,
@@ -121,7 +121,7 @@ impl fmt::Display for Ignored {
             Ignored::TargetNotReached { achieved, target } => {
                 write!(f, "LSN {achieved} is short of the session's target {target}")
             }
-            Ignored::BeyondHead { achieved, head } => write!(f, "LSN {achieved} is past the leader's head {head}"),
+            Ignored::BeyondHead { achieved, head } => write!(f, "LSN {achieved} is past the head {head}"),
             Ignored::InconsistentFacts => f.write_str("the facts reported cannot be true together"),
             Ignored::NotCounted { node } => write!(f, "node {node} does not count for durability at present"),
             Ignored::InvalidAssignment { reason } => write!(f, "the assignment has no meaning: {reason}"),

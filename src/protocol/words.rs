@@ -68,7 +68,7 @@ words! {
     Role, "role":
     /// Takes appends, ships them, and decides how each follower recovers.
     Leader = "leader",
-    /// Receives, reports facts and executes contracts.
+    /// Receives, reports facts and executes contracts; may feed others in its turn.
     Follower = "follower",
 }
 
@@ -149,12 +149,13 @@ words! {
 }
 
 words! {
-    /// Why the leader issues no session to a follower, although it is assigned: every session would destroy data that
-    /// may be the only copy. The refusal ends with the first facts that allow a session.
+    /// Why a follower gets no session, although it is assigned: every session would destroy data that may be the only
+    /// copy, or has to wait. The refusal ends with the first facts that allow a session.
     Refusal, "refusal":
     /// The follower, or what it knows to be committed, is ahead of the leader: the leader has lost data.
     LeaderBehind = "leader_behind",
-    /// The follower has more of the epoch than this node, which is a follower itself and may still receive that.
+    /// The follower has more of the epoch than this node, which is a follower itself and may still receive that, or a
+    /// history that this node cannot compare any more.
     RelayBehind = "relay_behind",
     /// The logs have no proven point in common to return to, or only one below what is known to be committed.
     Diverged = "diverged",

@@ -149,7 +149,6 @@ impl Intake {
         start: &SessionControl,
         over: &ShutdownSignal,
     ) -> Result<Intake> {
-        own.withdraw()?;
         own.stop_applier();
         let (shard, base) = (own.shard, contract.base);
         let durable = own.target().durable_applied(shard)?.unwrap_or(Lsn::ZERO);
@@ -157,6 +156,7 @@ impl Intake {
         let is_newer = !own.is_incomplete()? && here > base.base_lsn;
         if is_newer && own.gives_way {
             log::warn!("shard {shard}: what was applied up to LSN {here} is not the leader's, and is given up");
+            own.withdraw()?;
             own.target().give_up(shard)?;
         } else if is_newer && here > own.told_applied {
             // It was decided by less than is here now: as long as its log lasted, the applier went on. With this much
@@ -182,6 +182,7 @@ impl Intake {
                 base.base_lsn
             )));
         }
+        own.withdraw()?;
         // Before the target is emptied: what the file says would not be true any more.
         interrupted::forget(&own.node.rebuild_path(shard))?;
         let mut session = RebuildSession::new(shard, Arc::clone(own.target()));

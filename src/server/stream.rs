@@ -261,7 +261,7 @@ impl Stream {
     #[inline(never)]
     fn receive_word(&self, receiver: &mut dyn FrameReceiver, header: FrameHeader) -> Result<Word> {
         if !matches!(header.kind, FrameKind::Ack | FrameKind::SessionAck | FrameKind::Heartbeat | FrameKind::Error) {
-            return Err(Error::protocol(&self.peer, format!("{:?} is not for a leader", header.kind)));
+            return Err(Error::protocol(&self.peer, format!("{:?} is not for a node that is followed", header.kind)));
         }
         match receiver.receive_message_body(header)? {
             Message::Ack(ack) => Ok(Word::Acknowledged(ack)),
