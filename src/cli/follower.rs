@@ -26,7 +26,7 @@ pub(super) struct Follower {
     /// Data directory; made if it is not there
     #[arg(long)]
     dir: PathBuf,
-    /// The leader's address, or that of a follower that listens
+    /// The leader's address, or that of a follower that listens. A new directory keeps a store if that one does
     #[arg(long, value_name = "ADDR")]
     leader: String,
     /// This node's id [default: random, kept in the directory]

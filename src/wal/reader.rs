@@ -392,10 +392,9 @@ impl Log {
         if place.lsn != lsn || place.offset != 0 {
             return Ok(None);
         }
-        let Some(sealed) = self.segment_holding(lsn).filter(|segment| segment.sealed_last_lsn().is_some()) else {
-            return Ok(None);
-        };
-        Ok(Some(place_before_seal(&sealed)?).filter(|place| place.lsn == lsn && place.chain == chain))
+        // By what is in it: a segment says that it is sealed a moment after the batch that seals it is there.
+        let Some(segment) = self.segment_holding(lsn) else { return Ok(None) };
+        Ok(Some(place_before_seal(&segment)?).filter(|place| place.lsn == lsn && place.chain == chain))
     }
 }
 

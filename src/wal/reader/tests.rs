@@ -198,6 +198,11 @@ fn a_reader_begins_where_the_next_segment_will() {
     assert_eq!(copy.log().segments()[0].sealed_last_lsn(), Some(head));
     let place = copy.log().position_before(head.next()).unwrap();
     assert_eq!((place.segment, place.offset), (head.next(), 0));
+    let before_seal = place_before_seal(&copy.log().segments()[0]).unwrap();
+    assert!(before_seal.lsn == head && before_seal.chain != place.chain);
+    for ends in [before_seal, place] {
+        assert_eq!(copy.log().position_after(head, ends.chain).unwrap(), Some(ends), "a log may end at either");
+    }
     let mut reader = copy.log().reader_at(place).unwrap();
     assert_eq!(reader.wait(Some(Instant::now())), LogWaited::TimedOut);
     assert!(reader.next(1).unwrap().is_none());
