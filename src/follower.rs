@@ -371,6 +371,7 @@ impl Follower {
             gives_way: false,
             interrupted: None,
             told_applied: Lsn::ZERO,
+            catches_up_at: None,
         };
         if !own.awaits_leader {
             own.ensure_applier()?;

@@ -74,6 +74,8 @@ pub(crate) struct FollowerShard {
     pub(crate) interrupted: Option<Interrupted>,
     /// Up to where the leader has been told that records are applied. The applier may have gone on since.
     pub(crate) told_applied: Lsn,
+    /// Where the leader was when the stream began, until the log is there too.
+    pub(crate) catches_up_at: Option<Lsn>,
 }
 
 /// Up to where a shard's target has applied its log.

@@ -141,6 +141,7 @@ impl Receiver {
             self.own.ensure_applier()?;
         }
         self.own.state.begin_stream(info.head);
+        self.own.catches_up_at = Some(info.target);
         self.own.state.set_connected(true);
         // A leader that beats more slowly than this node expects is not gone.
         let slowest = Duration::from_millis(u64::from(info.heartbeat_ms.saturating_mul(3).min(MAX_PATIENCE_MS)));
@@ -446,6 +447,7 @@ impl Receiver {
             self.own.state.set_leader_head(caught_up.head);
             self.own.writer()?.log().prepare_spares()?;
             log::info!("shard {}: caught up with {peer} at LSN {}", self.own.shard, caught_up.head);
+            self.own.catches_up_at = None;
             self.own.feed(lane.leaders_epoch())?;
         }
         Ok(())
@@ -489,7 +491,7 @@ impl Receiver {
         }
         let total = u64::from(receiver.remaining());
         let node = Arc::clone(&self.own.node);
-        let mut newer = None;
+        let mut newer = false;
         let writer = self.own.writer()?;
         while receiver.remaining() > 0 {
             let len = u64::from(receiver.remaining()).min(TAKE_IN);
@@ -506,11 +508,17 @@ impl Receiver {
                 // The leader goes on under a newer term. Should the node stop right here, the log says so too.
                 lane.goes_on_under(epoch);
                 node.accept_epoch(epoch).map_err(|error| stale_answer(peer, error))?;
-                newer = Some(epoch);
+                newer = true;
             }
         }
-        // All that the leader had of older terms came before.
-        newer.map_or(Ok(()), |epoch| self.own.feed(epoch)).map(|()| total)
+        // All that the leader had of older terms came before. Behind one that never rests, nothing else says that the
+        // log has reached where the leader was.
+        let head = writer.end().head;
+        if newer || self.own.catches_up_at.is_some_and(|due| due <= head) {
+            self.own.catches_up_at = None;
+            self.own.feed(lane.leaders_epoch())?;
+        }
+        Ok(total)
     }
 }
 

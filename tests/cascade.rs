@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::net::{Net, free_port};
+use common::proxy::{Fate, Proxy};
+use common::random::Random;
 use common::{Checked, SEGMENT, append, assert_identical, catch_up, deadline, reach, shards, until};
 use tempfile::TempDir;
 use towline::protocol::{Mode, SessionKind};
@@ -525,6 +527,26 @@ fn no_rebuild_ends_short_of_what_an_interrupted_one_gave_up(net: &Net) {
     assert_same_stores(&of_leader, &of_last, 2000);
     [last, relay].into_iter().for_each(|follower| follower.shutdown().unwrap());
     assert!(!scene.directory(LAST).join("owed-0000").exists(), "it owes nothing any more");
+/// The leader appends faster than the relay's link carries, all along: the relay never has all that there is.
+#[test]
+fn a_relay_feeds_although_its_leader_is_always_further() {
+    let net = Net::tcp();
+    let scene = Scene::new(&net);
+    let leader = scene.lead(LEADER, 1);
+    let mut writer = leader.writer(S0).unwrap();
+    append(&mut writer, 2000);
+    let proxy = Proxy::start(&net.address, Random::new());
+    proxy.plan([Fate::Slow(Duration::from_millis(20)); 100]);
+    let relay = scene.node(RELAY).listen(&scene.relay).follow(&proxy.address, Arc::new(LogOnly)).unwrap();
+    let last = scene.last(Arc::new(LogOnly));
+    until("it is fed while the relay lags", || {
+        append(&mut writer, 300);
+        last.log(S0).unwrap().head() > Lsn(2000)
+    });
+    assert!(relay.log(S0).unwrap().head() < leader.log(S0).unwrap().head(), "the relay kept up");
+    proxy.cut();
+    [last, relay].into_iter().for_each(|follower| follower.shutdown().unwrap());
+    drop(writer);
     leader.shutdown().unwrap();
 }
 
