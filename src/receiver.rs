@@ -247,7 +247,9 @@ impl Receiver {
             applied,
             chain,
             from: Lsn::ZERO,
-            flags: kept | if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 },
+            flags: kept
+                | if is_incomplete { SyncRequest::BASE_INCOMPLETE } else { 0 }
+                | if manifest.own_epoch { SyncRequest::HAS_LED } else { 0 },
         };
         let own = OwnHistory { log: writer.log().as_ref(), touched };
         let timeout = node.options.handshake_timeout;

@@ -481,7 +481,19 @@ impl Server {
         if self.shard(request.shard).map_err(internal)?.host.may_follow(request.node) {
             self.check_epoch(request.epoch)?;
         }
-        Ok(())
+        self.check_newer_leader(request)
+    }
+
+    /// One that has led follows nobody under its own epoch. A relay that feeds under that has yet to hear of the next
+    /// leader; where another node leads under it, the follower says what is wrong.
+    fn check_newer_leader(&self, request: &SyncRequest) -> Result<(), Refusal> {
+        let epoch = self.directory.manifest().epoch;
+        if self.role == Role::Leader || request.flags & SyncRequest::HAS_LED == 0 || request.epoch < epoch {
+            return Ok(());
+        }
+        let reason =
+            format!("you have led under epoch {epoch}, and this node, a follower itself, has met no newer one");
+        Err(Refusal(RefusalCode::NotReady, format!("{reason} so far; ask again")))
     }
 
     /// A follower has agreed with its own leader before it feeds others.

@@ -37,6 +37,7 @@ over_both![
     who_comes_before_the_relay_has_met_its_leader_waits,
     a_relay_that_has_lost_its_leader_feeds_on,
     another_leader_has_everybody_cut,
+    a_leader_that_comes_back_behind_a_relay_waits_for_the_next_leader,
     a_follower_that_has_more_than_the_relay_keeps_it,
     a_store_is_rebuilt_through_every_link,
     another_leader_has_every_store_rebuilt,
@@ -244,6 +245,36 @@ fn another_leader_has_everybody_cut(net: &Net) {
         leader.shutdown().unwrap();
         for node in [RELAY, LAST] {
             assert_identical(&scene.directory(NEXT_LEADER), &scene.directory(node), &[430 + more]);
+        }
+    }
+}
+
+/// The relay feeds on under the old leader's epoch when that one comes to it, as it has yet to meet the next.
+fn a_leader_that_comes_back_behind_a_relay_waits_for_the_next_leader(net: &Net) {
+    for strays in [0, 9] {
+        let scene = Scene::new(net);
+        let leader = scene.lead(LEADER, 1);
+        let relay = scene.feed(Arc::new(LogOnly));
+        let next = scene.node(NEXT_LEADER).follow(&net.address, Arc::new(LogOnly)).unwrap();
+        let mut writer = leader.writer(S0).unwrap();
+        append(&mut writer, 100);
+        [&relay, &next].into_iter().for_each(|follower| catch_up(&leader, follower));
+        next.shutdown().unwrap();
+        append_strays(&mut writer, strays);
+        drop(writer);
+        leader.shutdown().unwrap();
+        until("it has no leader", || !relay.status().shards[0].following.as_ref().unwrap().connected);
+        let old = scene.node(LEADER).follow(&scene.relay, Arc::new(LogOnly)).unwrap();
+        until("it is told to ask again", || error_of(&old).contains("you have led under epoch 1"));
+
+        let leader = scene.node(NEXT_LEADER).epoch(Epoch(2)).lead(&net.address).unwrap();
+        append(&mut leader.writer(S0).unwrap(), 20);
+        [&relay, &old].into_iter().for_each(|follower| has(follower, Lsn(120)));
+        until("the log is the new leader's", || old.log(S0).unwrap().head() == Lsn(120));
+        [old, relay].into_iter().for_each(|follower| follower.shutdown().unwrap());
+        leader.shutdown().unwrap();
+        for node in [RELAY, LEADER] {
+            assert_identical(&scene.directory(NEXT_LEADER), &scene.directory(node), &[120]);
         }
     }
 }
@@ -527,6 +558,9 @@ fn no_rebuild_ends_short_of_what_an_interrupted_one_gave_up(net: &Net) {
     assert_same_stores(&of_leader, &of_last, 2000);
     [last, relay].into_iter().for_each(|follower| follower.shutdown().unwrap());
     assert!(!scene.directory(LAST).join("owed-0000").exists(), "it owes nothing any more");
+    leader.shutdown().unwrap();
+}
+
 /// The leader appends faster than the relay's link carries, all along: the relay never has all that there is.
 #[test]
 fn a_relay_feeds_although_its_leader_is_always_further() {

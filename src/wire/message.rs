@@ -93,6 +93,9 @@ impl SyncRequest {
     /// Flag, beside [`BASE_INCOMPLETE`](Self::BASE_INCOMPLETE): the log up to `received` and part of the base are those
     /// of an interrupted rebuild, which another one can go on with.
     pub const REBUILD_KEPT: u8 = 2;
+    /// Flag: `epoch` is one that the asker has led under itself, so only a newer leader's log can be followed. A relay
+    /// has the asker wait until it has met that one.
+    pub const HAS_LED: u8 = 4;
 }
 
 message! {
