@@ -41,6 +41,9 @@ use crate::wire::{
 };
 use stream::{Agreed, LeaveStream, Stream};
 
+/// How long whoever asks a relay is kept waiting that is not ready: as long as it would wait before it asks again.
+const MOST_WAITED_FOR: Duration = Duration::from_secs(1);
+
 /// One shard as the server sees it.
 pub(crate) struct ServerShard {
     pub(crate) log: Arc<Log>,
@@ -498,8 +501,8 @@ impl Server {
 
     /// A follower has agreed with its own leader before it feeds others.
     fn wait_until_feeding(&self, shard: ShardId, signals: &StreamSignals) -> Result<(), Refusal> {
-        // The one that asks waits no longer than this for the whole answer, if it was told the same.
-        let deadline = Instant::now().checked_add(self.options.handshake_timeout / 2);
+        // The one that asks waits no longer than a handshake may take. It may be gone by then, which nothing tells here.
+        let deadline = Instant::now().checked_add((self.options.handshake_timeout / 2).min(MOST_WAITED_FOR));
         let host = Arc::clone(&self.shard(shard).map_err(internal)?.host);
         host.wait_until_feeding(deadline, [signals.over.until(), self.draining.until()])
     }

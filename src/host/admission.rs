@@ -271,6 +271,14 @@ impl Host {
             Some(Refusal::SessionIdsExhausted) => {
                 Declined(RefusalCode::Internal, "this node has no session ids left".to_owned())
             }
+            Some(Refusal::RelayBehind) if request.received.max(request.applied) <= head => Declined(
+                RefusalCode::NotReady,
+                format!(
+                    "what you have of shard {shard}, up to LSN {}, cannot be compared with what this node has so far, which is \
+                     a follower itself; ask again, or follow the leader",
+                    request.received.max(request.applied)
+                ),
+            ),
             Some(Refusal::RelayBehind) => Declined(
                 RefusalCode::NotReady,
                 format!(

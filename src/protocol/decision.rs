@@ -32,7 +32,7 @@
 //! | b | common is known, nothing above it was applied to the base, common + 1 >= tail, and the cut leaves records or the follower is no longer than the leader | catch-up from common, cutting there |
 //! | c | common is known and above 0 | rebuild |
 //! | d | no common point was found, the leader's log does not reach back to LSN 1, and the follower is no longer than the leader | rebuild |
-//! | e | no common point was found, the leader is a relay, and its log does not reach back to LSN 1 | refuse: `relay_behind` |
+//! | e | no common point was found, and the leader is a relay | refuse: `relay_behind` |
 //! | f | | refuse: `diverged` |
 //!
 //! Row f is why an empty or shortened leader, or one that began anew, never wipes a follower: a follower's log is given
@@ -42,8 +42,8 @@
 //! A *relay* is a follower that feeds others. It decides only while it has every record of older epochs that its leader
 //! has ([`LeaderFacts::is_relay`](super::LeaderFacts::is_relay)), so about those it knows as much as the leader; of this
 //! epoch it may be behind a follower that was fed by somebody else before. That one asks again (rows 3 and 4), and
-//! keeps what it has. So does one whose history a relay cannot compare, because it was rebuilt itself and has a short log (row e):
-//! when it has come further than that follower, row d holds.
+//! keeps what it has. So does one whose history a relay cannot compare, because either was rebuilt and has a short log (row
+//! e): the relay may come to where row d holds, and the leader itself may know more.
 
 use super::event::SyncAck;
 use super::words::Refusal;
@@ -162,8 +162,8 @@ fn decide_diverged(ack: &SyncAck) -> Decision {
         }
         Some(common) if common > Lsn::ZERO => Decision::Rebuild,
         None if leader.tail > Lsn::FIRST && !longer => Decision::Rebuild,
-        // A rebuild may have left it with less to compare than its leader has.
-        None if leader.tail > Lsn::FIRST && leader.is_relay => Decision::Refuse(Refusal::RelayBehind),
+        // Its leader may have more to compare with, or have given up enough to rebuild it.
+        None if leader.is_relay => Decision::Refuse(Refusal::RelayBehind),
         Some(_) | None => Decision::Refuse(Refusal::Diverged),
     }
 }
@@ -322,7 +322,8 @@ mod tests {
         assert_eq!(of_relay(older(ack(12, 1, 10), Some(8), true)), cut(8), "of older epochs it has everything");
         assert_eq!(of_relay(older(ack(12, 5, 10), None, false)), WAITS, "nothing to compare");
         assert_eq!(of_relay(older(ack(9, 5, 10), None, false)), Decision::Rebuild);
-        assert_eq!(of_relay(older(ack(12, 1, 10), None, true)), DIVERGED);
+        assert_eq!(of_relay(older(ack(12, 1, 10), None, true)), WAITS);
+        assert_eq!(of_relay(older(ack(12, 1, 10), Some(0), true)), DIVERGED, "compared down to the first record");
         let mut facts = ack(9, 1, 10);
         facts.leader.chain_at_received = Some(Chain(8));
         assert_eq!(of_relay(facts), BEHIND, "two histories of one epoch");
@@ -438,7 +439,8 @@ mod tests {
                 let has_seal = histories_differ(&ack) && ack.leader.common == Some(ack.follower.received);
                 let is_empty = ack.leader.head == Lsn::ZERO && ack.follower.base_incomplete;
                 let is_longer = ack.follower.end() > ack.leader.head || ack.follower.committed > ack.leader.head;
-                prop_assert!(is_longer || has_seal || is_empty);
+                let is_unknown = histories_differ(&ack) && ack.leader.common.is_none();
+                prop_assert!(is_longer || has_seal || is_empty || is_unknown);
                 let cut = matches!(leaders, Decision::CatchUp { cut: Some(_), .. });
                 prop_assert!(!cut || ack.follower.tail_epoch == ack.epoch || ack.follower.received == Lsn::ZERO);
             } else {
