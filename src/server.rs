@@ -516,9 +516,11 @@ impl Server {
         if self.role == Role::Follower {
             let accepted = self.directory.manifest().epoch;
             let reason = || {
-                format!("you have accepted epoch {epoch}, and this node, a follower itself, has met {accepted} so far")
+                format!(
+                    "you have accepted epoch {epoch}, and this node, a follower itself, {accepted} so far; ask again"
+                )
             };
-            return if epoch > accepted { Err(Refusal(RefusalCode::StaleEpoch, reason())) } else { Ok(()) };
+            return if epoch > accepted { Err(Refusal(RefusalCode::NotReady, reason())) } else { Ok(()) };
         }
         if epoch > self.led {
             self.depose(epoch).map_err(internal)?;
