@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::net::free_port;
-use common::process::{arg, follower, leader_with_input, outcome, run};
+use common::process::{Beside, arg, follower, leader_with_input, outcome, run, towline};
 use common::random::Random;
 use common::roles::{self, Acknowledged, SHARDS, assert_recovered, start};
 use common::{readable_records_of, until};
@@ -155,4 +155,56 @@ fn text_goes_in_by_standard_input_and_comes_back_from_every_node() {
     assert_eq!(out.matches(": sound").count(), 9, "{out}");
     assert_eq!(out.matches(": identical, LSN 1 to ").count(), 6, "{out}");
     assert_eq!(readable_records_of(&b_dir, ShardId(1)).0.len() as u64, due[1].get());
+}
+
+/// A leader, a follower that feeds another, and that other: the two are killed again and again while text comes in.
+#[test]
+fn links_of_a_cascade_killed_at_any_moment_end_with_the_leaders_log() {
+    let parent = tempfile::tempdir().unwrap();
+    let at = |name: &str| parent.path().join(name);
+    let (leader_dir, relay_dir, last_dir) = (at("leader"), at("relay"), at("last"));
+    let relay_at = format!("127.0.0.1:{}", free_port());
+    let (text, mut random) = (text(), Random::new());
+    let lines = text.lines().count();
+    let options = ["--dir", arg(&leader_dir), "--segment-size", "65536", "--commit", "durable:1"];
+    let (mut leader, address) = leader_with_input(&options);
+    let mut input = leader.stdin();
+    let follow = |dir: &Path, upstream: &str, listens_at: &str| {
+        let arguments =
+            ["follower", "--dir", arg(dir), "--leader", upstream, "--listen", listens_at, "--reconnect", "20"];
+        let process = Beside::start(&mut towline(&arguments));
+        process.error_line("following ");
+        process
+    };
+    let relay = || follow(&relay_dir, &address, &relay_at);
+    let last = || follow(&last_dir, &relay_at, "127.0.0.1:0");
+    let (mut first, mut second) = (relay(), last());
+    let mut pieces = text.as_bytes().chunks(text.len() / usize::try_from(rounds()).unwrap() + 1);
+    for _ in 0..rounds() {
+        input.write_all(pieces.next().unwrap_or_default()).unwrap();
+        random.moment();
+        if random.percent(60) {
+            first.kill();
+            first = relay();
+        }
+        if random.percent(60) {
+            second.kill();
+            second = last();
+        }
+    }
+    drop(input);
+    until("the relay's follower has everything", || {
+        let status = ask_status(&TcpTransport::default(), &relay_at, Duration::from_secs(10));
+        let due = Lsn(lines as u64);
+        status.is_ok_and(|status| {
+            let shard = &status.shards[0];
+            shard.head == due && shard.followers.first().is_some_and(|last| last.connected && last.durable == due)
+        })
+    });
+    for process in [&mut second, &mut first, &mut leader] {
+        assert_eq!(process.terminate().code(), Some(0), "{:?}", process.rest_of_errors());
+    }
+    let (code, out, err) = outcome(&run(&["verify", arg(&leader_dir), arg(&relay_dir), arg(&last_dir)]));
+    assert_eq!(code, 0, "{out}{err}");
+    assert_eq!(out.matches(": identical, LSN 1 to ").count(), 2, "{out}");
 }
