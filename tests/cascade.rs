@@ -7,14 +7,13 @@
 
 mod common;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::net::{Net, free_port};
 use common::proxy::{Fate, Proxy};
 use common::random::Random;
-use common::{Checked, SEGMENT, append, assert_identical, catch_up, deadline, reach, shards, until};
+use common::{Checked, SEGMENT, append, assert_identical, catch_up, copy_directory, deadline, reach, shards, until};
 use tempfile::TempDir;
 use towline::protocol::{Mode, SessionKind};
 use towline::status::FollowerStatus;
@@ -291,7 +290,7 @@ fn a_follower_that_has_more_than_the_relay_keeps_it(net: &Net) {
     drop(writer);
     leader.shutdown().unwrap();
     let before = scene.parent.path().join("before");
-    copy(&scene.directory(LEADER), &before);
+    copy_directory(&scene.directory(LEADER), &before);
     let leader = scene.lead(LEADER, 1);
     let direct = scene.node(LAST).follow(&net.address, Arc::new(LogOnly)).unwrap();
     append(&mut leader.writer(S0).unwrap(), 200);
@@ -317,19 +316,6 @@ fn a_follower_that_has_more_than_the_relay_keeps_it(net: &Net) {
     leader.shutdown().unwrap();
     for node in [RELAY, LAST] {
         assert_identical(&scene.directory(LEADER), &scene.directory(node), &[350]);
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &to)
-        } else {
-            drop(std::fs::copy(entry.path(), to))
-        }
     }
 }
 
@@ -519,7 +505,7 @@ fn no_rebuild_ends_short_of_what_an_interrupted_one_gave_up(net: &Net) {
     drop(writer);
     leader.shutdown().unwrap();
     let short = scene.parent.path().join("short");
-    copy(&scene.directory(LEADER), &short);
+    copy_directory(&scene.directory(LEADER), &short);
 
     let leader = lead();
     let mut writer = leader.writer(S0).unwrap();

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use common::net::Net;
 use common::raw::{ask_parting, follow_request, nothing_shared};
-use common::{Checked, append, assert_identical, catch_up, deadline, directories, record, records_of, until};
+use common::{
+    Checked, append, assert_identical, catch_up, copy_directory, deadline, directories, record, records_of, until,
+};
 use parking_lot::Mutex;
 use towline::target::fixed_store::FixedStoreOptions;
 use towline::target::{FixedStore, LogOnly, ReplicationTarget};
@@ -474,26 +476,13 @@ fn reason_of_end(follower: &Follower) -> Error {
     follower.wait().unwrap_err()
 }
 
-fn copy_node(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in from.read_dir().unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_node(&entry.path(), &to)
-        } else {
-            drop(std::fs::copy(entry.path(), to))
-        }
-    }
-}
-
 fn a_follower_that_is_ahead_under_the_same_epoch_is_refused(net: &Net) {
     let (parent, a, b) = directories();
     let old = parent.path().join("old");
     let leader = lead(net, &a, A, 1);
     append(&mut leader.writer(S0).unwrap(), 30);
     leader.shutdown().unwrap();
-    copy_node(&a, &old);
+    copy_directory(&a, &old);
     let leader = lead(net, &a, A, 1);
     let follower = follow(net, &b, B);
     append(&mut leader.writer(S0).unwrap(), 30);
@@ -516,7 +505,7 @@ fn logs_without_a_common_point_are_refused(net: &Net) {
     let (parent, a, b) = directories();
     let empty = parent.path().join("empty");
     lead(net, &a, A, 1).shutdown().unwrap();
-    copy_node(&a, &empty);
+    copy_directory(&a, &empty);
     let leader = lead(net, &a, A, 1);
     let follower = follow(net, &b, B);
     append(&mut leader.writer(S0).unwrap(), 30);
@@ -552,7 +541,7 @@ fn an_interrupted_cut_is_finished(net: &Net) {
     // Up to the segment in which they part, 700 records in.
     for removed in 0..count - 4 {
         let node = parent.path().join(format!("crashed-{removed}"));
-        copy_node(&a, &node);
+        copy_directory(&a, &node);
         // The checkpoint comes first; then segments go, the newest first; a copy of a part may be lying about.
         std::fs::remove_file(node.join("replication.ckpt")).unwrap();
         for path in segments(&node).iter().rev().take(removed) {

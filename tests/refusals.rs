@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,7 +10,8 @@ use std::time::Duration;
 use common::net::{Net, pair_with};
 use common::raw::{ask, continuing, follow_request, refused};
 use common::{
-    Checked, PATIENCE, SEGMENT, append, assert_identical, assert_says, catch_up, directories, records_of, shards, until,
+    Checked, PATIENCE, SEGMENT, append, assert_identical, assert_says, catch_up, copy_directory, directories,
+    records_of, shards, until,
 };
 use towline::scrub::ScrubOptions;
 use towline::target::{LogOnly, ReplicationTarget};
@@ -33,19 +33,6 @@ fn reason_of_end(follower: &Follower) -> Error {
         follower.stop_signal().shutdown();
         ended.expect("the follower does not give up").expect_err("it was not stopped")
     })
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in from.read_dir().unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &to)
-        } else {
-            drop(std::fs::copy(entry.path(), to))
-        }
-    }
 }
 
 #[test]
@@ -210,7 +197,7 @@ fn a_diverged_follower_is_refused_and_neither_log_changes() {
     pair_with(&net, &leader_dir, &follower_dir, 40);
     // Two copies of one log that went on separately.
     let other_dir = parent.path().join("other");
-    copy(&leader_dir, &other_dir);
+    copy_directory(&leader_dir, &other_dir);
     for (directory, text) in [(&leader_dir, "one future"), (&other_dir, "another future")] {
         let leader = net.lead(directory, 1);
         assert_eq!(leader.writer(S0).unwrap().append(text.as_bytes()).unwrap(), Lsn(41));
@@ -235,7 +222,7 @@ fn a_leader_that_lost_records_never_wipes_a_follower() {
     let (parent, leader_dir, follower_dir) = directories();
     pair_with(&net, &leader_dir, &follower_dir, 40);
     let backup = parent.path().join("backup");
-    copy(&leader_dir, &backup);
+    copy_directory(&leader_dir, &backup);
     let leader = net.lead(&leader_dir, 1);
     let follower = net.follow(&follower_dir, 1, &Checked::forgetful(1));
     append(&mut leader.writer(S0).unwrap(), 60);
@@ -258,7 +245,7 @@ fn a_leader_that_has_nothing_says_so_and_wipes_nobody() {
     let (parent, leader_dir, follower_dir) = directories();
     drop(net.lead(&leader_dir, 1));
     let backup = parent.path().join("backup");
-    copy(&leader_dir, &backup);
+    copy_directory(&leader_dir, &backup);
     pair_with(&net, &leader_dir, &follower_dir, 40);
     let leader = net.lead(&backup, 1);
     let follower = net.follow(&follower_dir, 1, &Checked::forgetful(1));

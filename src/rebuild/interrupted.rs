@@ -60,11 +60,7 @@ impl Interrupted {
     ///
     /// [`Error::Corrupt`], [`Error::Io`].
     pub(crate) fn load(path: &Path) -> Result<Option<Interrupted>> {
-        match std::fs::read(path) {
-            Ok(bytes) => decode(&bytes).map(Some).map_err(|reason| Error::corrupt(path, 0, None, reason)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("read", path)(error)),
-        }
+        load(path, decode)
     }
 
     /// Writes the file at `path`, durably. Everything that it speaks of is durable before.
@@ -85,6 +81,15 @@ impl Interrupted {
         let crc = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
         bytes
+    }
+}
+
+/// Reads the file at `path` and has `decode` make something of it; `None` if there is none.
+pub(super) fn load<T>(path: &Path, decode: impl FnOnce(&[u8]) -> Result<T, String>) -> Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(bytes) => decode(&bytes).map(Some).map_err(|reason| Error::corrupt(path, 0, None, reason)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("read", path)(error)),
     }
 }
 

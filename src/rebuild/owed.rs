@@ -28,11 +28,11 @@
 //! It is valid exactly if its length, magic, CRC, version and shard are right and reserved bytes are 0. One that is not
 //! valid is an error and never taken for none.
 
-use std::io;
 use std::path::Path;
 
 use crate::atomic_file;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::rebuild::interrupted;
 use crate::types::{Epoch, Lsn, ShardId};
 
 const MAGIC: [u8; 8] = *b"TOWLOWE\0";
@@ -54,11 +54,7 @@ impl Owed {
     ///
     /// [`Error::Corrupt`], [`Error::Io`].
     pub(crate) fn load(path: &Path, shard: ShardId) -> Result<Option<Owed>> {
-        match std::fs::read(path) {
-            Ok(bytes) => decode(&bytes, shard).map(Some).map_err(|reason| Error::corrupt(path, 0, None, reason)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("read", path)(error)),
-        }
+        interrupted::load(path, |bytes| decode(bytes, shard))
     }
 
     /// Writes the file at `path`, durably.

@@ -46,6 +46,20 @@ pub fn directories() -> (TempDir, PathBuf, PathBuf) {
     (parent, a, b)
 }
 
+/// Copies a stopped node's directory, with all that is in it.
+pub fn copy_directory(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_directory(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
 /// When patience ends, from now.
 pub fn deadline() -> Instant {
     Instant::now() + PATIENCE
