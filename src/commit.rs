@@ -352,9 +352,8 @@ impl Commits {
         self.policy
     }
 
-    /// The newest LSN that is committed by the node's policy; so is everything before it that the log has not given up. On
-    /// a follower, by its leader's word, as far as its log goes.
-    /// Wait-free.
+    /// The newest LSN that is committed by the node's policy; so is everything before it that the log has not given up.
+    /// On a follower, by its leader's word, as far as its log goes. Wait-free.
     #[must_use]
     pub fn committed(&self) -> Lsn {
         if let Some(told) = &self.told {

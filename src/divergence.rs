@@ -7,8 +7,9 @@
 //! chain there. Heartbeats carry the chain that was last found to be the same, and the follower compares it with its
 //! own.
 //!
-//! The *leader* here is whoever is followed, a follower that feeds others too. Whoever finds a difference tells the other with an `Error` frame ([`RefusalCode::ChainMismatch`]) and ends the
-//! stream. The follower then stops for good; on the leader it counts for no commit, and the status says why.
+//! The *leader* here is whoever is followed, a follower that feeds others too. Whoever finds a difference tells the
+//! other with an `Error` frame ([`RefusalCode::ChainMismatch`]) and ends the stream. The follower then stops for good;
+//! on the leader it counts for no commit, and the status says why.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};

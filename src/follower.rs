@@ -202,7 +202,8 @@ impl ShardState {
         self.leader_head.fetch_max(head.0, Ordering::Relaxed);
     }
 
-    /// The leader says that so much is committed, of which `head` is here. What comes later it may say of other records.
+    /// The leader says that so much is committed, of which `head` is here. What comes later it may say of other
+    /// records.
     pub(crate) fn set_committed(&self, lsn: Lsn, head: Lsn) {
         self.committed.fetch_max(lsn.min(head).0, Ordering::Relaxed);
     }

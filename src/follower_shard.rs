@@ -265,13 +265,13 @@ impl FollowerShard {
         })
     }
 
-    /// Writes down up to where a rebuild must come that is about to give up what is here, or what an interrupted one has
-    /// left. Durable on return.
+    /// Writes down up to where a rebuild must come that is about to give up what is here, or what an interrupted one
+    /// has left. Durable on return.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] if an interrupted one was to come further under the same epoch: whoever serves this one has yet
-    /// to come as far.
+    /// [`Error::Refused`] if an interrupted one was to come further under the same epoch: whoever serves this one has
+    /// yet to come as far.
     pub(crate) fn owe(&self, contract: &RebuildContract) -> Result<()> {
         let (shard, path) = (self.shard, self.node.owed_path(self.shard));
         let RebuildContract { epoch, target: lsn, .. } = *contract;

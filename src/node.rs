@@ -298,9 +298,9 @@ impl NodeBuilder {
     }
 
     /// The followers that a leader has, and no others; not the leader itself. Log is kept for them from the beginning,
-    /// and the others that the directory remembers are forgotten. A follower that [listens](Self::listen) feeds no others
-    /// than these, and keeps log for those of them that have come. Default: whoever of the same cluster asks may follow,
-    /// and is remembered.
+    /// and the others that the directory remembers are forgotten. A follower that [listens](Self::listen) feeds no
+    /// others than these, and keeps log for those of them that have come. Default: whoever of the same cluster asks may
+    /// follow, and is remembered.
     #[must_use]
     pub fn followers(mut self, nodes: impl IntoIterator<Item = NodeId>) -> Self {
         self.members = Some(nodes.into_iter().collect());
@@ -371,8 +371,8 @@ impl NodeBuilder {
     /// back.
     ///
     /// It feeds them while its log is known to be a beginning of its leader's: once it has caught up under the epoch in
-    /// force, and then also while the leader is away. Before that, and while it is rebuilt, they are told to ask again. A
-    /// ring of followers has no leader, and gets no records.
+    /// force, and then also while the leader is away. Before that, and while it is rebuilt, they are told to ask again.
+    /// A ring of followers has no leader, and gets no records.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -438,9 +438,9 @@ impl NodeBuilder {
         Leader::start(self, address)
     }
 
-    /// Opens the directory as a follower of the leader at `address`, or of a follower that [listens](Self::listen) there,
-    /// and applies what arrives to `target`. Waits until
-    /// the leader has been reached once if the directory is new, for it is the leader who knows the shards.
+    /// Opens the directory as a follower of the leader at `address`, or of a follower that [listens](Self::listen)
+    /// there, and applies what arrives to `target`. Waits until the leader has been reached once if the directory is
+    /// new, for it is the leader who knows the shards.
     ///
     /// # Errors
     ///

@@ -1,10 +1,11 @@
 //! Where two logs part: the exchange by which a leader learns it of a follower whose log is no beginning of its own.
 //!
-//! The *leader* here is whoever is followed, a follower that feeds others too. It happens in the handshake, and only then: after an epoch has ended with records that never reached the next
-//! leader, the node that has them follows, and its log must be [cut](crate::wal::cut) at the common point or given up.
-//! The leader tells where the epochs of its log end ([`EpochHistory`]), the follower names the newest point that its
-//! own log shares with that ([`CommonPoint`]), and the leader looks the point up in its log: by LSN and chain, so that
-//! it is proven on both sides. What then happens is the [decision](crate::protocol::decide) of the protocol engine.
+//! The *leader* here is whoever is followed, a follower that feeds others too. It happens in the handshake, and only
+//! then: after an epoch has ended with records that never reached the next leader, the node that has them follows, and
+//! its log must be [cut](crate::wal::cut) at the common point or given up. The leader tells where the epochs of its log
+//! end ([`EpochHistory`]), the follower names the newest point that its own log shares with that ([`CommonPoint`]), and
+//! the leader looks the point up in its log: by LSN and chain, so that it is proven on both sides. What then happens is
+//! the [decision](crate::protocol::decide) of the protocol engine.
 //!
 //! The follower looks after itself all the same. It cuts only at the point that it has named, only for a leader of a
 //! newer epoch than its own newest record, and never what its target may hold: after a power cut that can be more than

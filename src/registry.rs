@@ -6,10 +6,10 @@
 //!
 //! # Session ids
 //!
-//! No session id is used twice by one node, however often it starts: the file holds a bound, ids are only used below it,
-//! and a node begins at the bound that it finds, or where ids of its epoch begin if that is higher: the epoch stands in
-//! their upper 32 bits. So ids of a newer leader are above those of every older one. Those of a follower that feeds others
-//! say nothing of a leader's.
+//! No session id is used twice by one node, however often it starts: the file holds a bound, ids are only used below
+//! it, and a node begins at the bound that it finds, or where ids of its epoch begin if that is higher: the epoch
+//! stands in their upper 32 bits. So ids of a newer leader are above those of every older one. Those of a follower that
+//! feeds others say nothing of a leader's.
 //!
 //! # Format of `followers`, version 1
 //!

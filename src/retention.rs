@@ -256,7 +256,8 @@ impl ShardRetention {
     }
 
     /// Puts another log in the place of the present one, whose files `open` removes: nothing is released meanwhile.
-    /// Pins on the old one are lost, and no follower stands behind the end of the new one. `applied` is up to where the target has durably applied the new one.
+    /// Pins on the old one are lost, and no follower stands behind the end of the new one. `applied` is up to where the
+    /// target has durably applied the new one.
     pub(crate) fn replace_log(
         &self,
         applied: &Arc<Watermark>,

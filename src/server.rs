@@ -501,7 +501,8 @@ impl Server {
 
     /// A follower has agreed with its own leader before it feeds others.
     fn wait_until_feeding(&self, shard: ShardId, signals: &StreamSignals) -> Result<(), Refusal> {
-        // The one that asks waits no longer than a handshake may take. It may be gone by then, which nothing tells here.
+        // The one that asks waits no longer than a handshake may take. It may be gone by then, which nothing tells
+        // here.
         let deadline = Instant::now().checked_add((self.options.handshake_timeout / 2).min(MOST_WAITED_FOR));
         let host = Arc::clone(&self.shard(shard).map_err(internal)?.host);
         host.wait_until_feeding(deadline, [signals.over.until(), self.draining.until()])

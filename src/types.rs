@@ -63,8 +63,8 @@ number! {
     NodeId(u64)
 }
 number! {
-    /// One recovery contract between a leader, or a follower that feeds others, and a follower of one shard. Whoever issues
-    /// them numbers them: its ids of a shard only grow, and none is used twice. [`SessionId::NONE`] names none.
+    /// One recovery contract between a leader, or a follower that feeds others, and a follower of one shard. Whoever
+    /// issues them numbers them: its ids of a shard only grow, and none is used twice. [`SessionId::NONE`] names none.
     SessionId(u64)
 }
 number! {

@@ -1,8 +1,8 @@
 //! A cascade: a follower that listens feeds further followers with the log that it receives.
 //!
 //! What breaks: the leader goes away, another leads with another history, the follower in the middle is behind those
-//! whom it feeds, is rebuilt under them, or has never met anybody. What prevents harm: it feeds nobody before its log is
-//! known to be a beginning of the leader's under the epoch in force, and decides then by the same rules.
+//! whom it feeds, is rebuilt under them, or has never met anybody. What prevents harm: it feeds nobody before its log
+//! is known to be a beginning of the leader's under the epoch in force, and decides then by the same rules.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

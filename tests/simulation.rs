@@ -21,8 +21,8 @@
 //! other or from the authority, another leader. After the faults everything must come together. All the time the
 //! `oracle` looks whether
 //!
-//! - anything acknowledged is lost: from the log of a new leader, of any node at the end, by two acknowledgements of one
-//!   LSN, or because a node cuts it or is rebuilt without it; or is not on as many disks as it is said to be;
+//! - anything acknowledged is lost: from the log of a new leader, of any node at the end, by two acknowledgements of
+//!   one LSN, or because a node cuts it or is rebuilt without it; or is not on as many disks as it is said to be;
 //! - a batch in any log is the one that some leader wrote there, and what was synced outlives a power cut;
 //! - marks move back; two leaders commit under one epoch; a record is applied twice or out of order;
 //! - a target is in another state than its log's, after a rebuild too;

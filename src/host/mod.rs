@@ -31,9 +31,9 @@
 //! # Locking
 //!
 //! One lock a shard, held while an event is taken in and its commands are carried out. Under it a new follower is
-//! written to the registry, pins are taken and streams are told to end; nothing else blocks, and nobody waits for the end
-//! of a base under it. An acknowledgement in
-//! keep-up takes it once, uncontended unless the same shard has more to say, and allocates nothing.
+//! written to the registry, pins are taken and streams are told to end; nothing else blocks, and nobody waits for the
+//! end of a base under it. An acknowledgement in keep-up takes it once, uncontended unless the same shard has more to
+//! say, and allocates nothing.
 
 mod admission;
 mod clock;

@@ -78,7 +78,8 @@ impl Host {
         self.tell_feeding(&state);
     }
 
-    /// On a follower: feeds nobody any more, until it has caught up again. On return nobody reads a base from its target.
+    /// On a follower: feeds nobody any more, until it has caught up again. On return nobody reads a base from its
+    /// target.
     pub(crate) fn withdraw(&self) {
         let mut state = self.state.lock();
         self.stop_feeding(&mut state);

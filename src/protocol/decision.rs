@@ -40,10 +40,10 @@
 //! once shared may have been retired.
 //!
 //! A *relay* is a follower that feeds others. It decides only while it has every record of older epochs that its leader
-//! has ([`LeaderFacts::is_relay`](super::LeaderFacts::is_relay)), so about those it knows as much as the leader; of this
-//! epoch it may be behind a follower that was fed by somebody else before. That one asks again (rows 3 and 4), and
-//! keeps what it has. So does one whose history a relay cannot compare, because either was rebuilt and has a short log (row
-//! e): the relay may come to where row d holds, and the leader itself may know more.
+//! has ([`LeaderFacts::is_relay`](super::LeaderFacts::is_relay)), so about those it knows as much as the leader; of
+//! this epoch it may be behind a follower that was fed by somebody else before. That one asks again (rows 3 and 4), and
+//! keeps what it has. So does one whose history a relay cannot compare, because either was rebuilt and has a short log
+//! (row e): the relay may come to where row d holds, and the leader itself may know more.
 
 use super::event::SyncAck;
 use super::words::Refusal;

@@ -18,8 +18,8 @@ pub struct Settings {
     pub shard: ShardId,
     /// The node that it runs on.
     pub node: NodeId,
-    /// The first session's id. Above every id that this node has used for the shard before, and any leader under an older
-    /// epoch; the host persists a bound, or derives it from something that only grows. 0 counts as 1.
+    /// The first session's id. Above every id that this node has used for the shard before, and any leader under an
+    /// older epoch; the host persists a bound, or derives it from something that only grows. 0 counts as 1.
     pub first_session: SessionId,
     /// How long sessions may take.
     pub limits: SessionLimits,

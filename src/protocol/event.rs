@@ -87,7 +87,8 @@ pub struct Assignment {
     /// What this node is to the shard.
     pub role: Role,
     /// Those who follow this node, in any order, without the node itself, each once, at most
-    /// [`MAX_FOLLOWERS`](crate::limits::MAX_FOLLOWERS): a leader's followers, or those that a follower feeds in its turn.
+    /// [`MAX_FOLLOWERS`](crate::limits::MAX_FOLLOWERS): a leader's followers, or those that a follower feeds in its
+    /// turn.
     pub replicas: Vec<ReplicaInfo>,
     /// How many followers must have a record on stable storage for it to count as durable; 0 means that the leader's
     /// own disk decides. More than there are followers means that nothing counts. Of no meaning to a follower, at which
@@ -202,8 +203,8 @@ pub struct LeaderFacts {
     pub common: Option<Lsn>,
     /// The follower has applied nothing above `common` to its target's base, so that its log may be cut there.
     pub cut_possible: bool,
-    /// This node is a follower itself: its log has every record of older epochs that the leader's has, and of this epoch
-    /// a beginning. More may be on its way.
+    /// This node is a follower itself: its log has every record of older epochs that the leader's has, and of this
+    /// epoch a beginning. More may be on its way.
     pub is_relay: bool,
 }
 

@@ -14,8 +14,9 @@
 //! # Three authorities
 //!
 //! - The *assignment* comes from outside: role, epoch, followers. The engine obeys it, and refuses an older one.
-//! - *Sessions* are those of whoever is followed, a leader or a follower that feeds others: one contract with each follower, keep-up, catch-up or rebuild. Followers report facts
-//!   and execute contracts; they never choose their own recovery.
+//! - *Sessions* are those of whoever is followed, a leader or a follower that feeds others: one contract with each
+//!   follower, keep-up, catch-up or rebuild. Followers report facts and execute contracts; they never choose their own
+//!   recovery.
 //! - The *projection* is derived from both and published outward. Nothing reads it back in.
 //!
 //! # How to host it

@@ -3,10 +3,10 @@
 //! A rebuild gives up what is here, which may have been acknowledged. What it brings back reaches at least as far: its
 //! target is the head of whoever serves it, and nobody is rebuilt by one that is behind under the same epoch. If it is
 //! interrupted, though, what there was is forgotten, and another may be asked to go on: one that [feeds others as a
-//! follower](crate::NodeBuilder::listen), and has not come as far under this epoch as the leader had. Completed at that,
-//! the node would pass for one that has all that it ever acknowledged. So the target of the rebuild that gave it up is
-//! written down first, and no later one of that epoch may have a lower target. Under a newer epoch whoever serves it has
-//! everything that counted.
+//! follower](crate::NodeBuilder::listen), and has not come as far under this epoch as the leader had. Completed at
+//! that, the node would pass for one that has all that it ever acknowledged. So the target of the rebuild that gave it
+//! up is written down first, and no later one of that epoch may have a lower target. Under a newer epoch whoever serves
+//! it has everything that counted.
 //!
 //! The file is durable before the target carries its mark, and goes when the rebuild is complete. It says nothing of a
 //! target that is whole: one that was left behind is overwritten by the next rebuild.
@@ -52,7 +52,7 @@ impl Owed {
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`], [`Error::Io`].
+    /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io).
     pub(crate) fn load(path: &Path, shard: ShardId) -> Result<Option<Owed>> {
         interrupted::load(path, |bytes| decode(bytes, shard))
     }
