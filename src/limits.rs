@@ -59,7 +59,7 @@ pub const MAX_ERROR_TEXT_LEN: usize = 1024;
 pub const RECEIVE_BUFFER_LEN: usize = 16 * 1024;
 /// The same on a stream on which little comes.
 pub const QUIET_RECEIVE_BUFFER_LEN: usize = 512;
-/// Epochs of a leader's history that a follower is told whose log is another one: more than anybody misses.
+/// Epochs of a log's history that a follower is told whose log is another one: more than anybody misses.
 pub const MAX_EPOCH_ENDS: usize = 50;
 /// Frames that an in-process stream holds before its sender waits.
 pub const MAX_IN_PROCESS_FRAMES: usize = 64;

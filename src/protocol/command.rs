@@ -69,7 +69,7 @@ pub enum Command {
         epoch: Epoch,
         /// What it executes.
         kind: SessionKind,
-        /// The oldest LSN that the leader's log has to keep from now on.
+        /// The oldest LSN that this node's log has to keep from now on.
         pin: Lsn,
     },
     /// Stop what executes the session and release its pin. Nothing to do where it has already stopped by itself.
@@ -97,9 +97,9 @@ pub enum Command {
         epoch: Epoch,
         /// The follower's position: what lies after it is needed. (The bytes that its log lacks may be fewer.)
         start: Lsn,
-        /// The leader's head when the session was issued. Does not move.
+        /// This node's head when the session was issued. Does not move.
         target: Lsn,
-        /// The oldest LSN that the leader's log keeps for it: the one after `start`. Taken by the task before.
+        /// The oldest LSN that this node's log keeps for it: the one after `start`. Taken by the task before.
         pin: Lsn,
         /// The follower first cuts its log after this LSN, which is the last that both logs share.
         cut: Option<Lsn>,
@@ -114,7 +114,7 @@ pub enum Command {
         session: SessionId,
         /// The session's epoch.
         epoch: Epoch,
-        /// The leader's head when the session was issued. Does not move.
+        /// This node's head when the session was issued. Does not move.
         target: Lsn,
     },
     /// The session is void: whatever the follower still does under it is refused.

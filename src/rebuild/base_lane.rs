@@ -1,4 +1,5 @@
-//! The leader's side of one rebuild: the base, sent run by run between the bytes of the log.
+//! The side of one rebuild that serves it, a leader's or that of a follower that feeds others: the base, sent run by
+//! run between the bytes of the log.
 //!
 //! The shipper owns it and asks for one run at a time, after it has sent everything published: so the log has priority,
 //! however large the base is.

@@ -12,8 +12,8 @@
 //! | apply the log while a base comes | also [`blocks_of`](ReplicationTarget::blocks_of), and bases with a [`block_len`](BaseInfo::block_len): without either, neither, and the base is a snapshot with the log applied after it |
 //! | go on with a rebuild that was interrupted | also [`resumes_bases`](ReplicationTarget::resumes_bases), [`resume_base`](ReplicationTarget::resume_base) |
 //!
-//! The leader's target gives, the follower's takes. Where either does not, the follower is told so, and has to start
-//! with an empty directory.
+//! The target of whoever is followed gives, the follower's takes. Where either does not, the follower is told so, and
+//! has to start with an empty directory.
 
 pub mod fixed_store;
 mod log_only;

@@ -280,7 +280,7 @@ message! {
 }
 
 message! {
-    /// A sign of life, and where the leader's log stands.
+    /// A sign of life, and where the log of whoever is followed stands.
     ///
     /// | offset | size | field |
     /// |---:|---:|---|
@@ -294,7 +294,7 @@ message! {
         pub epoch: Epoch,
         /// The newest LSN of its log.
         pub head: Lsn,
-        /// The newest LSN that is committed.
+        /// The newest LSN that is committed; of a follower that feeds others, by its leader's word.
         pub committed: Lsn,
         /// The chain at `head`; 0 where the sender does not know it at hand, which says nothing.
         pub chain: Chain,
