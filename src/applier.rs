@@ -41,9 +41,14 @@ impl Applier {
         if self.rebuild.is_none() && !self.target.takes_records() && !self.target.needs_durable_log() {
             return self.follow_written();
         }
-        // A base can be ahead of an empty log: what comes first has been applied with it.
-        let from = self.applied.load().min(self.log.head()).next();
-        let mut reader = self.log.reader_from(from)?;
+        // A base can be ahead of the log: what comes first has been applied with it, and is not read, as retention
+        // keeps none of it for this target.
+        let applied = self.applied.load();
+        wait_any(&[self.log.written().until(applied), self.stop.until()], WaitStrategy::Park, None);
+        if self.log.head() < applied {
+            return self.applied.sync(self.target.as_ref(), self.shard);
+        }
+        let mut reader = self.log.reader_from(applied.next())?;
         loop {
             if !self.apply_published(&mut reader)? {
                 return Ok(());
@@ -105,5 +110,72 @@ impl Applier {
             }
         }
         self.target.apply_batch(self.shard, batch).map(|()| true).map_err(Error::of_target(self.shard))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+    use crate::limits::MIN_SEGMENT_SIZE;
+    use crate::types::{ClusterId, Epoch, Lsn, RegionId};
+    use crate::wal::{LogIdentity, Record, Wal, WalOptions};
+
+    const SHARD: ShardId = ShardId(0);
+
+    /// Says when an applier begins to work for it, and what it is given.
+    struct Told(Mutex<(Sender<()>, Vec<Lsn>)>);
+
+    impl ReplicationTarget for Told {
+        fn takes_records(&self) -> bool {
+            let _ = self.0.lock().0.send(());
+            true
+        }
+        fn durable_applied(&self, _: ShardId) -> Result<Option<Lsn>> {
+            Ok(None)
+        }
+        fn apply(&self, _: ShardId, record: Record<'_>) -> Result<()> {
+            self.0.lock().1.push(record.lsn);
+            Ok(())
+        }
+        fn sync(&self, _: ShardId) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What breaks: a small bound on the log, which gives up what a base has brought already.
+    #[test]
+    fn what_a_base_has_brought_need_not_stay_in_the_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let identity =
+            LogIdentity { cluster: ClusterId(1), region: RegionId(0), shard: SHARD, segment_size: MIN_SEGMENT_SIZE };
+        let (wal, mut writer) = Wal::open(directory.path(), identity, WalOptions::default()).unwrap();
+        writer.set_epoch(Epoch(1)).unwrap();
+        let base = Lsn(40);
+        let (begins, has_begun) = channel();
+        let target = Arc::new(Told(Mutex::new((begins, Vec::new()))));
+        let (applied, stop) = (AppliedMark::new(base, Arc::default(), true), ShutdownSignal::new());
+        let applier = Applier {
+            shard: SHARD,
+            log: Arc::clone(wal.log()),
+            target: Arc::clone(&target) as _,
+            applied: Arc::clone(&applied),
+            rebuild: None,
+            stop: stop.clone(),
+        };
+        std::thread::scope(|scope| {
+            let runs = scope.spawn(move || applier.run());
+            has_begun.recv().unwrap();
+            while writer.append(&[7; 4096]).unwrap() < base {}
+            assert!(wal.log().drop_through(base, "the log is larger than it may be").unwrap() > 0);
+            let next = writer.append(b"next").unwrap();
+            while applied.load() < next && !runs.is_finished() {
+                std::thread::yield_now();
+            }
+            stop.shutdown();
+            runs.join().unwrap().unwrap();
+            assert_eq!((applied.load(), target.0.lock().1.as_slice()), (next, &[next][..]));
+        });
     }
 }
