@@ -76,6 +76,7 @@ impl Host {
             return Err(self.feeds_nobody());
         }
         self.check_ring(&state, request.node)?;
+        self.check_has_met(&state, request)?;
         let before = state.member(request.node).and_then(|member| member.stream.take());
         let admitted = self.admit_locked(&mut state, request, parting, endpoint, (signals, before.as_ref()));
         drop(state);
@@ -506,6 +507,12 @@ mod tests {
         assert!(feeds());
         host.assign(Role::Follower, Epoch(2));
         assert!(feeds(), "one that accepted an older epoch comes late");
+        let has_led = |epoch| SyncRequest { epoch, flags: SyncRequest::HAS_LED, ..request };
+        assert!(scene.admit(&has_led(Epoch(2))).is_ok());
+        for newer in [has_led(Epoch(3)), SyncRequest { epoch: Epoch(4), ..request }] {
+            let declined = scene.admit(&newer).unwrap_err();
+            assert_eq!(declined.0, RefusalCode::NotReady, "the node has accepted what this shard has yet to hear of");
+        }
         host.set_upstream(FOLLOWER);
         assert!(!feeds(), "the one that it follows itself");
         host.set_upstream(NodeId(9));

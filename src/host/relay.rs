@@ -28,6 +28,7 @@ use crate::protocol::{FailureReason, Role};
 use crate::shutdown::ShutdownSignal;
 use crate::types::{Epoch, NodeId};
 use crate::watermark::{Until, WaitStrategy, Waited, wait_any};
+use crate::wire::SyncRequest;
 
 use super::Declined;
 
@@ -133,6 +134,17 @@ impl Host {
             let text =
                 format!("this node is a follower of node {node} itself: one of the two must follow somebody else");
             return Err(Declined(RefusalCode::NotReady, text));
+        }
+        Ok(())
+    }
+
+    /// Whoever has met a newer leader, or has led under the epoch in force, is fed under a newer one only. The node
+    /// may have accepted that already: each shard hears of it a moment later.
+    pub(super) fn check_has_met(&self, state: &State, request: &SyncRequest) -> Result<(), Declined> {
+        let epoch = state.assignment.epoch;
+        let has_led = request.flags & SyncRequest::HAS_LED != 0;
+        if state.is_relay() && (request.epoch > epoch || has_led && request.epoch == epoch) {
+            return Err(self.feeds_nobody());
         }
         Ok(())
     }
