@@ -238,6 +238,12 @@ impl ShardState {
         self.applied.lock().as_ref().map_or(Lsn::ZERO, |mark| mark.load())
     }
 
+    /// The same, of what the target serves: a rebuild begins with the mark of a base that has yet to come, and after a
+    /// cut what was told once is more than there is.
+    pub(crate) fn served(&self) -> Lsn {
+        self.applied.lock().as_ref().map_or(Lsn::ZERO, |mark| mark.load().min(mark.told().load()))
+    }
+
     pub(crate) fn error(&self) -> Option<String> {
         self.error.lock().clone()
     }

@@ -77,7 +77,7 @@ pub struct FollowingStatus {
     pub connected: bool,
     /// The head of whom it follows as last heard, which behind a relay is not the leader's; at least this node's own.
     pub leader_head: Lsn,
-    /// Newest LSN applied.
+    /// Newest LSN that the target has applied and serves: it stands still during a rebuild.
     pub applied: Lsn,
     /// When the leader was last heard, in milliseconds since 1970; 0 for never.
     pub heard_at_ms: u64,
@@ -194,7 +194,7 @@ impl ShardStatus {
             following: shard.following.as_ref().map(|state| FollowingStatus {
                 connected: state.is_connected(),
                 leader_head: state.leader_head().max(head),
-                applied: state.applied(),
+                applied: state.served(),
                 heard_at_ms: state.heard_at_ms(),
                 error: state.error(),
             }),
