@@ -345,6 +345,9 @@ fn a_connection_that_says_nothing_holds_one_thread() {
     let builder = net.node(directory.path()).shards(1).segment_size(1 << 20);
     let leader = builder.handshake_timeout(Duration::from_secs(600)).lead(&net.address).unwrap();
     until("the log's threads end", || threads("tl-prep") == Some(0) && threads("tl-sync") == Some(0));
+    // A thread has its name a moment after it was started.
+    let of_node = ["tl-accept", "tl-ckpt", "tl-proto", "tl-retain", "tl-scrub"];
+    until("the node's threads are there", || of_node.iter().all(|name| threads(name) == Some(1)));
     let before = threads("tl-").unwrap();
     let silent: Vec<_> = (0..20).map(|_| net.connect()).collect();
     until("each has its thread", || threads("tl-agree") == Some(20));
