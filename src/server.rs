@@ -484,19 +484,7 @@ impl Server {
         if self.shard(request.shard).map_err(internal)?.host.may_follow(request.node) {
             self.check_epoch(request.epoch)?;
         }
-        self.check_newer_leader(request)
-    }
-
-    /// One that has led follows nobody under its own epoch. A relay that feeds under that has yet to hear of the next
-    /// leader; where another node leads under it, the follower says what is wrong.
-    fn check_newer_leader(&self, request: &SyncRequest) -> Result<(), Refusal> {
-        let epoch = self.directory.manifest().epoch;
-        if self.role == Role::Leader || request.flags & SyncRequest::HAS_LED == 0 || request.epoch < epoch {
-            return Ok(());
-        }
-        let reason =
-            format!("you have led under epoch {epoch}, and this node, a follower itself, has met no newer one");
-        Err(Refusal(RefusalCode::NotReady, format!("{reason} so far; ask again")))
+        Ok(())
     }
 
     /// A follower has agreed with its own leader before it feeds others.
@@ -508,20 +496,14 @@ impl Server {
         host.wait_until_feeding(deadline, [signals.over.until(), self.draining.until()])
     }
 
-    /// A leader that learns of a newer epoch is deposed: nothing is appended any more, and its streams end. A follower
-    /// waits for the leader of that epoch.
+    /// A leader that learns of a newer epoch is deposed: nothing is appended any more, and its streams end. What a
+    /// follower makes of one is for the shard's host to say.
     fn check_epoch(&self, epoch: Epoch) -> Result<(), Refusal> {
         if !epoch.has_successor() {
             return Err(Refusal(RefusalCode::ProtocolViolation, format!("epoch {epoch} has no successor")));
         }
         if self.role == Role::Follower {
-            let accepted = self.directory.manifest().epoch;
-            let reason = || {
-                format!(
-                    "you have accepted epoch {epoch}, and this node, a follower itself, {accepted} so far; ask again"
-                )
-            };
-            return if epoch > accepted { Err(Refusal(RefusalCode::NotReady, reason())) } else { Ok(()) };
+            return Ok(());
         }
         if epoch > self.led {
             self.depose(epoch).map_err(internal)?;

@@ -211,18 +211,25 @@ fn append_strays(writer: &mut LogWriter, count: u64) -> Lsn {
     last
 }
 
+/// A leader with so many records, a relay, its follower, and the log of the next leader, which has stopped: all of them
+/// have everything.
+fn before_a_failover(scene: &Scene<'_>, records: u64) -> (Leader, LogWriter, [Follower; 2]) {
+    let leader = scene.lead(LEADER, 1);
+    let relay = scene.feed(Arc::new(LogOnly));
+    let last = scene.last(Arc::new(LogOnly));
+    let next = scene.node(NEXT_LEADER).follow(&scene.net.address, Arc::new(LogOnly)).unwrap();
+    let mut writer = leader.writer(S0).unwrap();
+    append(&mut writer, records);
+    [&relay, &last, &next].into_iter().for_each(|follower| catch_up(&leader, follower));
+    next.shutdown().unwrap();
+    (leader, writer, [relay, last])
+}
+
 /// Everybody behind a relay has records that never reached the next leader. They run all along.
 fn another_leader_has_everybody_cut(net: &Net) {
     for (strays, more) in [(7, 20), (900, 7), (5, 0), (0, 5)] {
         let scene = Scene::new(net);
-        let leader = scene.lead(LEADER, 1);
-        let relay = scene.feed(Arc::new(LogOnly));
-        let last = scene.last(Arc::new(LogOnly));
-        let next = scene.node(NEXT_LEADER).follow(&net.address, Arc::new(LogOnly)).unwrap();
-        let mut writer = leader.writer(S0).unwrap();
-        append(&mut writer, 400);
-        [&relay, &last, &next].into_iter().for_each(|follower| catch_up(&leader, follower));
-        next.shutdown().unwrap();
+        let (leader, mut writer, [relay, last]) = before_a_failover(&scene, 400);
         append_strays(&mut writer, strays);
         [&relay, &last].into_iter().for_each(|follower| catch_up(&leader, follower));
         drop(writer);
@@ -665,14 +672,7 @@ fn two_that_follow_each_other_say_so(net: &Net) {
 /// another leader it may be less.
 fn what_is_committed_is_told_behind_a_busy_writer_and_forgotten_with_the_log(net: &Net) {
     let scene = Scene::new(net);
-    let leader = scene.lead(LEADER, 1);
-    let relay = scene.feed(Arc::new(LogOnly));
-    let last = scene.last(Arc::new(LogOnly));
-    let next = scene.node(NEXT_LEADER).follow(&net.address, Arc::new(LogOnly)).unwrap();
-    let mut writer = leader.writer(S0).unwrap();
-    append(&mut writer, 100);
-    [&relay, &last, &next].into_iter().for_each(|follower| catch_up(&leader, follower));
-    next.shutdown().unwrap();
+    let (leader, mut writer, [relay, last]) = before_a_failover(&scene, 100);
     let committed = |follower: &Follower| follower.status().shards[0].committed;
     until("it is told meanwhile", || {
         append_strays(&mut writer, 20);

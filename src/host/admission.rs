@@ -75,8 +75,8 @@ impl Host {
         if !state.feeds() || !Arc::ptr_eq(log, &state.log) {
             return Err(self.feeds_nobody());
         }
-        self.check_ring(&state, request.node)?;
         self.check_has_met(&state, request)?;
+        self.check_ring(&state, request.node)?;
         let before = state.member(request.node).and_then(|member| member.stream.take());
         let admitted = self.admit_locked(&mut state, request, parting, endpoint, (signals, before.as_ref()));
         drop(state);

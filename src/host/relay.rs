@@ -138,15 +138,21 @@ impl Host {
         Ok(())
     }
 
-    /// Whoever has met a newer leader, or has led under the epoch in force, is fed under a newer one only. The node
-    /// may have accepted that already: each shard hears of it a moment later.
+    /// Whoever has met a newer leader, or has led under the epoch in force, is fed under a newer one only. Decided by
+    /// what the shard feeds under: the node may have accepted a newer epoch already, of which each shard hears a moment
+    /// later.
     pub(super) fn check_has_met(&self, state: &State, request: &SyncRequest) -> Result<(), Declined> {
         let epoch = state.assignment.epoch;
         let has_led = request.flags & SyncRequest::HAS_LED != 0;
-        if state.is_relay() && (request.epoch > epoch || has_led && request.epoch == epoch) {
-            return Err(self.feeds_nobody());
+        if !state.is_relay() || request.epoch < epoch || request.epoch == epoch && !has_led {
+            return Ok(());
         }
-        Ok(())
+        let done = if has_led { "led under" } else { "accepted" };
+        let text = format!(
+            "you have {done} epoch {}, and this node, a follower itself, has met epoch {epoch} so far; ask again",
+            request.epoch
+        );
+        Err(Declined(RefusalCode::NotReady, text))
     }
 
     fn tell_feeding(&self, state: &State) {
