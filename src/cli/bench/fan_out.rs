@@ -1,4 +1,5 @@
-//! What followers cost the writer: append rates with none, one, two and four of them.
+//! What followers cost the writer: append rates with none, one, two and four of them, and with two of which the second
+//! follows the first.
 //!
 //! The limit beside it appends to writable pages while as many bare streams run at full speed, so that what the cores
 //! and the memory have to share is the same on both sides.
@@ -16,27 +17,65 @@ use super::nodes::{Nodes, Settings};
 use super::report::{Contest, Sample, Unit};
 use super::{Bench, Result, streams};
 
-const CASES: [(u16, &str, &str); 4] = [
-    (0, "no followers", "append alone"),
-    (1, "1 follower", "append beside 1 stream"),
-    (2, "2 followers", "append beside 2 streams"),
-    (4, "4 followers", "append beside 4 streams"),
+struct Case {
+    followers: u16,
+    /// Each follows the one before it.
+    in_a_chain: bool,
+    ours: &'static str,
+    steady: &'static str,
+    bare: &'static str,
+    /// Also in a hurry: five logs take long to prepare for each round.
+    in_quick: bool,
+}
+
+const ALONE: Case = Case {
+    followers: 0,
+    in_a_chain: false,
+    ours: "no followers",
+    steady: "steady load, no followers",
+    bare: "append alone",
+    in_quick: true,
+};
+const CASES: [Case; 5] = [
+    ALONE,
+    Case {
+        followers: 1,
+        ours: "1 follower",
+        steady: "steady load, 1 follower",
+        bare: "append beside 1 stream",
+        ..ALONE
+    },
+    Case {
+        followers: 2,
+        ours: "2 followers",
+        steady: "steady load, 2 followers",
+        bare: "append beside 2 streams",
+        ..ALONE
+    },
+    Case {
+        followers: 2,
+        in_a_chain: true,
+        ours: "2 followers in a chain",
+        steady: "steady load, 2 followers in a chain",
+        bare: "append beside 2 streams",
+        ..ALONE
+    },
+    Case {
+        followers: 4,
+        ours: "4 followers",
+        steady: "steady load, 4 followers",
+        bare: "append beside 4 streams",
+        in_quick: false,
+        ..ALONE
+    },
 ];
 /// Records a second of the steady load.
 const STEADY_RATE: u128 = 300_000;
-const STEADY: [(u16, &str); 4] = [
-    (0, "steady load, no followers"),
-    (1, "steady load, 1 follower"),
-    (2, "steady load, 2 followers"),
-    (4, "steady load, 4 followers"),
-];
 /// Bytes of what bare streams send and where they go to, again and again.
 const STREAM_LEN: usize = 32 << 20;
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     let for_at_least = Duration::from_millis(if bench.quick { 50 } else { 300 });
-    // Five logs take long to prepare for each round.
-    let cases = if bench.quick { 3 } else { CASES.len() };
     for size in bench.record_sizes(&[1024]) {
         let record = super::record(size);
         let count = bench.volume(256 << 20, 32 << 20) / size;
@@ -46,19 +85,20 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let mut bare_log = log("log".to_owned(), log_len)?;
         let from = log("from".to_owned(), STREAM_LEN)?;
         let mut sinks = (0..4).map(|sink| log(format!("to-{sink}"), STREAM_LEN)).collect::<Result<Vec<_>, _>>()?;
-        for (followers, ours, bare) in CASES.into_iter().take(cases) {
+        let cases = || CASES.iter().filter(|case| case.in_quick || !bench.quick);
+        for case in cases() {
             Contest::new("fan-out", size, Unit::RecordsPerSecond)
-                .bare(bare, || {
+                .bare(case.bare, || {
                     bare_log.make_writable();
                     let mut sinks: Vec<&mut [u8]> =
-                        sinks.iter_mut().take(usize::from(followers)).map(MappedFile::bytes_mut).collect();
+                        sinks.iter_mut().take(usize::from(case.followers)).map(MappedFile::bytes_mut).collect();
                     streams::beside_streams(from.bytes(), &mut sinks, || {
                         append_for(bare_log.bytes_mut(), &record, for_at_least)
                     })
                     .map_err(Into::into)
                 })
-                .ours(ours, &[bare], || {
-                    append_to_nodes(bench, followers, size, count, |writer| {
+                .ours(case.ours, &[case.bare], || {
+                    append_to_nodes(bench, case, size, count, |writer| {
                         for _ in 0..count {
                             writer.append(&record)?;
                         }
@@ -68,24 +108,24 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 .run(bench)?;
         }
         let count = bench.volume(256 << 20, 16 << 20) / size;
-        let steady = |followers| {
+        let steady = |case: &'static Case| {
             let record = &record;
-            move || append_to_nodes(bench, followers, size, count, |writer| append_steadily(writer, record, count))
+            move || append_to_nodes(bench, case, size, count, |writer| append_steadily(writer, record, count))
         };
         let mut contest = Contest::new("fan-out", size, Unit::RecordsPerSecond).among_ours();
-        for (followers, ours) in STEADY.into_iter().take(cases) {
-            let against: &[&str] = if followers == 0 { &[] } else { &[STEADY[0].1] };
-            contest = contest.ours(ours, against, steady(followers));
+        for case in cases() {
+            let against: &[&str] = if case.followers == 0 { &[] } else { &[ALONE.steady] };
+            contest = contest.ours(case.steady, against, steady(case));
         }
         contest.run(bench)?;
     }
     Ok(())
 }
 
-/// Times appends to a leader with so many followers, and sees to it that all of them arrive.
+/// Times appends to a leader with such followers, and sees to it that all of them arrive.
 fn append_to_nodes(
     bench: &Bench,
-    followers: u16,
+    case: &Case,
     size: u64,
     count: u64,
     append: impl FnOnce(&mut LogWriter) -> Result<()>,
@@ -97,8 +137,8 @@ fn append_to_nodes(
         populate_ahead: segment_size,
         ..WalOptions::default()
     };
-    let settings = Settings { wal, ..Settings::with_segments_of(segment_size) };
-    let (nodes, mut writer) = Nodes::start(bench, followers, settings)?;
+    let settings = Settings { wal, in_a_chain: case.in_a_chain, ..Settings::with_segments_of(segment_size) };
+    let (nodes, mut writer) = Nodes::start(bench, case.followers, settings)?;
     let sample = super::append::timed(count, || append(&mut writer))?;
     nodes.wait_applied(writer.end().head)?;
     Ok(sample)

@@ -29,6 +29,8 @@ pub(super) struct Settings {
     pub(super) keeps_log: bool,
     /// Whether followers spin for what the leader sends.
     pub(super) spin_receive: bool,
+    /// Whether each follower follows the one before it, instead of the leader.
+    pub(super) in_a_chain: bool,
     /// On which processors the leader and its followers run.
     pub(super) place: Place,
 }
@@ -43,6 +45,7 @@ impl Settings {
             commit: Commit::SYNCED,
             keeps_log: false,
             spin_receive: false,
+            in_a_chain: false,
             place: Place::Anywhere,
         }
     }
@@ -88,7 +91,9 @@ impl Nodes {
         for writer in &mut writers {
             writer.append(b"the first record opens the first segment")?;
         }
-        nodes.wait_connected(followers)?;
+        // A leader hears of those that it feeds itself.
+        nodes.wait_connected(if nodes.settings.in_a_chain { followers.min(1) } else { followers })?;
+        nodes.wait_all_applied()?;
         nodes.wait_for_spares()?;
         Ok((nodes, writers))
     }
@@ -114,7 +119,7 @@ impl Nodes {
         (self.leader.local_address(), self.scratch.path())
     }
 
-    /// One follower more, in a directory of its own.
+    /// One follower more, in a directory of its own: of the leader, or of the newest follower where they are in a chain.
     pub(super) fn add_follower(&mut self) -> Result<()> {
         let number = self.followers.len() + 1;
         let directory = self.scratch.path().join(format!("follower-{number}"));
@@ -122,7 +127,13 @@ impl Nodes {
         let follower = builder(&directory, &self.settings, options)
             .node_id(NodeId(number as u64))
             .reconnect(Duration::from_millis(10), Duration::from_secs(1));
-        let start = || follower.follow(self.leader.local_address(), Arc::new(LogOnly));
+        let (follower, upstream) = if self.settings.in_a_chain {
+            let before = self.followers.last().and_then(|(before, _)| before.local_address());
+            (follower.listen("127.0.0.1:0"), before.unwrap_or(self.leader.local_address()))
+        } else {
+            (follower, self.leader.local_address())
+        };
+        let start = || follower.follow(upstream, Arc::new(LogOnly));
         let follower = self.settings.place.there(start)?;
         self.followers.push((follower, directory));
         Ok(())
@@ -177,6 +188,13 @@ impl Nodes {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Nodes {
+    /// The newest follower first: nobody is left behind that looks for whom it followed.
+    fn drop(&mut self) {
+        while self.followers.pop().is_some() {}
     }
 }
 

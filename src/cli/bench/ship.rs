@@ -1,4 +1,5 @@
-//! Leader to follower, live: from the first append to the last record applied at the follower.
+//! Leader to follower, live: from the first append to the last record applied at the follower, or at one that follows
+//! that one.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -15,6 +16,7 @@ use super::{BATCH_OVERHEAD, Bench, Result, streams};
 
 const READY: &str = "append, stream, receive with checksum, pages writable";
 const FRESH: &str = "append, stream, receive with checksum, fresh pages at both ends";
+const PASSED_ON: &str = "append, stream, receive with checksum and pass on, receive with checksum, pages writable";
 const WRITE: &str = "append to fresh pages, stream, receive with checksum and write to a file";
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
@@ -32,6 +34,17 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let segment_size = ((count * (size + BATCH_OVERHEAD)) / 4 + (1 << 20)).next_multiple_of(4096).min(64 << 20);
         // Twice as many as are used: replenishing begins when half are gone.
         let spare_segments = 2 * (usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 2);
+        let ready = |followers| {
+            let wal = WalOptions {
+                sync: SyncPolicy::Never,
+                spare_segments,
+                populate_ahead: segment_size,
+                ..WalOptions::default()
+            };
+            let in_a_chain = followers > 1;
+            let settings = Settings { wal, in_a_chain, ..Settings::with_segments_of(segment_size) };
+            ours(bench, followers, settings, &record, count)
+        };
         Contest::new("ship", size, Unit::MegabytesPerSecond)
             .bare(READY, || {
                 let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
@@ -64,23 +77,33 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
                 streams::append_and_stream_to_file(log.bytes_mut(), &mut file, &record)?;
                 Ok(rate(bytes, began))
             })
-            .ours("spares ready", &[READY, "stream only, pages writable", FRESH], || {
-                let wal = WalOptions {
-                    sync: SyncPolicy::Never,
-                    spare_segments,
-                    populate_ahead: segment_size,
-                    ..WalOptions::default()
-                };
-                ours(bench, Settings { wal, ..Settings::with_segments_of(segment_size) }, &record, count)
+            .ours("spares ready", &[READY, "stream only, pages writable", FRESH], || ready(1))
+            .ours("defaults", &[FRESH, WRITE], || {
+                ours(bench, 1, Settings::with_segments_of(segment_size), &record, count)
             })
-            .ours("defaults", &[FRESH, WRITE], || ours(bench, Settings::with_segments_of(segment_size), &record, count))
+            .run(bench)?;
+        if bench.quick {
+            continue;
+        }
+        let mut passed_on = mapped("passed-on")?;
+        Contest::new("ship", size, Unit::MegabytesPerSecond)
+            .bare(PASSED_ON, || {
+                let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
+                log.make_writable();
+                copy.make_writable();
+                passed_on.make_writable();
+                let began = Instant::now();
+                streams::append_and_pass_on(log.bytes_mut(), copy.bytes_mut(), passed_on.bytes_mut(), &record)?;
+                Ok(rate(bytes, began))
+            })
+            .ours("through a follower, spares ready", &[PASSED_ON], || ready(2))
             .run(bench)?;
     }
     Ok(())
 }
 
-fn ours(bench: &Bench, settings: Settings, record: &[u8], count: u64) -> Result<Sample> {
-    let (nodes, mut writer) = Nodes::start(bench, 1, settings)?;
+fn ours(bench: &Bench, followers: u16, settings: Settings, record: &[u8], count: u64) -> Result<Sample> {
+    let (nodes, mut writer) = Nodes::start(bench, followers, settings)?;
     let (usage, began) = (Usage::now(), Instant::now());
     let mut last = writer.end().head;
     for _ in 0..count {

@@ -82,30 +82,45 @@ pub(super) fn stream_to_file(from: &[&[u8]], to: &mut File) -> io::Result<()> {
 /// Three steps: append records to `log`, a piece at a time; send each piece; receive into `to` with a checksum on
 /// arrival.
 pub(super) fn append_and_stream(log: &mut [u8], to: &mut [u8], record: &[u8]) -> io::Result<()> {
-    let slot = limits::slot_len(record.len());
-    let piece_len = (PIECE / slot).max(1) * slot;
-    let whole = log.len() / slot * slot;
-    let send = |mut near: &TcpStream| {
-        log[..whole].chunks_mut(piece_len).try_for_each(|piece| {
-            limits::append(piece, record, u64::MAX);
-            near.write_all(piece)
-        })
-    };
-    both_ends(send, |far| receive(far, &mut to[..whole], true))
+    let whole = whole_records(log.len(), record);
+    both_ends(append_and_send(&mut log[..whole], record), |far| receive(far, &mut to[..whole], true))
 }
 
 /// The same three steps, but the bytes are received into a file that grows with each `write`.
 pub(super) fn append_and_stream_to_file(log: &mut [u8], to: &mut File, record: &[u8]) -> io::Result<()> {
+    let whole = whole_records(log.len(), record);
+    both_ends(append_and_send(&mut log[..whole], record), |far| receive_to_file(far, to, whole))
+}
+
+/// The same three steps, and whoever receives sends each piece on to another, who does as it does.
+pub(super) fn append_and_pass_on(log: &mut [u8], to: &mut [u8], on: &mut [u8], record: &[u8]) -> io::Result<()> {
+    let whole = whole_records(log.len(), record);
+    let (to, on) = (&mut to[..whole], &mut on[..whole]);
+    both_ends(append_and_send(&mut log[..whole], record), |far| {
+        let pass_on = |mut near: &TcpStream| {
+            to.chunks_mut(PIECE).try_for_each(|piece| {
+                receive(far, piece, true)?;
+                near.write_all(piece)
+            })
+        };
+        both_ends(pass_on, |far| receive(far, on, true))
+    })
+}
+
+/// As many bytes of so many as hold whole records.
+fn whole_records(len: usize, record: &[u8]) -> usize {
     let slot = limits::slot_len(record.len());
-    let piece_len = (PIECE / slot).max(1) * slot;
-    let whole = log.len() / slot * slot;
-    let send = |mut near: &TcpStream| {
-        log[..whole].chunks_mut(piece_len).try_for_each(|piece| {
+    len / slot * slot
+}
+
+/// Appends records to `log`, a piece at a time, and sends each piece.
+fn append_and_send<'a>(log: &'a mut [u8], record: &'a [u8]) -> impl FnOnce(&TcpStream) -> io::Result<()> + 'a {
+    move |mut near| {
+        log.chunks_mut(whole_records(PIECE, record).max(limits::slot_len(record.len()))).try_for_each(|piece| {
             limits::append(piece, record, u64::MAX);
             near.write_all(piece)
         })
-    };
-    both_ends(send, |far| receive_to_file(far, to, whole))
+    }
 }
 
 /// Receives so many bytes, checksums them and writes them to a file.
@@ -346,6 +361,9 @@ mod tests {
         assert_eq!(copy, log);
         assert!(log.contains(&3));
         let mut again = vec![0; log.len()];
+        append_and_pass_on(&mut log, &mut copy, &mut again, &record).unwrap();
+        assert!(copy == log && again == log);
+        again.fill(0);
         stream(&log, &mut again).unwrap();
         assert_eq!(again, log);
         again.fill(0);
