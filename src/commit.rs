@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
+use crate::ack_reader::{AckReader, Wait, Waits};
 use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
 use crate::shipper::Shipper;
@@ -317,6 +318,10 @@ pub struct Commits {
     acknowledged: Acknowledged,
     /// The streams to followers that stand now. Changed when one begins or ends.
     shippers: RwLock<Vec<Arc<Shipper>>>,
+    /// What reads what followers acknowledge on them. Changed as those.
+    readers: RwLock<Vec<Arc<AckReader>>>,
+    /// Threads that wait for followers.
+    waits: Waits,
     /// On a follower: the newest LSN that its leader has said to be committed. Moved by the shard's receiver.
     told: Option<Arc<AtomicU64>>,
     /// The newest LSN that somebody waits for at the durable or the applied level. Moved by waiters; shippers wait on
@@ -338,6 +343,8 @@ impl Commits {
             policy_reached: None,
             acknowledged: Acknowledged::default(),
             shippers: RwLock::default(),
+            readers: RwLock::default(),
+            waits: Waits::default(),
             told: None,
             durable_wanted: Watermark::new(Lsn::ZERO),
             applied_wanted: Watermark::new(Lsn::ZERO),
@@ -435,6 +442,8 @@ impl Commits {
         let Some((level, count)) = commit.followers else { return Outcome::Committed };
         let reached = self.acknowledged.reached(level, count);
         let conditions = [Until { mark: &reached, at_least: lsn }, self.log.until_ended()];
+        let wait = (!conditions[0].holds()).then(|| self.waits.begin());
+        wait.iter().for_each(|wait| self.have_read(wait, &conditions, (level, count, lsn), deadline));
         match wait_any(&conditions, self.log.options().wait, deadline) {
             Waited::Reached(0) => Outcome::Committed,
             Waited::Reached(_) => outcome_of(self.log.end_reason()),
@@ -447,6 +456,43 @@ impl Commits {
     fn ship_at_once(&self, lsn: Lsn, count: usize) {
         let shippers = self.shippers.read();
         shippers.iter().filter(|shipper| shipper.ship_at_once(lsn)).take(count).for_each(drop);
+    }
+
+    /// Has what followers acknowledge read until one of `conditions` holds, by this thread where it can be: where nobody
+    /// else waits, and for all followers that there are.
+    fn have_read(
+        &self,
+        wait: &Wait<'_>,
+        conditions: &[Until<'_>],
+        (level, count, lsn): (AckLevel, usize, Lsn),
+        deadline: Option<Instant>,
+    ) {
+        let is_over = |reader: &AckReader| reader.has(level, lsn) || conditions.iter().any(Until::holds);
+        let reads = wait.is_alone && self.readers.read().len() == count;
+        let reader = |index: usize| self.readers.read().get(index).cloned();
+        let mut index = 0;
+        while let Some(reader) = reader(index) {
+            if !reads {
+                reader.recall_if_lent();
+            } else if !reader.borrow(|| is_over(&reader), self.log.options().wait, deadline) {
+                reader.ask(wait, level, lsn);
+            }
+            index += 1;
+        }
+    }
+
+    /// A stream to a follower begins, and what it acknowledges is read.
+    pub(crate) fn add_reader(&self, reader: &Arc<AckReader>) {
+        self.readers.write().push(Arc::clone(reader));
+    }
+
+    /// It is over.
+    pub(crate) fn remove_reader(&self, reader: &Arc<AckReader>) {
+        self.readers.write().retain(|known| !Arc::ptr_eq(known, reader));
+    }
+
+    pub(crate) fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     /// A stream to a follower begins.

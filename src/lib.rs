@@ -72,6 +72,7 @@
 //! ```
 
 mod ack_lane;
+mod ack_reader;
 mod admission;
 mod allocate;
 mod applier;

@@ -9,6 +9,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Lanes, Server, ServerShard};
+use parking_lot::MutexGuard;
+
+use crate::ack_reader::{AckReader, AckStream, Lane};
 use crate::admission;
 use crate::caught::caught;
 use crate::commit::{Commits, FollowerMarks};
@@ -52,11 +55,11 @@ pub(super) enum Rest {
 impl Agreed {
     /// Serves it until it ends.
     pub(super) fn serve(mut self: Box<Self>) -> Result<()> {
-        let (stream, receiver) = (&self.stream, self.receiver.as_mut());
+        let stream = &self.stream;
         match self.rest {
-            Rest::Ranges(sender) => stream.serve_ranges(sender, receiver),
-            Rest::Tail(lanes, sender) => stream.serve_tail(lanes, sender, receiver),
-            Rest::Follower(key, follower, shipper) => stream.serve_follower(key, &follower, &shipper, receiver),
+            Rest::Ranges(sender) => stream.serve_ranges(sender, self.receiver.as_mut()),
+            Rest::Tail(lanes, sender) => stream.serve_tail(lanes, sender, self.receiver.as_mut()),
+            Rest::Follower(key, follower, shipper) => stream.serve_follower(key, follower, &shipper, self.receiver),
         }
     }
 }
@@ -104,23 +107,50 @@ impl Stream {
         }
     }
 
-    /// Reads acknowledgements until the stream ends.
+    /// Reads what the follower says until the stream ends.
     fn serve_follower(
         &self,
         stream: StreamKey,
-        follower: &FollowerMarks,
+        follower: Arc<FollowerMarks>,
         shipper: &Arc<Shipper>,
-        receiver: &mut dyn FrameReceiver,
+        receiver: Box<dyn FrameReceiver>,
     ) -> Result<()> {
+        let reader = self.ack_reader(stream, follower, receiver);
         // However it ends, the shipper is to end with it.
-        let result = caught(format_args!("the transport to {}", self.peer), || {
-            self.read_acknowledgements(stream, &self.of_shard.commits, follower, receiver)
-        });
-        if let Err(error) = &result {
-            self.end_history(error, follower, receiver);
+        let result = caught(format_args!("the transport to {}", self.peer), || self.read_words(stream, &reader));
+        let receiver = reader.close();
+        if let (Err(error), Some(mut receiver)) = (&result, receiver) {
+            self.end_history(error, reader.follower(), receiver.as_mut());
         }
+        self.of_shard.commits.remove_reader(&reader);
         self.end_shipper(shipper);
         result
+    }
+
+    #[inline(never)]
+    fn ack_reader(
+        &self,
+        stream: StreamKey,
+        follower: Arc<FollowerMarks>,
+        receiver: Box<dyn FrameReceiver>,
+    ) -> Arc<AckReader> {
+        let of = AckStream {
+            peer: self.peer.clone(),
+            session: self.info.session,
+            epoch: self.info.epoch,
+            number: stream.number(),
+            follower,
+            log: Arc::clone(&self.of_shard.log),
+            commits: Arc::clone(&self.of_shard.commits),
+            history: Arc::clone(&self.history),
+            over: self.signals.over.clone(),
+            superseded: self.signals.superseded.clone(),
+            patience: self.server.options.handshake_timeout,
+            timeout: self.server.options.peer_timeout,
+        };
+        let reader = Arc::new(AckReader::new(of, receiver));
+        self.of_shard.commits.add_reader(&reader);
+        reader
     }
 
     #[inline(never)]
@@ -233,25 +263,19 @@ impl Stream {
         Ok((shipper, rebuild))
     }
 
-    fn read_acknowledgements(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        receiver: &mut dyn FrameReceiver,
-    ) -> Result<()> {
-        receiver.set_timeout(Some(self.server.options.peer_timeout))?;
+    fn read_words(&self, stream: StreamKey, reader: &AckReader) -> Result<()> {
+        let mut lane = reader.lane();
+        lane.receiver()?.set_timeout(Some(self.server.options.peer_timeout))?;
         loop {
-            let header = match receiver.receive_header() {
+            let header = match lane.header() {
                 Ok(header) => header,
                 // The stream was ended from this side, or the follower left between two frames.
                 Err(_) if self.signals.over.is_shutdown() || self.server.draining.is_shutdown() => return Ok(()),
                 Err(error) => return Err(error),
             };
-            let word = self.receive_word(receiver, header)?;
-            match word {
-                Word::Acknowledged(ack) => self.take_acknowledgement(stream, commits, follower, ack)?,
-                Word::OfSession(ack) => self.take_session_acknowledgement(stream, commits, follower, *ack)?,
+            match self.receive_word(lane.receiver()?, header)? {
+                Word::Acknowledged(ack) => lane = self.take_acknowledgement(stream, reader, lane, ack)?,
+                Word::OfSession(ack) => self.take_session_acknowledgement(stream, reader.follower(), *ack)?,
                 Word::Lives => {}
             }
         }
@@ -272,60 +296,32 @@ impl Stream {
     }
 
     #[inline(never)]
-    fn take_acknowledgement(
+    fn take_acknowledgement<'a>(
         &self,
         stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
+        reader: &'a AckReader,
+        mut lane: MutexGuard<'a, Lane>,
         ack: Ack,
-    ) -> Result<()> {
-        if self.signals.superseded.is_shutdown() {
-            // What the follower has now, its newer stream tells.
-            return Ok(());
+    ) -> Result<MutexGuard<'a, Lane>> {
+        let host = &self.of_shard.host;
+        let tell = |ack: Ack| host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
+        let lent = reader.lends_after(&mut lane, &ack)?;
+        let may_have_woken = reader.take_in(&ack)?;
+        if let Some(lent) = lent {
+            return reader.leave(lane, &lent, ack, tell);
         }
-        if (ack.session, ack.epoch) != (self.info.session, self.info.epoch) {
-            return Err(Error::protocol(
-                &self.peer,
-                format!("it acknowledges session {} of epoch {}, which this is not", ack.session, ack.epoch),
-            ));
-        }
-        let ServerShard { log, host, .. } = self.of_shard.as_ref();
-        // Bytes are published just before the mark says so: an acknowledgement can be here first.
-        let written = [log.written().until(ack.received), self.signals.over.until()];
-        let deadline = Instant::now().checked_add(self.server.options.handshake_timeout);
-        let is_written = wait_any(&written, log.options().wait, deadline) == Waited::Reached(0);
-        if !is_written || ack.durable > ack.received || ack.applied > ack.received {
-            return Err(Error::protocol(
-                &self.peer,
-                format!(
-                    "it acknowledges received {}, durable {}, applied {} of a log that ends at {}",
-                    ack.received,
-                    ack.durable,
-                    ack.applied,
-                    log.head()
-                ),
-            ));
-        }
-        self.history.compare((self.request.node, &self.peer, self.request.shard), ack.received, ack.chain)?;
-        let marks = [ack.received, ack.durable, ack.applied];
-        if commits.acknowledged().acknowledge(follower, stream.number(), marks, unix_ms()) {
+        if may_have_woken {
             // Whoever waited may have been woken on this processor, and what is left to do here is nothing to them: a
             // commit over loopback goes from 46.1 to 45.2 us.
             std::thread::yield_now();
         }
-        host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
-        Ok(())
+        tell(ack);
+        Ok(lane)
     }
 
     /// What the follower says about its rebuild. About another session it changes nothing.
     #[inline(never)]
-    fn take_session_acknowledgement(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        ack: SessionAck,
-    ) -> Result<()> {
+    fn take_session_acknowledgement(&self, stream: StreamKey, follower: &FollowerMarks, ack: SessionAck) -> Result<()> {
         let SyncRequest { node, shard, .. } = self.request;
         if self.info.session_kind != SessionKind::Rebuild
             || (ack.session, ack.epoch) != (self.info.session, self.info.epoch)
@@ -351,19 +347,13 @@ impl Stream {
                 log::warn!("node {node}, shard {shard}: it gave up session {session}: {:?}", ack.reason);
                 host.rebuild_failed(stream, session, reason_of(ack.reason));
             }
-            SessionPhase::Completed => self.complete_rebuild(stream, commits, follower, ack)?,
+            SessionPhase::Completed => self.complete_rebuild(stream, follower, ack)?,
         }
         Ok(())
     }
 
     /// The follower stands where it says: it counts from now on, and the stream goes on as any other.
-    fn complete_rebuild(
-        &self,
-        stream: StreamKey,
-        commits: &Commits,
-        follower: &FollowerMarks,
-        ack: SessionAck,
-    ) -> Result<()> {
+    fn complete_rebuild(&self, stream: StreamKey, follower: &FollowerMarks, ack: SessionAck) -> Result<()> {
         let SyncRequest { node, shard, .. } = self.request;
         let log = &self.of_shard.log;
         let written = [log.written().until(ack.achieved), self.signals.over.until()];
@@ -383,7 +373,7 @@ impl Stream {
         if self.of_shard.host.rebuild_completed(stream, self.info.session.0, ack.achieved) {
             // It says no chain: what was not acknowledged with one counts with the next acknowledgement.
             let agreed = ack.achieved.min(self.history.agreed());
-            commits.acknowledged().rebuilt(follower, stream.number(), agreed, unix_ms());
+            self.of_shard.commits.acknowledged().rebuilt(follower, stream.number(), agreed, unix_ms());
             log::info!("node {node}, shard {shard}: rebuilt up to LSN {}", ack.achieved);
             self.agreement.accept();
         }
