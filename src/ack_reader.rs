@@ -44,7 +44,7 @@ use crate::watermark::{WaitStrategy, Waited, Watermark, wait_any};
 use crate::wire::{Ack, FrameHeader, FrameKind, Message};
 
 /// A lane that nobody has used for so long is taken back, and what was read on it is told to the shard's host.
-const LENT_FOR: Duration = Duration::from_millis(5);
+pub(crate) const LENT_FOR: Duration = Duration::from_millis(5);
 /// Whoever has borrowed the lane and receives nothing for so long gives it back: what else it waits for, the end of the
 /// log say, it does not notice in between. Systems count such times in ticks of some milliseconds.
 const LONGEST_READ: Duration = Duration::from_millis(10);
@@ -123,6 +123,8 @@ pub(crate) struct AckStream {
     pub(crate) patience: Duration,
     /// A follower of whom nothing is heard for so long is gone.
     pub(crate) timeout: Duration,
+    /// [`LENT_FOR`], but in tests.
+    pub(crate) lent_for: Duration,
 }
 
 /// A lane that is lent: where the mark of its recalls stood.
@@ -253,7 +255,7 @@ impl AckReader {
         tell(ack);
         let ends = [self.recalled.until(lent.recalled.next()), self.of.over.until()];
         loop {
-            let waited = wait_any(&ends, WaitStrategy::Park, Instant::now().checked_add(LENT_FOR));
+            let waited = wait_any(&ends, WaitStrategy::Park, Instant::now().checked_add(self.of.lent_for));
             self.untold.lock().take().into_iter().for_each(&mut tell);
             if waited != Waited::TimedOut || !self.is_used.swap(false, Ordering::Relaxed) {
                 break;
@@ -405,3 +407,6 @@ fn at(ack: &Ack, level: AckLevel) -> Lsn {
         AckLevel::Applied => ack.applied,
     }
 }
+
+#[cfg(test)]
+mod tests;

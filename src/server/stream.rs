@@ -11,7 +11,7 @@ use std::time::Instant;
 use super::{Lanes, Server, ServerShard};
 use parking_lot::MutexGuard;
 
-use crate::ack_reader::{AckReader, AckStream, Lane};
+use crate::ack_reader::{AckReader, AckStream, LENT_FOR, Lane};
 use crate::admission;
 use crate::caught::caught;
 use crate::commit::{Commits, FollowerMarks};
@@ -147,6 +147,7 @@ impl Stream {
             superseded: self.signals.superseded.clone(),
             patience: self.server.options.handshake_timeout,
             timeout: self.server.options.peer_timeout,
+            lent_for: LENT_FOR,
         };
         let reader = Arc::new(AckReader::new(of, receiver));
         self.of_shard.commits.add_reader(&reader);
