@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::net::Net;
-use common::raw::{acknowledge, ask, follow_request, next_data, read_to_end};
-use common::{append, assert_identical, catch_up, deadline, until};
+use common::raw::{acknowledge, ask, chain_at, follow_request, read_to_end};
+use common::{append, assert_identical, catch_up, deadline, reach, until};
 use parking_lot::Mutex;
 use towline::target::LogOnly;
 use towline::transport::Connection;
-use towline::wal::{LogWriter, WalOptions};
+use towline::wal::{Log, LogWriter, WalOptions};
 use towline::wire::{ErrorMessage, Message, ShardInfo};
 use towline::{Commit, Epoch, Leader, Lsn, NodeId, Outcome, RefusalCode, ShardId, WaitStrategy};
 
@@ -98,10 +98,11 @@ fn two_followers_are_read_one_after_the_other(net: &Net) {
 
 /// A leader, and a follower made by hand whose acknowledgements the waiting thread has begun to read.
 struct Scene {
-    leader: Leader,
-    writer: LogWriter,
+    /// Dropped first: a leader that stops does not wait for it then.
     stream: Connection,
     info: ShardInfo,
+    leader: Leader,
+    writer: LogWriter,
     _parent: tempfile::TempDir,
 }
 
@@ -121,32 +122,26 @@ impl Scene {
         scene
     }
 
-    /// Appends a record and waits until the follower has it, while the follower does something.
+    /// Appends a record and waits until the follower has it, while the follower, which need not read what it is sent,
+    /// does something.
     fn commit<T>(
         &mut self,
         deadline: Option<Instant>,
-        meanwhile: impl FnOnce(&mut Connection, &ShardInfo, &Leader) -> T,
+        meanwhile: impl FnOnce(&mut Connection, &ShardInfo, &Arc<Log>) -> T,
     ) -> (Outcome, T) {
         let Scene { leader, writer, stream, info, .. } = self;
+        let log = leader.log(S0).unwrap();
+        let before = log.head();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| leader.append_and_wait(writer, &[b"a record"], received(1), deadline));
-            let done = meanwhile(stream, info, leader);
+            reach(log.written(), before.next(), "the record");
+            let done = meanwhile(stream, info, log);
             (waiting.join().unwrap().unwrap().1, done)
         })
     }
 
-    /// Takes what comes, and acknowledges up to the head.
-    fn acknowledge_all(stream: &mut Connection, info: &ShardInfo, leader: &Leader) {
-        let log = leader.log(S0).unwrap();
-        let known = leader.commits(S0).unwrap().followers()[0].at(towline::AckLevel::Received);
-        let head = loop {
-            next_data(stream).unwrap();
-            let head = log.head();
-            if head > known {
-                break head;
-            }
-        };
-        acknowledge(stream, info, head, common::raw::chain_at(log, head)).unwrap();
+    fn acknowledge_all(stream: &mut Connection, info: &ShardInfo, log: &Arc<Log>) {
+        acknowledge(stream, info, log.head(), chain_at(log, log.head())).unwrap();
     }
 
     fn follower_is_connected(&self) -> bool {
@@ -161,7 +156,6 @@ fn soon() -> Option<Instant> {
 fn a_follower_that_says_something_else_is_heard(net: &Net) {
     let mut scene = Scene::new(net);
     let (outcome, ()) = scene.commit(soon(), |stream, _, _| {
-        next_data(stream).unwrap();
         let text = "the logs differ".to_owned();
         let refusal = ErrorMessage { code: RefusalCode::ChainMismatch, text };
         stream.sender.send_message(&Message::Error(refusal)).unwrap();
@@ -187,12 +181,8 @@ fn a_follower_that_leaves_is_missed_and_another_takes_its_place(net: &Net) {
 
 fn an_acknowledgement_that_cannot_be_ends_the_stream(net: &Net) {
     let mut scene = Scene::new(net);
-    let (outcome, ended) = scene.commit(soon(), |stream, info, leader| {
-        next_data(stream).unwrap();
-        let log = leader.log(S0).unwrap();
-        let of_the_future = Epoch(info.epoch.0 + 1);
-        let chain = common::raw::chain_at(log, log.head());
-        acknowledge(stream, &ShardInfo { epoch: of_the_future, ..info.clone() }, log.head(), chain).unwrap();
+    let (outcome, ended) = scene.commit(soon(), |stream, info, log| {
+        Scene::acknowledge_all(stream, &ShardInfo { epoch: Epoch(info.epoch.0 + 1), ..info.clone() }, log);
         read_to_end(stream)
     });
     assert_eq!(outcome, Outcome::TimedOut);
@@ -201,13 +191,18 @@ fn an_acknowledgement_that_cannot_be_ends_the_stream(net: &Net) {
 }
 
 fn whoever_reads_is_told_when_the_leader_ends(net: &Net) {
-    let mut scene = Scene::new(net);
-    let (outcome, ()) = scene.commit(None, |stream, info, leader| {
-        next_data(stream).unwrap();
-        leader.depose(Epoch(info.epoch.0 + 1)).unwrap();
-    });
-    assert_eq!(outcome, Outcome::Deposed);
-    let Scene { leader, mut writer, .. } = Scene::new(&Net::in_process());
+    let Scene { leader, mut writer, stream, info, _parent } = Scene::new(net);
+    let mut wait_until = |end: &dyn Fn()| {
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| leader.append_and_wait(&mut writer, &[b"a record"], received(1), None));
+            reach(leader.log(S0).unwrap().written(), Lsn(7), "the record");
+            end();
+            waiting.join().unwrap().unwrap().1
+        })
+    };
+    assert_eq!(wait_until(&|| leader.depose(Epoch(info.epoch.0 + 1)).unwrap()), Outcome::Deposed);
+    drop((stream, leader, _parent));
+    let Scene { leader, mut writer, stream: _stream, _parent, .. } = Scene::new(net);
     let commits = Arc::clone(leader.commits(S0).unwrap());
     let lsn = writer.append(b"a record").unwrap();
     std::thread::scope(|scope| {
@@ -221,7 +216,7 @@ fn whoever_reads_is_told_in_time(net: &Net) {
     let mut scene = Scene::new(net);
     for milliseconds in [0, 1, 50, 100] {
         let deadline = Instant::now() + Duration::from_millis(milliseconds);
-        let (outcome, ()) = scene.commit(Some(deadline), |stream, _, _| drop(next_data(stream).unwrap()));
+        let (outcome, ()) = scene.commit(Some(deadline), |_, _, _| ());
         assert!(outcome == Outcome::TimedOut && Instant::now() >= deadline, "{outcome:?}");
     }
     // What came too late is there the next time.
