@@ -86,7 +86,7 @@ impl Pace<'_> {
 fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
     let synced = log.synced().load();
     let (mut before, mut bytes): (Option<Arc<Segment>>, u64) = (None, 0);
-    let mut last = Lsn::ZERO;
+    let (mut last, mut missed) = (Lsn::ZERO, None);
     // One at a time: a segment that is held here while retention gives it up keeps its room on the disk.
     while let Some(segment) = log.sealed_segments_since(last).into_iter().next() {
         let Some(end) = segment.sealed_last_lsn().filter(|&end| end <= synced) else { break };
@@ -105,7 +105,11 @@ fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
                 log::debug!("shard {}: {} was given up meanwhile: {error}", log.shard(), segment.id());
                 continue;
             }
-            Err(error) => return Err(error),
+            // The others may be damaged as well.
+            Err(error) => {
+                missed.get_or_insert(error);
+                continue;
+            }
         };
         for finding in findings {
             let error =
@@ -123,6 +127,9 @@ fn scrub(log: &Log, pace: &mut Pace<'_>) -> Result<()> {
         }
         bytes += segment.published();
         before = Some(segment);
+    }
+    if let Some(error) = missed {
+        return Err(error);
     }
     log.health().passed(bytes);
     log::debug!("shard {}: scrubbed {bytes} bytes", log.shard());
@@ -146,6 +153,38 @@ mod tests {
             writer.append(&[byte; 20_000]).unwrap();
         }
         writer.log().sync_all().unwrap();
+    }
+
+    /// What breaks: the disk, which does not give back one segment, and has lost another. What would be lost:
+    /// whatever is damaged behind those, if nobody looked at it any more.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_cannot_be_read_is_found_and_the_segments_behind_it_are_looked_at() {
+        let directory = tempfile::tempdir().unwrap();
+        let (wal, mut writer) = Wal::open(directory.path(), IDENTITY, WalOptions::default()).unwrap();
+        (0..2).for_each(|_| fill(&mut writer, b'a'));
+        let log = Arc::clone(wal.log());
+        let sealed = log.sealed_segments_since(Lsn::ZERO);
+        assert!(sealed.len() > 5);
+        let path = |index: usize| sealed[index].path();
+        // A directory can be opened, and not read.
+        std::fs::remove_file(path(1)).unwrap();
+        std::fs::create_dir(path(1)).unwrap();
+        std::fs::remove_file(path(3)).unwrap();
+        let mut bytes = std::fs::read(path(4)).unwrap();
+        bytes[5000] ^= 1;
+        std::fs::write(path(4), bytes).unwrap();
+        let stop = ShutdownSignal::new();
+        let options = ScrubOptions { bytes_per_second: u64::MAX, ..ScrubOptions::default() };
+        let scrub = || scrub(&log, &mut Pace { options, stop: &stop, began: Instant::now(), bytes: 0 });
+        let error = scrub().unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if path == sealed[3].path()), "{error}");
+        let status = log.scrub_status();
+        assert_eq!(status.passes, 0, "one was not looked at");
+        let found: Vec<_> = status.findings.iter().map(|finding| (finding.path.as_path(), finding.end)).collect();
+        let all_of_it = (path(1), sealed[1].published());
+        assert_eq!(found[..2], [(path(1), 4096), all_of_it]);
+        assert_eq!((found.len(), found[2].0), (3, path(4)));
     }
 
     /// What breaks: a rebuild replaces a follower's log while it is being scrubbed, and retention has nothing to do

@@ -190,7 +190,8 @@ const SCRUB_STEP: u64 = 256 * 1024;
 /// Reads a sealed segment of an open log again, and `before`, its predecessor in the log, only for what it should
 /// continue. `read` is told of each further piece that was read. `None` if that said to stop.
 ///
-/// The bytes are read from the file, whose synced pages the system may have in memory or not.
+/// The bytes are read from the file, whose synced pages the system may have in memory or not. What of them cannot be
+/// read is damage too, and so is what follows it in the segment: how far that is sound is not known.
 pub(crate) fn scrub_segment(
     segment: &Segment,
     before: Option<&Segment>,
@@ -206,7 +207,7 @@ pub(crate) fn scrub_segment(
     // One of a later version is not the one either.
     let found = file.header().or_else(|error| match error {
         Error::Mismatch { reason, .. } => Ok(Err(reason.into_owned())),
-        other => Err(other),
+        other => unreadable(other).map(Err),
     })?;
     let wrong_header = match found {
         Ok(found) if found != *header => Some("its header is not the one that it was opened with".to_owned()),
@@ -219,7 +220,14 @@ pub(crate) fn scrub_segment(
     let (mut at, mut due) = (SEGMENT_HEADER_LEN, first_of(header));
     loop {
         let limit = published.min(at + SCRUB_STEP);
-        let walked = walk::walk(&mut file, Some(header), (at, limit, header.segment_size), due, |_, _| {})?;
+        let walked = walk::walk(&mut file, Some(header), (at, limit, header.segment_size), due, |_, _| {});
+        let walked = match walked {
+            Ok(walked) => walked,
+            Err(error) => {
+                note(at, published, due.first_lsn, unreadable(error)?);
+                break;
+            }
+        };
         if read(walked.end - at) == Continue::No {
             return Ok(None);
         }
@@ -231,13 +239,26 @@ pub(crate) fn scrub_segment(
         let plausible =
             Plausible { lowest: due.first_lsn, highest: due.first_lsn, base: at, epoch: due.epoch.0..=due.epoch.0 };
         // Whatever stands here is not valid, even if it has its checksum.
-        let next = walk::next_consistent(&mut file, at + BATCH_ALIGNMENT, published, &plausible)?;
+        let next = walk::next_consistent(&mut file, at + BATCH_ALIGNMENT, published, &plausible);
+        let next = next.or_else(|error| unreadable(error).map(|_| None))?;
         let end = next.map_or(published, |(offset, _)| offset);
         note(at, end, due.first_lsn, stopped.to_string());
         let Some((offset, next)) = next else { break };
         (at, due) = (offset, Expected { first_lsn: next.first_lsn, chain: next.prev_crc, epoch: next.epoch });
     }
     Ok(Some(findings))
+}
+
+/// Why bytes of a file that is open could not be read.
+///
+/// # Errors
+///
+/// Any other error, which says nothing of the bytes.
+fn unreadable(error: Error) -> Result<String> {
+    match error {
+        Error::Io { action: "read", source, .. } => Ok(format!("it cannot be read: {source}")),
+        other => Err(other),
+    }
 }
 
 /// Why a segment does not continue the one before, if that is so.

@@ -119,22 +119,18 @@ impl SegmentFile {
         self.buffer.copy_within(kept, 0);
         self.buffered_from = at;
         let ahead = usize::try_from(self.len.saturating_sub(at)).map_or(READ_LEN, |rest| rest.min(READ_LEN));
-        let wanted = wanted.max(ahead);
+        let (needed, wanted) = (wanted, wanted.max(ahead));
         if self.buffer.len() < wanted {
             self.buffer.resize(wanted, 0);
         }
         while self.filled < wanted {
-            let count = self
-                .file
-                .read_at(&mut self.buffer[self.filled..wanted], at + self.filled as u64)
-                .or_else(
-                    |error| if error.kind() == std::io::ErrorKind::Interrupted { Ok(usize::MAX) } else { Err(error) },
-                )
-                .map_err(Error::io("read", &self.path))?;
-            match count {
-                0 => break,
-                usize::MAX => {}
-                count => self.filled += count,
+            match self.file.read_at(&mut self.buffer[self.filled..wanted], at + self.filled as u64) {
+                Ok(0) => break,
+                Ok(count) => self.filled += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                // What was read ahead is nobody's trouble before it is asked for.
+                Err(_) if self.filled >= needed => break,
+                Err(error) => return Err(Error::io("read", &self.path)(error)),
             }
         }
         Ok(&self.buffer[..self.filled])
