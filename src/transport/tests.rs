@@ -462,6 +462,24 @@ mod hostile {
         (raw, listener.accept().unwrap())
     }
 
+    /// What breaks: whoever connects and says nothing. How: there is no time-out yet, only the deadline for the first
+    /// frame. What prevents harm: it holds for a receiver that spins as for one that sleeps.
+    #[test]
+    fn a_deadline_ends_every_wait_however_long_the_timeout() {
+        for spin_receive in [false, true] {
+            let transport = TcpTransport::new(TcpOptions { spin_receive, ..TcpOptions::default() });
+            let listener = transport.listen("127.0.0.1:0").unwrap();
+            let _silent = TcpStream::connect(listener.local_address()).unwrap();
+            let mut receiver = listener.accept().unwrap().receiver;
+            for timeout in [None, Some(Duration::from_secs(3600))] {
+                receiver.set_timeout(timeout).unwrap();
+                receiver.set_deadline(Instant::now().checked_add(Duration::from_millis(20))).unwrap();
+                let error = receiver.receive_header().unwrap_err();
+                assert!(error.is_timeout() && error.to_string().contains("nothing arrived in time"), "{error}");
+            }
+        }
+    }
+
     fn frame(kind: FrameKind, body: &[u8]) -> Vec<u8> {
         let mut bytes = FrameHeader::new(kind, 0, body, &[]).unwrap().encode().to_vec();
         bytes.extend_from_slice(body);

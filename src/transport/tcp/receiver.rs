@@ -163,7 +163,9 @@ impl TcpReceiver {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
             _ if self.socket.is_closed_here() => Err(closed_here("receive from", &self.socket.peer)),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if self.timeout.is_some() => {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                if self.timeout.is_some() || self.deadline.is_some() =>
+            {
                 Err(receive_timed_out(&self.socket.peer))
             }
             _ => Err(receive_error(&self.socket.peer, error)),
@@ -197,14 +199,15 @@ impl TcpReceiver {
         if !self.spin {
             return Ok(());
         }
-        let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let timed_out = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let until = timed_out.into_iter().chain(self.deadline).min();
         loop {
             match peek(&self.socket.stream) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 // Bytes, the end, or an error that the read will tell.
                 _ => return Ok(()),
             }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if until.is_some_and(|until| Instant::now() >= until) {
                 return Err(receive_timed_out(&self.socket.peer));
             }
             // Others may be spinning too, on no more processors than there are.
