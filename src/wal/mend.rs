@@ -336,6 +336,14 @@ impl Mender<'_> {
                 return Err(Error::protocol(self.source.name(), reason));
             }
         }
+        if let Some((offset, _)) = next.filter(|(offset, _)| came.end == end && end < *offset && !came.sealed) {
+            let reason = format!(
+                "{reason}; and {} has it only up to LSN {}, where the log needs it up to offset {offset}",
+                self.source.name(),
+                came.next.first_lsn.previous()
+            );
+            return Err(self.refusal(work, at, due.first_lsn, &reason));
+        }
         if let Some((offset, own)) = next {
             let fits = (came.end, came.next.chain, came.next.first_lsn, due.epoch)
                 == (offset, own.prev_crc, own.first_lsn, own.epoch)

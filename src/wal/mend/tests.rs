@@ -297,6 +297,15 @@ fn garbage_and_lack_leave_everything_as_it_was() {
     flip(&before.path, before.offset + 60, 0);
     let text = assert_refused(&log, &mut copy).to_string();
     assert!(text.contains("has no more of this segment"), "{text}");
+    // A copy that ends within the damage has not enough, and says nothing of another history.
+    let (log, twin, mut copy) = twins();
+    for place in &log.places[6..8] {
+        flip(&place.path, place.offset + 60, 0);
+    }
+    flip(&twin.places[7].path, twin.places[7].offset + 60, 0);
+    let text = assert_refused(&log, &mut copy).to_string();
+    let last = format!("the copy has it only up to LSN {},", twin.places[6].last_lsn);
+    assert!(text.contains(&last) && !text.contains("another history"), "{text}");
 }
 
 #[test]
