@@ -352,6 +352,13 @@ impl SegmentWriter {
         Ok(())
     }
 
+    /// From now on nothing can be written to the file, as where there is no room.
+    #[cfg(test)]
+    pub(crate) fn refuse_writes(&mut self) -> io::Result<()> {
+        self.file = File::open(self.segment.path())?;
+        Ok(())
+    }
+
     /// The unpublished bytes `from..to`, counted from the published end.
     #[inline]
     pub(crate) fn unpublished(&mut self, range: Range<u64>) -> &mut [u8] {

@@ -410,8 +410,8 @@ impl LogWriter {
         self.reserved.take().map_or_else(|| self.log.spares().take(), Ok)
     }
 
-    /// Seals the open segment, if there is one, and opens the next. A spare is taken first, so that a full disk
-    /// leaves everything as it was.
+    /// Seals the open segment, if there is one, and opens the next. A spare is taken before, so that a full disk leaves
+    /// everything as it was.
     #[cold]
     fn roll(&mut self) -> Result<()> {
         self.log.check_writable()?;
@@ -426,12 +426,13 @@ impl LogWriter {
             let is_long = self.batches > 0 && self.long_batches >= self.batches - self.batches / 8;
             self.log.spares().set_long(is_long);
         }
-        let prepared = self.take_spare()?;
         // A segment without batches is not sealed: the next one begins with the same LSN and takes its name.
         let has_batches = |open: &SegmentWriter| open.end() > SEGMENT_HEADER_LEN;
+        // Before a spare is taken, which nobody would have if this failed.
         if let Some(open) = self.open.as_mut().filter(|open| has_batches(open) && !open.takes_stores()) {
             open.fill().map_err(Error::io("fill", open.segment().path()))?;
         }
+        let prepared = self.take_spare()?;
         if let Some(mut open) = self.open.take_if(|open| has_batches(open)) {
             let header = self.next_header(0, 0, open.segment().header().epoch);
             self.chain = put_batch(open.unpublished(0..BATCH_HEADER_LEN), header, |_| {});

@@ -261,3 +261,27 @@ fn a_segment_that_arrives_has_its_file_before_its_header_page_has() {
     drop(writer);
     wal.close().unwrap();
 }
+
+/// What breaks: the disk is full when a log that was received in bulk is written on. What would be lost: the file of a
+/// spare at each attempt, which keeps its room and is nobody's.
+#[test]
+fn an_open_segment_that_cannot_be_filled_costs_no_spare() {
+    let directory = tempfile::tempdir().unwrap();
+    let (wal, mut writer) = open(directory.path());
+    writer.append(b"record").unwrap();
+    let segment = writer.open.as_mut().unwrap();
+    segment.use_file_only();
+    segment.refuse_writes().unwrap();
+    writer.set_epoch(Epoch(2)).unwrap();
+    let files = || {
+        wal.log().wait_for_spares(None).unwrap();
+        std::fs::read_dir(directory.path()).unwrap().count()
+    };
+    let before = files();
+    for _ in 0..4 {
+        let error = writer.append(b"record").unwrap_err();
+        assert!(matches!(error, Error::Io { action: "fill", .. }), "{error}");
+        assert_eq!(files(), before);
+    }
+    assert_eq!(writer.end().head, Lsn(1));
+}
