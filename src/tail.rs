@@ -141,7 +141,12 @@ impl Reading<'_> {
             return Err(Error::protocol(peer, format!("it has segments of {} bytes", info.segment_size)));
         }
         if !self.tail.follow {
-            self.target.get_or_insert(info.head);
+            let target = *self.target.get_or_insert(info.head);
+            // Of a log that has given up all its records, or was begun anew behind a base, nothing comes up to there.
+            if target < info.start {
+                self.done = true;
+                return Ok(());
+            }
         }
         // The other side beats; several beats may get lost before it counts as gone.
         receiver.set_timeout(Some(

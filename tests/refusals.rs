@@ -16,10 +16,12 @@ use common::{
 use towline::scrub::ScrubOptions;
 use towline::target::{LogOnly, ReplicationTarget};
 use towline::transport::{Body, Connection, FrameSender, Listener, Transport};
-use towline::wal::{Record, SyncPolicy, WalOptions};
+use towline::types::{WalSegmentId, shard_directory_name};
+use towline::wal::{LogIdentity, Record, SegmentHeader, SyncPolicy, Wal, WalOptions, segment};
 use towline::wire::{FrameKind, Message, PROTOCOL_VERSIONS, Purpose, VersionRange};
 use towline::{
-    Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Node, NodeBuilder, NodeId, RefusalCode, RegionId, ShardId,
+    Chain, ClusterId, Epoch, Error, Follower, Leader, Lsn, Manifest, Node, NodeBuilder, NodeId, RefusalCode, RegionId,
+    ShardId,
 };
 
 const S0: ShardId = ShardId(0);
@@ -290,6 +292,47 @@ fn a_follower_whose_place_is_gone_is_told_what_is_left() {
     let mut seen = Vec::new();
     assert_eq!(read(0, &mut seen).unwrap(), head);
     assert_eq!((seen[0], seen.len() as u64), (tail, head.records_since(tail.previous())));
+}
+
+/// What a rebuild leaves that had only the base to bring: a log that begins behind all records.
+#[test]
+fn a_reader_of_a_log_that_holds_no_record_is_not_kept_waiting_for_one() {
+    let net = Net::in_process();
+    let (_parent, directory, _) = directories();
+    let leader = net.lead(&directory, 1);
+    let Manifest { cluster, region, segment_size, epoch, .. } = leader.manifest();
+    leader.shutdown().unwrap();
+    let identity = LogIdentity { cluster, region, shard: S0, segment_size };
+    let path = directory.join(shard_directory_name(S0));
+    let (wal, mut writer) = Wal::open_at(&path, identity, WalOptions::default(), Lsn(50), epoch).unwrap();
+    let id = WalSegmentId { region, shard: S0, first_lsn: Lsn(50) };
+    let header =
+        SegmentHeader { id, cluster, epoch, chain_before: Chain(7), segment_size, version: segment::SEGMENT_VERSION };
+    writer.ingest_window(Lsn(50), 0, 4096).unwrap().copy_from_slice(&header.encode());
+    writer.ingest_filled(4096).unwrap();
+    drop(writer);
+    wal.close().unwrap();
+
+    let leader = net.lead(&directory, 1);
+    let log = leader.log(S0).unwrap();
+    assert_eq!((log.tail(), log.head()), (Lsn(50), Lsn(49)));
+    let stop = towline::ShutdownSignal::new();
+    for from in [0, 50] {
+        let tail = towline::Tail { from: Lsn(from), ..towline::Tail::new(S0) };
+        let (told_to, told) = crossbeam_channel::bounded(1);
+        std::thread::scope(|scope| {
+            let read = || {
+                let mut keep = |_: &towline::wal::Batch<'_>| std::ops::ControlFlow::Continue(());
+                tail.read(net.transport.as_ref(), &net.address, &stop, &mut keep)
+            };
+            scope.spawn(move || told_to.send(read()));
+            let ended = told.recv_timeout(PATIENCE);
+            if ended.is_err() {
+                stop.shutdown();
+            }
+            assert_eq!(ended.expect("it waits for a record").unwrap(), Lsn(from).previous());
+        });
+    }
 }
 
 /// The leader asks a follower with another history where the two part. One that does not answer is not waited for.
