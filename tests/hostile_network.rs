@@ -351,6 +351,34 @@ fn a_full_disk_of_a_follower_holds_up_nobody_else_and_mends() {
     common::assert_identical(&leader_dir, &follower_dir, &[head.get()]);
 }
 
+/// What breaks: the disk is full when a store is to grow. What would be lost: the room that is left, for whatever else
+/// is on that disk, and the growing is a failure all the same.
+#[test]
+fn a_store_that_cannot_grow_keeps_no_room_from_others() {
+    let Some(small) = SmallFileSystem::mount(3 * 1024 + 512) else { return };
+    let store = FixedStore::open(small.path().join("store"), &FixedStoreOptions::default()).unwrap();
+    let mut lsn = Lsn::ZERO;
+    let mut put = || {
+        store.put(&lsn.get().to_le_bytes(), &[7; 200], |_, _| {
+            lsn = lsn.next();
+            Ok(lsn)
+        })
+    };
+    // By a mebibyte at a time.
+    let error = loop {
+        if let Err(error) = put() {
+            break error;
+        }
+    };
+    assert!(error.is_out_of_space(), "{error}");
+    let beside = small.path().join("beside");
+    std::fs::write(&beside, vec![1; 400 * 1024]).unwrap();
+    std::fs::remove_file(beside).unwrap();
+    small.resize(64 * 1024);
+    assert!((0..10_000).all(|_| put().is_ok()), "there is room now");
+    store.close().unwrap();
+}
+
 /// Resident memory that is not a mapped file, in KiB, and open descriptors.
 #[cfg(target_os = "linux")]
 fn usage(process: &Beside) -> Option<(u64, u64)> {

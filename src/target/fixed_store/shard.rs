@@ -335,7 +335,11 @@ impl Shard {
         }
         let range = self.layout.slot_offset(count)..self.layout.slot_offset(grown);
         allocate(&self.file, range.clone());
-        self.write_zeros(range).map_err(Error::io("extend", &self.path))?;
+        self.write_zeros(range.clone()).map_err(|source| {
+            // What there was room for would only keep it from others, the log among them.
+            let _ = self.file.set_len(range.start);
+            Error::io("extend", &self.path)(source)
+        })?;
         self.file.sync_all().map_err(|source| self.poison("sync", source))?;
         self.update_header(|header| header.slot_count = grown)?;
         self.map.extend(slots, &self.file, grown).map_err(Error::io("map", &self.path))
