@@ -406,3 +406,23 @@ fn a_log_without_a_store_has_none_to_look_at() {
         run(&["leader", "--dir", text(&nodes[0]), "--listen", "127.0.0.1:0", "--stdin", "--kv", "8:8"], b"a\tb\n");
     assert!(code == 1 && error.contains("none of a fixed store's"), "{error}");
 }
+
+#[test]
+fn a_node_whose_store_has_lost_a_file_does_not_go_on_without_it() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("leader");
+    let leads = ["leader", "--dir", text(&directory), "--listen", "127.0.0.1:0", "--stdin", "--exit-on-eof"];
+    let (code, _, errors) = run(&[&leads[..], &["--kv", "8:8", "--shards", "2"]].concat(), b"a\t1\nb\t2\nc\t3\n");
+    assert_eq!(code, 0, "{errors}");
+    let followed = ["follower", "--dir", text(&directory), "--leader", "127.0.0.1:1"];
+    for file in ["slots-0000.tfs", "slots-0001.tfs"] {
+        let (path, aside) = (directory.join("store").join(file), parent.path().join(file));
+        std::fs::rename(&path, &aside).unwrap();
+        for arguments in [&leads[..], &followed, &["get", "--dir", text(&directory), "a"]] {
+            let (code, _, errors) = run(arguments, b"no change of a key\n");
+            assert!(code == 3 && errors.contains(file) && errors.contains("missing"), "{arguments:?}: {errors}");
+        }
+        std::fs::rename(&aside, &path).unwrap();
+    }
+    assert_eq!(scan(&directory).len(), 3);
+}

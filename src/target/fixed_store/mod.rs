@@ -175,8 +175,9 @@ impl FixedStore {
     /// # Errors
     ///
     /// [`Error::InUse`] if another process has it open, [`Error::Mismatch`] (which names the field and both values) if
-    /// it was made with other options, [`Error::Corrupt`] for a damaged header, a file that is cut off, or if the file
-    /// of shard 0 is missing and another shard's was in use; I/O errors.
+    /// it was made with other options, [`Error::Corrupt`] for a damaged header, a file that is cut off, or one that is
+    /// missing: that of shard 0 where another shard's was in use, or another shard's where that of shard 0 is there;
+    /// I/O errors.
     pub fn open(directory: impl AsRef<Path>, options: &FixedStoreOptions) -> Result<FixedStore> {
         let directory = directory.as_ref();
         let layout = Layout::new(options.key_len, options.value_len).map_err(Error::invalid)?;
@@ -205,7 +206,8 @@ impl FixedStore {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open), without [`Error::InUse`].
+    /// As [`open`](Self::open), without [`Error::InUse`]; [`Error::Io`] of a file that was not found where there is no
+    /// store.
     pub fn open_read_only(directory: impl AsRef<Path>) -> Result<FixedStoreReader> {
         FixedStoreReader::open(directory.as_ref())
     }
@@ -560,7 +562,19 @@ fn create(directory: &Path, options: &FixedStoreOptions, layout: Layout) -> Resu
 
 fn open_shard(directory: &Path, number: u16, write: bool) -> Result<(PathBuf, File, Header)> {
     let path = shard_path(directory, number);
-    let file = File::options().read(true).write(write).open(&path).map_err(Error::io("open", &path))?;
+    let file = File::options().read(true).write(write).open(&path).map_err(|error| {
+        if number > 0 && error.kind() == std::io::ErrorKind::NotFound {
+            // Once that of shard 0 is there, all are.
+            let first = shard_path(directory, 0);
+            return Error::corrupt(
+                &path,
+                0,
+                None,
+                format!("it is missing, though {} is there; restore it", first.display()),
+            );
+        }
+        Error::io("open", &path)(error)
+    })?;
     let header = read_header(&path, &file)?;
     Ok((path, file, header))
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::format::{Header, Slot};
 use super::shard::read_header;
-use super::{Entry, Visit, check_key, check_options, open_shard};
+use super::{Entry, Visit, check_key, check_options, open_shard, refuse_orphaned_shards, shard_path};
+use crate::data_dir::exists;
 use crate::error::{Error, Result};
 use crate::target::fixed_store::FixedStoreOptions;
 use crate::target::{ShardRouter, TargetTopology};
@@ -49,6 +50,16 @@ pub struct FixedStoreReader {
 
 impl FixedStoreReader {
     pub(super) fn open(directory: &Path) -> Result<FixedStoreReader> {
+        let is_made = || exists(&shard_path(directory, 0));
+        // There is no store, or one is being made, or this is what is left of one: whoever took that for none would go
+        // on without it.
+        if exists(directory)?
+            && !is_made()?
+            && let Err(error) = refuse_orphaned_shards(directory)
+            && !is_made()?
+        {
+            return Err(error);
+        }
         let (path, file, first) = open_shard(directory, 0, false)?;
         let options = FixedStoreOptions {
             key_len: first.layout.key_len,

@@ -441,10 +441,36 @@ fn a_store_that_has_lost_its_first_file_is_not_made_again() {
             let error = FixedStore::open(dir.path(), &options).unwrap_err();
             let text = error.to_string();
             assert!(error.is_corruption() && text.contains("slots-0000.tfs") && text.contains("missing"), "{text}");
+            assert_eq!(FixedStore::open_read_only(dir.path()).unwrap_err().to_string(), text);
         }
         assert!(files() == before && !shard_path(dir.path(), 0).exists());
         fs::write(shard_path(dir.path(), 0), first).unwrap();
         assert_eq!(contents(&FixedStore::open(dir.path(), &options).unwrap()).len(), used.len());
+    }
+}
+
+#[test]
+fn a_store_that_has_lost_another_file_is_damaged_and_not_gone() {
+    let options = FixedStoreOptions { shard_count: 3, ..OPTIONS };
+    let dir = tempfile::tempdir().unwrap();
+    FixedStore::open(dir.path(), &options).unwrap().close().unwrap();
+    fs::remove_file(shard_path(dir.path(), 1)).unwrap();
+    let errors = [
+        FixedStore::open(dir.path(), &options).map(drop).unwrap_err(),
+        FixedStore::open_read_only(dir.path()).map(drop).unwrap_err(),
+    ];
+    for error in errors {
+        let text = error.to_string();
+        assert!(error.is_corruption() && text.contains("slots-0001.tfs") && text.contains("missing"), "{text}");
+    }
+    // Where there is none, or none was ever used, there is nothing to look at.
+    let none = [dir.path().join("nowhere"), dir.path().join("empty"), dir.path().join("half")];
+    none[1..].iter().for_each(|path| fs::create_dir(path).unwrap());
+    create(&none[2], &options, Layout::new(options.key_len, options.value_len).unwrap()).unwrap();
+    fs::remove_file(shard_path(&none[2], 0)).unwrap();
+    for path in none {
+        let error = FixedStore::open_read_only(&path).map(drop).unwrap_err();
+        assert!(matches!(&error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound), "{error}");
     }
 }
 
