@@ -59,6 +59,23 @@ fn flip(path: &Path, offset: usize) {
 }
 
 #[test]
+fn a_check_ends_with_its_own_code_although_its_reader_has_left() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = node(parent.path(), "node", 4000);
+    let leaves = |code: i32| {
+        let mut child = towline(&["inspect", arg(&directory), "--records"]).stdout(Stdio::piped()).spawn().unwrap();
+        // There is more to come than a pipe holds.
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        assert!(out.read_line(&mut String::new()).unwrap() > 0);
+        drop(out);
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+    };
+    leaves(0);
+    flip(&first_segment(&directory, ShardId(0)), 5000);
+    leaves(3);
+}
+
+#[test]
 fn every_command_explains_itself() {
     let (code, out, _) = outcome(&run(&["--help"]));
     assert_eq!(code, 0);

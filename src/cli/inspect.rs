@@ -132,10 +132,12 @@ impl Printer {
     }
 
     fn finish(mut self) -> std::io::Result<()> {
-        if self.records {
-            self.out.flush()?;
+        let flushed = if self.records { self.out.flush() } else { Ok(()) };
+        match self.failure.map_or(flushed, Err) {
+            // Whoever hangs up has seen enough, but damage is damage although nobody reads of it.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            result => result,
         }
-        self.failure.map_or(Ok(()), Err)
     }
 }
 
