@@ -251,6 +251,20 @@ impl Host {
                     ),
                 )
             }
+            // All records are the same: what this log lacks is a batch without any, which seals a segment.
+            Some(Refusal::LeaderBehind)
+                if parting.and_then(|parting| parting.common).is_some_and(|common| common.lsn == request.received) =>
+            {
+                Declined(
+                    RefusalCode::LeaderBehind,
+                    format!(
+                        "you have shard {shard} up to LSN {}, as this node has, and behind that the end of a segment, \
+                         which this node has not under the same epoch: it has lost data, and nothing is overwritten; \
+                         make a node with the longer log the leader",
+                        request.received
+                    ),
+                )
+            }
             Some(Refusal::LeaderBehind | Refusal::Diverged) => Declined(
                 RefusalCode::Diverged,
                 format!(
@@ -450,6 +464,26 @@ mod tests {
         assert_eq!(admit().cut, Some(tail.previous()), "it is there");
         scene.retention.give_up_before(tail);
         assert_eq!(admit().kind, SessionKind::Rebuild, "what comes next in its log does not");
+    }
+
+    /// What breaks: the power of a leader goes before it has synced the end of a segment, and it leads again.
+    #[test]
+    fn who_has_the_end_of_a_segment_that_the_leader_lost_is_told_so() {
+        let scene = Scene::new();
+        let (log, head) = (scene.wal.log(), scene.wal.log().head());
+        let request = scene.request(head);
+        let common = log.position_after(head, request.chain).unwrap();
+        let sealed = SyncRequest { epoch: Epoch(3), chain: Chain(request.chain.0 ^ 1), ..request };
+        let declined = |common| {
+            let parting = Parting { tail_epoch: Epoch(3), common, cut_possible: true };
+            let signals = StreamSignals { over: ShutdownSignal::new(), superseded: ShutdownSignal::new() };
+            scene.host.admit(&sealed, (log, Some(&parting)), "somewhere", &signals).unwrap_err()
+        };
+        let Declined(code, text) = declined(common);
+        assert_eq!(code, RefusalCode::LeaderBehind, "{text}");
+        assert!(text.contains(&format!("up to LSN {head}, as this node has")), "{text}");
+        let Declined(code, text) = declined(None);
+        assert_eq!(code, RefusalCode::Diverged, "{text}");
     }
 
     /// What breaks: somebody has the leader forget a follower between its place in the list and its stream.
