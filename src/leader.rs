@@ -76,25 +76,25 @@ impl Leader {
         let address = listener.local_address();
         let directory = Arc::new(builder.open_as_leader()?);
         let OpenLogs { wals, mut writers, checkpoint } = open_logs(&directory, &builder.options, Role::Leader)?;
-        directory.lead_under(builder.epoch)?;
-        let manifest = directory.manifest();
-        for shard in wals.iter().map(|wal| wal.log().shard()) {
+        // What cannot lead takes no epoch: another node may be asked to lead under it then.
+        let mut applied = Vec::new();
+        for wal in &wals {
+            let shard = wal.log().shard();
             if builder.target.as_ref().is_some_and(|target| target.is_rebuilding(shard).unwrap_or(false)) {
                 return Err(Error::invalid(format!(
                     "the rebuild of shard {shard} of the target was interrupted: a node with it can only follow"
                 )));
             }
+            let target = builder.target.as_ref();
+            applied.push(target.map(|t| NodeBuilder::applied_of(t.as_ref(), wal.log(), &checkpoint)).transpose()?);
         }
+        directory.lead_under(builder.epoch)?;
+        let manifest = directory.manifest();
         for writer in &mut writers {
             writer.set_epoch(manifest.epoch)?;
             writer.set_led();
         }
         let stop = ShutdownSignal::new();
-        let mut applied = Vec::new();
-        for wal in &wals {
-            let target = builder.target.as_ref();
-            applied.push(target.map(|t| NodeBuilder::applied_of(t.as_ref(), wal.log(), &checkpoint)).transpose()?);
-        }
         let kept = wals.iter().zip(&applied).map(|(wal, applied)| {
             CheckpointShard::new(Arc::clone(wal.log()), applied.clone().zip(builder.target.clone()))
         });

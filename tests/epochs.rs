@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use towline::tail::ask_topology;
 use towline::target::{FixedStore, FixedStoreOptions, LogOnly, ReplicationTarget};
 use towline::transport::{Body, Closer, Connection, Listener, Transport};
-use towline::wal::{Expected, SegmentHeader, batch};
+use towline::wal::{Expected, Record, SegmentHeader, batch};
 use towline::wire::{FrameKind, Message, ShardInfo, WalDataHeader};
 use towline::{
     Chain, Epoch, Error, Follower, HybridTimestamp, Leader, Lsn, NodeId, Outcome, RefusalCode, Result, ShardId,
@@ -493,5 +493,52 @@ fn nobody_leads_under_the_last_epoch_and_nobody_follows_under_it() {
     forwards.join().unwrap();
     catch_up(&leader, &follower);
     assert_eq!(follower.manifest().epoch, Epoch(1));
+    follower.shutdown().unwrap();
+}
+
+/// A target that no leader can have: half rebuilt, or with records that the log has not.
+struct Unfit {
+    is_rebuilding: bool,
+}
+
+impl ReplicationTarget for Unfit {
+    fn durable_applied(&self, _: ShardId) -> Result<Option<Lsn>> {
+        Ok(Some(Lsn(9)))
+    }
+
+    fn apply(&self, _: ShardId, _: Record<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self, _: ShardId) -> Result<()> {
+        Ok(())
+    }
+
+    fn is_rebuilding(&self, _: ShardId) -> Result<bool> {
+        Ok(self.is_rebuilding)
+    }
+}
+
+/// What breaks: a power cut in the middle of a rebuild, and the node is chosen to lead. The one that then leads under
+/// that epoch in its place must find it willing to follow.
+#[test]
+fn a_node_that_cannot_lead_takes_no_epoch() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let leader = net.node(&b).shards(1).lead("old").unwrap();
+    let follower = net.node(&a).follow("old", Arc::new(LogOnly)).unwrap();
+    append(&mut leader.writer(S0).unwrap(), 5);
+    catch_up(&leader, &follower);
+    follower.shutdown().unwrap();
+    leader.shutdown().unwrap();
+    for is_rebuilding in [true, false] {
+        let node = net.node(&a).epoch(Epoch(2)).target(Arc::new(Unfit { is_rebuilding }));
+        let refused = node.lead("new").unwrap_err();
+        assert!(matches!(refused, Error::Invalid { .. }), "{refused}");
+    }
+    let leader = net.node(&b).epoch(Epoch(2)).lead("new").unwrap();
+    let follower = net.node(&a).follow("new", Arc::new(LogOnly)).unwrap();
+    append(&mut leader.writer(S0).unwrap(), 5);
+    catch_up(&leader, &follower);
     follower.shutdown().unwrap();
 }
