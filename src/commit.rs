@@ -1,7 +1,8 @@
 //! From acknowledgements to "committed".
 //!
 //! Each shard of a node has one [`Commits`]: the marks of its followers, what is acknowledged as widely as somebody
-//! asks, and the waiting for it. Acknowledgements come in on the threads that read them; waiters park on watermarks.
+//! asks, and the waiting for it. Acknowledgements come in on the threads that read them (`ack_reader`); who waits parks on
+//! watermarks, or is such a thread.
 //!
 //! `applied <= received` and `durable <= received <= written` hold for every follower; an acknowledgement that breaks
 //! that is refused where it is read.
@@ -379,8 +380,9 @@ impl Commits {
 
     /// Appends records as one batch and waits until they are committed as `commit` says, or the deadline passes: what
     /// [`LogWriter::append_batch`] and [`wait`](Self::wait) do, in less time. The calling thread ships the records
-    /// itself where a follower's stream is idle, instead of waking a thread for it. Returns the LSN of the last record
-    /// and how waiting for it ended.
+    /// itself where a follower's stream is idle, instead of waking a thread for it, and where it is the only one that
+    /// waits, it soon reads what the follower answers by itself too. Returns the LSN of the last record and how waiting
+    /// for it ended.
     ///
     /// # Errors
     ///
