@@ -166,10 +166,10 @@ impl Lane {
     /// # Errors
     ///
     /// What ended a borrower's reading; [`Error::ShutDown`] once the stream's thread has left.
-    pub(crate) fn receiver(&mut self) -> Result<&mut dyn FrameReceiver> {
+    pub(crate) fn receiver(&mut self) -> Result<&mut (dyn FrameReceiver + 'static)> {
         match self.failure.take() {
             Some(error) => Err(error),
-            None => self.receiver.as_deref_mut().map_or(Err(Error::ShutDown), |receiver| Ok(receiver)),
+            None => self.receiver.as_deref_mut().ok_or(Error::ShutDown),
         }
     }
 
@@ -313,7 +313,7 @@ impl AckReader {
             && self.is_lent.load(Ordering::SeqCst)
         {
             self.is_used.store(true, Ordering::Relaxed);
-            while goes_on() && self.read(&mut lane, &goes_on, strategy) {}
+            while goes_on() && self.read(&mut lane, goes_on, strategy) {}
         }
         let is_over = is_over();
         if !is_over {
