@@ -182,7 +182,7 @@ fn a_follower_that_leaves_is_missed_and_another_takes_its_place(net: &Net) {
 fn an_acknowledgement_that_cannot_be_ends_the_stream(net: &Net) {
     let mut scene = Scene::new(net);
     let (outcome, ended) = scene.commit(soon(), |stream, info, log| {
-        Scene::acknowledge_all(stream, &ShardInfo { epoch: Epoch(info.epoch.0 + 1), ..info.clone() }, log);
+        Scene::acknowledge_all(stream, &ShardInfo { epoch: Epoch(info.epoch.0 + 1), ..*info }, log);
         read_to_end(stream)
     });
     assert_eq!(outcome, Outcome::TimedOut);
