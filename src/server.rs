@@ -56,6 +56,14 @@ pub(crate) struct ServerShard {
     pub(crate) target: Option<Arc<dyn ReplicationTarget>>,
 }
 
+impl ServerShard {
+    /// Whether the target waits for a rebuild, or is being rebuilt. What cannot be asked is not.
+    pub(crate) fn is_rebuilding(&self) -> bool {
+        let asked = self.target.as_ref().map(|target| caught("the target", || target.is_rebuilding(self.log.shard())));
+        matches!(asked, Some(Ok(true)))
+    }
+}
+
 /// The listening side of a node.
 pub(crate) struct Server {
     role: Role,

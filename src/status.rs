@@ -46,6 +46,8 @@ pub struct ShardStatus {
     pub tail: Lsn,
     /// Newest LSN written.
     pub head: Lsn,
+    /// The epoch of the newest record; see [`Log::head_epoch`](crate::wal::Log::head_epoch).
+    pub head_epoch: Epoch,
     /// Newest LSN on stable storage.
     pub synced: Lsn,
     /// Newest LSN committed by the node's policy; on a follower, by its leader's word.
@@ -81,6 +83,8 @@ pub struct FollowingStatus {
     pub applied: Lsn,
     /// When the leader was last heard, in milliseconds since 1970; 0 for never.
     pub heard_at_ms: u64,
+    /// The target is being rebuilt, or waits for it: the node cannot lead.
+    pub rebuilding: bool,
     /// What went wrong last, while not connected.
     pub error: Option<String>,
 }
@@ -182,6 +186,7 @@ impl ShardStatus {
             shard: log.shard(),
             tail: log.tail(),
             head,
+            head_epoch: log.head_epoch(),
             synced: log.synced().load(),
             committed: shard.commits.committed().min(head),
             retained_bytes: log.retained_bytes(),
@@ -196,6 +201,7 @@ impl ShardStatus {
                 leader_head: state.leader_head().max(head),
                 applied: state.served(),
                 heard_at_ms: state.heard_at_ms(),
+                rebuilding: shard.is_rebuilding(),
                 error: state.error(),
             }),
             followers: projection
@@ -247,6 +253,7 @@ mod tests {
                 shard: ShardId(0),
                 tail: Lsn(1),
                 head: Lsn(10),
+                head_epoch: Epoch(1),
                 synced: Lsn(9),
                 committed: Lsn(8),
                 retained_bytes: 65536,
@@ -278,6 +285,7 @@ mod tests {
                     leader_head: Lsn(12),
                     applied: Lsn(7),
                     heard_at_ms: 5,
+                    rebuilding: true,
                     error: None,
                 }),
                 followers: vec![FollowerStatus {
@@ -320,6 +328,7 @@ mod tests {
         assert!(json.contains(r#""owner":"node 2","reason":"catch_up","lsn":4,"lost":true"#), "{json}");
         assert!(json.contains(r#""mode":"degraded","reason":"pin_lost""#), "{json}");
         assert!(json.contains(r#""divergence":"at LSN 8""#), "{json}");
+        assert!(json.contains(r#""head":10,"head_epoch":1"#) && json.contains(r#""rebuilding":true"#), "{json}");
         assert!(json.contains(r#""lag_records":2"#) && json.contains(r#""acked_ms_ago":null"#), "{json}");
     }
 

@@ -529,7 +529,9 @@ fn no_rebuild_ends_short_of_what_an_interrupted_one_gave_up(net: &Net) {
     trim(&leader);
     let last = scene.node(LAST).follow(&net.address, Arc::new(Interrupted(of_last.clone()))).unwrap();
     assert!(last.wait().unwrap_err().to_string().contains("interrupted"));
-    let told = last.status().shards[0].following.as_ref().unwrap().applied;
+    let following = last.status().shards[0].following.clone().unwrap();
+    assert!(following.rebuilding);
+    let told = following.applied;
     assert!(told < head, "LSN {told} of a base that has not come");
     drop(last);
     assert!(of_last.is_rebuilding(S0).unwrap(), "it is nobody's state any more");

@@ -542,3 +542,27 @@ fn a_node_that_cannot_lead_takes_no_epoch() {
     catch_up(&leader, &follower);
     follower.shutdown().unwrap();
 }
+
+/// What breaks: whoever fails over takes a node for the newest that has accepted a newer epoch, and nothing of it yet.
+#[test]
+fn a_status_tells_the_epoch_of_the_newest_record() {
+    let net = Net::in_process();
+    let (_parent, a, b) = directories();
+    let told = |leader: &Leader| (leader.status().epoch.0, leader.status().shards[0].head_epoch.0);
+    let leader = net.lead(&a, 1);
+    assert_eq!(told(&leader), (1, 0), "there is no record");
+    append(&mut leader.writer(S0).unwrap(), 5);
+    assert_eq!(told(&leader), (1, 1));
+    leader.shutdown().unwrap();
+    let leader = net.node(&a).epoch(Epoch(3)).lead(&net.address).unwrap();
+    assert_eq!(told(&leader), (3, 1), "nothing was written under it");
+    let follower = net.node(&b).follow(&net.address, Arc::new(LogOnly)).unwrap();
+    catch_up(&leader, &follower);
+    let shards = follower.status().shards;
+    assert_eq!((follower.manifest().epoch, shards[0].head_epoch), (Epoch(3), Epoch(1)));
+    assert!(shards[0].following.as_ref().is_some_and(|following| !following.rebuilding));
+    append(&mut leader.writer(S0).unwrap(), 1);
+    catch_up(&leader, &follower);
+    assert_eq!((told(&leader), follower.status().shards[0].head_epoch), ((3, 3), Epoch(3)));
+    follower.shutdown().unwrap();
+}

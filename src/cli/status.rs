@@ -46,10 +46,11 @@ impl Status {
 
 fn print_shard(shard: &ShardStatus) {
     say!(
-        "shard {:>4}  LSN {} to {}  synced {}  committed {}  {} retained{}  {}",
+        "shard {:>4}  LSN {} to {} of epoch {}  synced {}  committed {}  {} retained{}  {}",
         shard.shard,
         shard.tail,
         shard.head,
+        shard.head_epoch,
         shard.synced,
         shard.committed,
         super::human_bytes(shard.retained_bytes),
@@ -70,12 +71,13 @@ fn print_shard(shard: &ShardStatus) {
     }
     if let Some(following) = &shard.following {
         say!(
-            "  {}  leader at {}  behind {}  applied {}  heard {}{}",
+            "  {}  leader at {}  behind {}  applied {}  heard {}{}{}",
             if following.connected { "connected" } else { "disconnected" },
             following.leader_head,
             following.leader_head.records_since(shard.head),
             following.applied,
             ago(following.heard_at_ms),
+            if following.rebuilding { "  being rebuilt" } else { "" },
             following.error.as_ref().map(|error| format!("  ({error})")).unwrap_or_default()
         );
     }

@@ -1,23 +1,23 @@
 //! A status as bytes.
 //!
-//! # Format, version 3
+//! # Format, version 4
 //!
 //! The body of a `Status` frame. All numbers are little-endian; a text is its length in bytes (4 bytes) and UTF-8.
 //!
 //! | field | size |
 //! |---|---:|
-//! | version, 3 | 2 |
+//! | version, 4 | 2 |
 //! | role: 1 leader, 2 follower | 1 |
 //! | cluster, node, region, epoch | 16, 8, 2, 8 |
 //! | uptime in milliseconds | 8 |
 //! | number of shards | 2 |
-//! | for each shard, all that follows: shard, tail, head, synced, committed, retained bytes | 2, 8, 8, 8, 8, 8 |
+//! | for each shard, all that follows: shard, tail, head, its epoch, synced, committed, retained bytes | 2, 8, 8, 8, 8, 8, 8 |
 //! | `max_wal_bytes`, 0 for no bound | 8 |
 //! | mode, reason: texts, the reason empty if there is none | |
 //! | number of pins | 2 |
 //! | for each pin: LSN, lost (1 byte), owner and reason: texts | 8, 1 |
 //! | poison: text, empty if sound | |
-//! | following: 0 or 1; if 1: connected (1 byte), leader head, applied, heard at (milliseconds since 1970), error: text | 1, 1, 8, 8, 8 |
+//! | following: 0 or 1; if 1: connected (1 byte), leader head, applied, heard at (milliseconds since 1970), rebuilding (1 byte), error: text | 1, 1, 8, 8, 8, 1 |
 //! | number of followers | 2 |
 //! | for each follower: node, connected (1 byte), shipped, received, durable, applied, acknowledged at, lag in bytes | 8, 1, 8, 8, 8, 8, 8, 8 |
 //! | then its mode, reason and refusal: texts, the last two empty if there is none | |
@@ -38,7 +38,7 @@ use crate::retention::PinStatus;
 use crate::types::{ClusterId, Epoch, Lsn, NodeId, RegionId, SessionId, ShardId};
 use crate::wal::{Finding, ScrubStatus};
 
-const VERSION: u16 = 3;
+const VERSION: u16 = 4;
 
 impl Status {
     /// The body of a `Status` frame.
@@ -97,7 +97,8 @@ impl Status {
 impl ShardStatus {
     fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.shard.0.to_le_bytes());
-        for number in [self.tail.0, self.head.0, self.synced.0, self.committed.0, self.retained_bytes] {
+        let ShardStatus { tail, head, head_epoch, synced, committed, retained_bytes, .. } = self;
+        for number in [tail.0, head.0, head_epoch.0, synced.0, committed.0, *retained_bytes] {
             out.extend_from_slice(&number.to_le_bytes());
         }
         out.extend_from_slice(&self.max_wal_bytes.unwrap_or(0).to_le_bytes());
@@ -117,6 +118,7 @@ impl ShardStatus {
             for number in [following.leader_head.0, following.applied.0, following.heard_at_ms] {
                 out.extend_from_slice(&number.to_le_bytes());
             }
+            out.push(u8::from(following.rebuilding));
             put_text(out, following.error.as_deref().unwrap_or_default());
         }
         put_count(out, self.followers.len());
@@ -137,6 +139,7 @@ impl ShardStatus {
             shard: ShardId(from.u16()?),
             tail: Lsn(from.u64()?),
             head: Lsn(from.u64()?),
+            head_epoch: Epoch(from.u64()?),
             synced: Lsn(from.u64()?),
             committed: Lsn(from.u64()?),
             retained_bytes: from.u64()?,
@@ -155,6 +158,7 @@ impl ShardStatus {
                 leader_head: Lsn(from.u64()?),
                 applied: Lsn(from.u64()?),
                 heard_at_ms: from.u64()?,
+                rebuilding: from.bool()?,
                 error: from.text()?,
             });
         }

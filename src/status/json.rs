@@ -35,11 +35,12 @@ impl ShardStatus {
     fn write_json(&self, json: &mut String, now_ms: u64) {
         let _ = write!(
             json,
-            "{{\"shard\":{},\"tail\":{},\"head\":{},\"synced\":{},\"committed\":{},\"retained_bytes\":{},\
+            "{{\"shard\":{},\"tail\":{},\"head\":{},\"head_epoch\":{},\"synced\":{},\"committed\":{},\"retained_bytes\":{},\
              \"max_wal_bytes\":{},\"mode\":{},\"reason\":{},\"poison\":{}",
             self.shard,
             self.tail,
             self.head,
+            self.head_epoch,
             self.synced,
             self.committed,
             self.retained_bytes,
@@ -51,12 +52,13 @@ impl ShardStatus {
         if let Some(following) = &self.following {
             let _ = write!(
                 json,
-                ",\"following\":{{\"connected\":{},\"leader_head\":{},\"applied\":{},\"lag_records\":{},\"heard_ms_ago\":{},\"error\":{}}}",
+                ",\"following\":{{\"connected\":{},\"leader_head\":{},\"applied\":{},\"lag_records\":{},\"heard_ms_ago\":{},\"rebuilding\":{},\"error\":{}}}",
                 following.connected,
                 following.leader_head,
                 following.applied,
                 following.leader_head.records_since(self.head),
                 json_ago(following.heard_at_ms, now_ms),
+                following.rebuilding,
                 json_option(following.error.as_deref())
             );
         }

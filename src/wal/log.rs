@@ -252,6 +252,16 @@ impl Log {
         segments.get(after.checked_sub(1)?).cloned()
     }
 
+    /// The epoch of the newest record, or, where none is retained, of the segment that takes the next; 0 if there is
+    /// none. Of two logs, the one with the newer epoch here has all that counted in the other's; under the same, the
+    /// longer one has.
+    #[must_use]
+    pub fn head_epoch(&self) -> Epoch {
+        let head = self.head();
+        let holding = self.segment_holding(head).or_else(|| self.segment_holding(head.next()));
+        holding.map_or(Epoch::ZERO, |segment| segment.header().epoch)
+    }
+
     /// The segment that begins with `lsn`.
     pub(crate) fn segment_beginning(&self, lsn: Lsn) -> Option<Arc<Segment>> {
         self.segment_holding(lsn).filter(|segment| segment.id().first_lsn == lsn)
