@@ -6,6 +6,7 @@
 //! | `MANIFEST` | what the directory is: see below; replaced as a whole |
 //! | `replication.ckpt` | applied marks; replaced as a whole |
 //! | `followers` | the followers known to the node; replaced as a whole |
+//! | `leading` | a node leads here, or has not stopped in order since it did; replaced as a whole |
 //! | `rebuild-0003` | on a follower, how far the rebuild of shard 3 has come; replaced as a whole |
 //! | `owed-0003` | on a follower, up to where that rebuild must come at least; replaced as a whole |
 //! | `shard-0003/` | the log of shard 3 |
@@ -59,6 +60,7 @@ const CHECKPOINT: &str = "replication.ckpt";
 /// is made. Whose it is, and that it fits the log, is the target's to check.
 pub const STORE: &str = "store";
 const FOLLOWERS: &str = "followers";
+const LEADING: &str = "leading";
 
 const MAGIC: [u8; 8] = *b"TOWLMAN\0";
 /// Version of the format of `MANIFEST`.
@@ -327,6 +329,11 @@ impl DataDir {
     /// Where the list of known followers is kept.
     pub(crate) fn followers_path(&self) -> PathBuf {
         self.path.join(FOLLOWERS)
+    }
+
+    /// Where the mark of a node that leads stands.
+    pub(crate) fn leading_path(&self) -> PathBuf {
+        self.path.join(LEADING)
     }
 
     /// Where it is kept up to where the rebuild of a shard must come.

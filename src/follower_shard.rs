@@ -39,11 +39,12 @@ use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower::{Following, ShardState};
 use crate::node::running::NODE_THREAD_STACK;
-use crate::rebuild::interrupted::{self, Interrupted};
+use crate::rebuild::interrupted::Interrupted;
 use crate::rebuild::owed::Owed;
 use crate::rebuild::{RebuildContract, RebuildSession};
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
+use crate::small_file;
 use crate::target::ReplicationTarget;
 use crate::types::{Epoch, Lsn, ShardId};
 use crate::wal::{self, KnownSynced, Log, LogIdentity, LogPosition, LogWriter, Wal, WalOptions, WrittenHere};
@@ -291,7 +292,7 @@ impl FollowerShard {
     pub(crate) fn forget_interrupted(&mut self, reason: &str) -> Result<()> {
         self.interrupted = None;
         log::info!("shard {}: the interrupted rebuild cannot go on, and another begins anew: {reason}", self.shard);
-        interrupted::forget(&self.node.rebuild_path(self.shard))
+        small_file::forget(&self.node.rebuild_path(self.shard))
     }
 
     /// The target stands at `applied` again, in a rebuild that goes on with the local log.

@@ -31,8 +31,10 @@ use crate::checkpointer::{CheckpointShard, Checkpointer};
 use crate::commit::{Commit, Commits, Outcome};
 use crate::data_dir::{DataDir, Manifest};
 use crate::error::{Error, Result};
+use crate::leading;
 use crate::node::NodeBuilder;
 use crate::node::running::{Hosting, OpenLogs, Threads, open_logs, start_scrubbing};
+use crate::registry::Registry;
 use crate::retention::Pin;
 use crate::server::{Server, ServerShard};
 use crate::shutdown::ShutdownSignal;
@@ -67,6 +69,7 @@ pub struct Leader {
     threads: Arc<Threads>,
     /// By shard: up to where the node's own target has applied; none without a target.
     applied: Vec<Option<Arc<Watermark>>>,
+    has_stopped: bool,
 }
 
 impl Leader {
@@ -88,6 +91,8 @@ impl Leader {
             let target = builder.target.as_ref();
             applied.push(target.map(|t| NodeBuilder::applied_of(t.as_ref(), wal.log(), &checkpoint)).transpose()?);
         }
+        let followers = Registry::open(&directory.followers_path(), directory.manifest().shard_count)?.followers();
+        leading::check(&directory, builder.epoch, !followers.is_empty())?;
         directory.lead_under(builder.epoch)?;
         let manifest = directory.manifest();
         for writer in &mut writers {
@@ -142,6 +147,7 @@ impl Leader {
             checkpointer: Arc::clone(&checkpointer),
             threads,
             applied: applied.into_iter().map(|applied| Some(Arc::clone(applied?.told()))).collect(),
+            has_stopped: false,
         };
         leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         hosting.start(&leader.threads)?;
@@ -155,6 +161,7 @@ impl Leader {
             })?;
         }
         start_scrubbing(&server, &builder.options, &scrub_until, &leader.threads)?;
+        leading::begin(&leader.directory)?;
         Server::listen(&server, listener)?;
         Ok(leader)
     }
@@ -354,6 +361,9 @@ impl Leader {
             result = result.and(wal.close());
         }
         self.checkpointer.finish();
+        if !std::mem::replace(&mut self.has_stopped, true) {
+            result = result.and_then(|()| leading::end(&self.directory));
+        }
         result
     }
 }

@@ -26,10 +26,11 @@ use crate::follower::ShardState;
 use crate::follower_shard::{AppliedMark, FollowerShard, RebuildOfApplier};
 use crate::host::Host;
 use crate::limits::MAX_BASE_DATA_LEN;
-use crate::rebuild::interrupted::{self, Interrupted};
+use crate::rebuild::interrupted::Interrupted;
 use crate::rebuild::{RebuildContract, RebuildSession};
 use crate::receiver::{blame, refusal};
 use crate::shutdown::ShutdownSignal;
+use crate::small_file;
 use crate::target::{BaseInfo, BlockId, ReplicationTarget};
 use crate::transport::{FrameReceiver, FrameSender};
 use crate::types::{Epoch, Lsn, SessionId};
@@ -184,7 +185,7 @@ impl Intake {
         }
         own.withdraw()?;
         // Before the target is emptied: what the file says would not be true any more.
-        interrupted::forget(&own.node.rebuild_path(shard))?;
+        small_file::forget(&own.node.rebuild_path(shard))?;
         let mut session = RebuildSession::new(shard, Arc::clone(own.target()));
         session.start(contract)?;
         own.replace_log(start.log_start, base.base_lsn, contract.epoch)?;
@@ -447,7 +448,7 @@ impl Intake {
         // What stays does no harm: the target is whole, and before a rebuild begins anew the one must go, and the other
         // is overwritten.
         for path in [&own.path, &own.owed_path] {
-            if let Err(error) = interrupted::forget(path) {
+            if let Err(error) = small_file::forget(path) {
                 log::warn!("shard {}: {error}", log.shard());
             }
         }

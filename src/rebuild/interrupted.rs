@@ -29,20 +29,20 @@
 //! alone would write zeros over such blocks and believe that it has them, so it must find this file invalid and begin
 //! anew.
 
-use std::io;
 use std::path::Path;
 
 use crate::atomic_file;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::small_file::{load, seal, unseal};
 use crate::target::KeptBase;
 use crate::types::{Epoch, Lsn, ShardId};
-use crate::wal::segment::sync_directory;
 
 const MAGIC: [u8; 8] = *b"TOWLREB\0";
 const VERSION: u16 = 2;
 /// The oldest version that is read.
 const OLDEST_VERSION: u16 = 1;
-const LEN: usize = 48;
+/// Bytes of the fields behind the version.
+const LEN: usize = 34;
 
 /// How far an interrupted rebuild had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ impl Interrupted {
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`], [`Error::Io`].
+    /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io).
     pub(crate) fn load(path: &Path) -> Result<Option<Interrupted>> {
         load(path, decode)
     }
@@ -69,69 +69,37 @@ impl Interrupted {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(LEN);
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&self.shard.0.to_le_bytes());
-        bytes.extend_from_slice(&self.block_len.to_le_bytes());
-        bytes.extend_from_slice(&self.epoch.0.to_le_bytes());
-        bytes.extend_from_slice(&self.kept.blocks.to_le_bytes());
-        bytes.extend_from_slice(&self.kept.applied.0.to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        let crc = crc32fast::hash(&bytes);
-        bytes.extend_from_slice(&crc.to_le_bytes());
-        bytes
+        self.encode_version(VERSION)
     }
-}
 
-/// Reads the file at `path` and has `decode` make something of it; `None` if there is none.
-pub(super) fn load<T>(path: &Path, decode: impl FnOnce(&[u8]) -> Result<T, String>) -> Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(bytes) => decode(&bytes).map(Some).map_err(|reason| Error::corrupt(path, 0, None, reason)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("read", path)(error)),
+    fn encode_version(&self, version: u16) -> Vec<u8> {
+        let numbers = [self.epoch.0, self.kept.blocks, self.kept.applied.0].map(u64::to_le_bytes);
+        let fields: [&[u8]; 4] =
+            [&self.shard.0.to_le_bytes(), &self.block_len.to_le_bytes(), numbers.as_flattened(), &[0; 4]];
+        seal(MAGIC, version, &fields)
     }
-}
-
-/// Removes the file at `path`, durably; there need not be one.
-pub(crate) fn forget(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
-        _ => {}
-    }
-    // Also where it is gone already: whoever removed it may not have come to this, or failed here.
-    let directory = path.parent().unwrap_or(Path::new("."));
-    sync_directory(directory).map_err(Error::io("sync", directory))
 }
 
 fn decode(bytes: &[u8]) -> Result<Interrupted, String> {
-    let Ok(bytes) = <&[u8; LEN]>::try_from(bytes) else {
-        return Err(format!("{} bytes long, not {LEN}", bytes.len()));
+    let (version, mut fields) = unseal::<LEN>(MAGIC, bytes)?;
+    let found = Interrupted {
+        shard: ShardId(fields.u16()),
+        block_len: fields.u32(),
+        epoch: Epoch(fields.u64()),
+        kept: KeptBase { blocks: fields.u64(), applied: Lsn(fields.u64()) },
     };
-    let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-    let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-    let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-    if bytes[..8] != MAGIC {
-        return Err("it does not begin as one of these files does".to_owned());
+    let reserved = fields.u32();
+    if !(OLDEST_VERSION..=VERSION).contains(&version) || reserved != 0 {
+        return Err(format!("version {version} with reserved bytes {reserved:08x}"));
     }
-    let (crc, computed) = (u32_at(44), crc32fast::hash(&bytes[..44]));
-    if crc != computed {
-        return Err(format!("its checksum is {crc:08x}, but its bytes give {computed:08x}"));
-    }
-    if !(OLDEST_VERSION..=VERSION).contains(&u16_at(8)) || u32_at(40) != 0 {
-        return Err(format!("version {} with reserved bytes {:08x}", u16_at(8), u32_at(40)));
-    }
-    Ok(Interrupted {
-        shard: ShardId(u16_at(10)),
-        block_len: u32_at(12),
-        epoch: Epoch(u64_at(16)),
-        kept: KeptBase { blocks: u64_at(24), applied: Lsn(u64_at(32)) },
-    })
+    Ok(found)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::small_file::forget;
+    use crate::small_file::tests::assert_damage_is_found;
 
     const SAMPLE: Interrupted = Interrupted {
         shard: ShardId(3),
@@ -140,14 +108,6 @@ mod tests {
         kept: KeptBase { blocks: 0x0102_0304_0506, applied: Lsn(9) },
     };
 
-    fn with_version(version: u16) -> Vec<u8> {
-        let mut bytes = SAMPLE.encode();
-        bytes[8..10].copy_from_slice(&version.to_le_bytes());
-        let crc = crc32fast::hash(&bytes[..44]);
-        bytes[44..].copy_from_slice(&crc.to_le_bytes());
-        bytes
-    }
-
     /// These bytes are on disks: they decode for ever.
     #[test]
     fn golden_bytes() {
@@ -155,7 +115,7 @@ mod tests {
         for (version, bytes, golden) in [
             (
                 1,
-                with_version(1),
+                SAMPLE.encode_version(1),
                 "544f574c52454200010003006800000005000000000000000605040302010000090000000000000000000000",
             ),
             (
@@ -172,7 +132,7 @@ mod tests {
     #[test]
     fn versions_that_are_not_known_are_refused() {
         for version in [0, 3, u16::MAX] {
-            let reason = decode(&with_version(version)).unwrap_err();
+            let reason = decode(&SAMPLE.encode_version(version)).unwrap_err();
             assert!(reason.contains(&format!("version {version}")), "{reason}");
         }
     }
@@ -185,31 +145,11 @@ mod tests {
         SAMPLE.save(&path).unwrap();
         assert_eq!(Interrupted::load(&path).unwrap(), Some(SAMPLE));
         forget(&path).unwrap();
-        forget(&path).unwrap();
         assert_eq!(Interrupted::load(&path).unwrap(), None);
     }
 
     #[test]
-    fn what_is_gone_already_is_forgotten_only_once_that_is_durable() {
-        let directory = tempfile::tempdir().unwrap();
-        // This cannot be synced.
-        let path = directory.path().join("gone").join("rebuild-0003");
-        assert_eq!(matches!(forget(&path), Err(Error::Io { action: "sync", .. })), cfg!(unix));
-    }
-
-    #[test]
     fn every_flipped_bit_and_every_cut_is_found() {
-        let bytes = SAMPLE.encode();
-        for bit in 0..bytes.len() * 8 {
-            let mut damaged = bytes.clone();
-            damaged[bit / 8] ^= 1 << (bit % 8);
-            assert!(decode(&damaged).is_err(), "bit {bit}");
-        }
-        assert!((0..bytes.len()).all(|len| decode(&bytes[..len]).is_err()));
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("rebuild-0003");
-        std::fs::write(&path, &bytes[1..]).unwrap();
-        let error = Interrupted::load(&path).unwrap_err();
-        assert!(error.is_corruption() && error.to_string().contains("rebuild-0003"), "{error}");
+        assert_damage_is_found(&SAMPLE.encode(), decode);
     }
 }

@@ -32,12 +32,13 @@ use std::path::Path;
 
 use crate::atomic_file;
 use crate::error::Result;
-use crate::rebuild::interrupted;
+use crate::small_file::{load, seal, unseal};
 use crate::types::{Epoch, Lsn, ShardId};
 
 const MAGIC: [u8; 8] = *b"TOWLOWE\0";
 const VERSION: u16 = 1;
-const LEN: usize = 36;
+/// Bytes of the fields behind the version.
+const LEN: usize = 22;
 
 /// Up to where a rebuild must come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,7 @@ impl Owed {
     ///
     /// [`Error::Corrupt`](crate::Error::Corrupt), [`Error::Io`](crate::Error::Io).
     pub(crate) fn load(path: &Path, shard: ShardId) -> Result<Option<Owed>> {
-        interrupted::load(path, |bytes| decode(bytes, shard))
+        load(path, |bytes| decode(bytes, shard))
     }
 
     /// Writes the file at `path`, durably.
@@ -63,48 +64,28 @@ impl Owed {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(LEN);
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&self.shard.0.to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&self.epoch.0.to_le_bytes());
-        bytes.extend_from_slice(&self.lsn.0.to_le_bytes());
-        let crc = crc32fast::hash(&bytes);
-        bytes.extend_from_slice(&crc.to_le_bytes());
-        bytes
+        let numbers = [self.epoch.0, self.lsn.0].map(u64::to_le_bytes);
+        seal(MAGIC, VERSION, &[&self.shard.0.to_le_bytes(), &[0; 4], numbers.as_flattened()])
     }
 }
 
 fn decode(bytes: &[u8], shard: ShardId) -> Result<Owed, String> {
-    let Ok(bytes) = <&[u8; LEN]>::try_from(bytes) else {
-        return Err(format!("{} bytes long, not {LEN}", bytes.len()));
-    };
-    let (content, crc) = bytes.split_at(LEN - 4);
-    if content[..8] != MAGIC {
-        return Err("it does not begin as one of these files does".to_owned());
-    }
-    let number =
-        |at: usize, len: usize| content[at..at + len].iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte));
-    let computed = crc32fast::hash(content);
-    if crc != computed.to_le_bytes() {
-        return Err(format!("its checksum does not fit: its bytes give {computed:08x}"));
-    }
-    if number(8, 2) != u64::from(VERSION) || number(12, 4) != 0 || number(10, 2) != u64::from(shard.0) {
+    let (version, mut fields) = unseal::<LEN>(MAGIC, bytes)?;
+    let (of_shard, reserved) = (ShardId(fields.u16()), fields.u32());
+    if (version, of_shard, reserved) != (VERSION, shard, 0) {
         return Err(format!(
-            "version {} of shard {} with reserved bytes {:08x}, where version {VERSION} of shard {shard} is due",
-            number(8, 2),
-            number(10, 2),
-            number(12, 4)
+            "version {version} of shard {of_shard} with reserved bytes {reserved:08x}, where version {VERSION} of shard \
+             {shard} is due"
         ));
     }
-    Ok(Owed { shard, epoch: Epoch(number(16, 8)), lsn: Lsn(number(24, 8)) })
+    Ok(Owed { shard, epoch: Epoch(fields.u64()), lsn: Lsn(fields.u64()) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rebuild::interrupted::forget;
+    use crate::small_file::forget;
+    use crate::small_file::tests::assert_damage_is_found;
 
     const SHARD: ShardId = ShardId(3);
     const SAMPLE: Owed = Owed { shard: SHARD, epoch: Epoch(5), lsn: Lsn(0x0102_0304_0506) };
@@ -132,17 +113,6 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_and_every_cut_is_found() {
-        let bytes = SAMPLE.encode();
-        for bit in 0..bytes.len() * 8 {
-            let mut damaged = bytes.clone();
-            damaged[bit / 8] ^= 1 << (bit % 8);
-            assert!(decode(&damaged, SHARD).is_err(), "bit {bit}");
-        }
-        assert!((0..bytes.len()).all(|len| decode(&bytes[..len], SHARD).is_err()));
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("owed-0003");
-        std::fs::write(&path, &bytes[1..]).unwrap();
-        let error = Owed::load(&path, SHARD).unwrap_err();
-        assert!(error.is_corruption() && error.to_string().contains("owed-0003"), "{error}");
+        assert_damage_is_found(&SAMPLE.encode(), |bytes| decode(bytes, SHARD));
     }
 }
