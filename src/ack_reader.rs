@@ -256,7 +256,7 @@ impl AckReader {
         let ends = [self.recalled.until(lent.recalled.next()), self.of.over.until()];
         loop {
             let waited = wait_any(&ends, WaitStrategy::Park, Instant::now().checked_add(self.of.lent_for));
-            self.untold.lock().take().into_iter().for_each(&mut tell);
+            self.tell_untold(&mut tell);
             if waited != Waited::TimedOut || !self.is_used.swap(false, Ordering::Relaxed) {
                 break;
             }
@@ -264,12 +264,19 @@ impl AckReader {
         // Nobody borrows it from now on, and who has does not keep it.
         self.is_lent.store(false, Ordering::SeqCst);
         let mut lane = self.lane.lock();
-        self.untold.lock().take().into_iter().for_each(&mut tell);
+        self.tell_untold(&mut tell);
         // Whatever ended a borrower's reading is met by whoever reads next.
         if let Some(receiver) = &mut lane.receiver {
             receiver.set_timeout(Some(self.of.timeout))?;
         }
         Ok(lane)
+    }
+
+    /// Tells of what borrowers have read, if anything.
+    fn tell_untold(&self, mut tell: impl FnMut(Ack)) {
+        // Not under the lock, which borrowers take, for whom what is called may wait.
+        let untold = self.untold.lock().take();
+        untold.into_iter().for_each(&mut tell);
     }
 
     /// For the stream's thread, which has let go of the lane and leaves: nobody borrows it any more.

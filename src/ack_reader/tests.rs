@@ -93,7 +93,12 @@ impl Scene {
                 drop(reader.lane());
                 meanwhile(self);
             });
-            let lane = reader.leave(lane, &lent, first, |ack| told.push(ack)).unwrap();
+            let tell = |ack| {
+                // What the host calls may wait for who reads meanwhile.
+                assert!(reader.untold.try_lock_for(Duration::from_secs(10)).is_some(), "told under a lock");
+                told.push(ack);
+            };
+            let lane = reader.leave(lane, &lent, first, tell).unwrap();
             drop(lane);
             doing.join().unwrap();
             reader.lane()
