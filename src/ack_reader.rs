@@ -9,9 +9,10 @@
 //! Whoever holds the lane reads. That is the stream's thread, mostly. When it is about to take in what somebody asked
 //! for who waits alone, it *lends* the lane: it lets go of it, and sleeps. Who waits alone next borrows the lane: takes
 //! it, reads until it has what it waits for, and lets go of it, for the next time. The stream's thread takes the lane
-//! back when nobody has used it for a while, or when it is *recalled*: by whoever waits, finds it lent and cannot borrow
-//! it, not being alone, say; and by a borrower that meets anything but an acknowledgement, or nothing for a while. What
-//! else a follower says, and how a stream ends, is the business of the stream's thread.
+//! back when nobody has used it for a while, or when it is *recalled*: by whoever waits, finds it lent and cannot
+//! borrow it, not being alone, say; and by a borrower that meets anything but an acknowledgement, one of more than the
+//! log's mark says yet, or nothing for a while. What else a follower says, and how a stream ends, is the business of the
+//! stream's thread.
 //!
 //! # Nobody waits while nobody reads
 //!
@@ -156,6 +157,8 @@ pub(crate) struct Lane {
     receiver: Option<Box<dyn FrameReceiver>>,
     /// The header of a frame that a borrower met and that is no acknowledgement.
     unread: Option<FrameHeader>,
+    /// An acknowledgement that a borrower has read, of more than the log's mark says yet.
+    pub(crate) early: Option<Ack>,
     /// What ended a borrower's reading.
     failure: Option<Error>,
 }
@@ -184,6 +187,9 @@ impl Lane {
 
     /// The next acknowledgement. `None` if nothing came in time, or something else.
     fn acknowledgement(&mut self) -> Result<Option<Ack>> {
+        if self.early.is_some() {
+            return Ok(self.early.take());
+        }
         let header = match self.header() {
             Err(error) if error.is_timeout() => return Ok(None),
             header => header?,
@@ -333,6 +339,13 @@ impl AckReader {
     fn read(&self, lane: &mut Lane, goes_on: impl Fn() -> bool, strategy: WaitStrategy) -> bool {
         let whose = format_args!("the transport to {}", self.of.peer);
         let read = caught(whose, || if lane.look(goes_on, strategy)? { lane.acknowledgement() } else { Ok(None) });
+        if let Ok(Some(ack)) = &read
+            && ack.received > self.of.log.written().load()
+        {
+            // Not waited for by who has a deadline, and may be the one to append it.
+            lane.early = Some(*ack);
+            return false;
+        }
         let taken_in = read.and_then(|ack| ack.map(|ack| self.take_in(&ack).map(|_| ack)).transpose());
         match taken_in {
             Ok(Some(ack)) => *self.untold.lock() = Some(ack),
@@ -388,6 +401,7 @@ impl Lane {
     fn look(&mut self, goes_on: impl Fn() -> bool, strategy: WaitStrategy) -> Result<bool> {
         let mut looks = match strategy {
             WaitStrategy::Park => return Ok(true),
+            _ if self.early.is_some() => return Ok(true),
             WaitStrategy::SpinThenPark { spins } => spins.div_ceil(LOOKS_AT_MARKS),
             WaitStrategy::Spin => u32::MAX,
         };

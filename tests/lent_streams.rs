@@ -25,6 +25,7 @@ over_both![
     a_follower_that_says_something_else_is_heard,
     a_follower_that_leaves_is_missed_and_another_takes_its_place,
     an_acknowledgement_that_cannot_be_ends_the_stream,
+    an_acknowledgement_of_what_is_not_there_holds_nobody_up,
     whoever_reads_is_told_when_the_leader_ends,
     whoever_reads_is_told_in_time,
 ];
@@ -187,6 +188,18 @@ fn an_acknowledgement_that_cannot_be_ends_the_stream(net: &Net) {
     });
     assert_eq!(outcome, Outcome::TimedOut);
     assert!(!ended.is_timeout(), "{ended}");
+    until("the stream is over", || !scene.follower_is_connected());
+}
+
+fn an_acknowledgement_of_what_is_not_there_holds_nobody_up(net: &Net) {
+    let mut scene = Scene::new(net);
+    let began = Instant::now();
+    let (outcome, ()) = scene.commit(soon(), |stream, info, log| {
+        acknowledge(stream, info, log.head().next(), chain_at(log, log.head())).unwrap();
+    });
+    assert_eq!(outcome, Outcome::TimedOut);
+    // The stream's thread gives the log some seconds to get there.
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     until("the stream is over", || !scene.follower_is_connected());
 }
 

@@ -235,3 +235,18 @@ fn the_lane_comes_back_by_itself_and_when_the_stream_is_over() {
     scene.reader.is_lent.store(true, Ordering::SeqCst);
     assert!(!scene.borrow(Lsn(1000), None), "there is nothing to read from any more");
 }
+
+#[cfg(unix)]
+#[test]
+fn an_acknowledgement_ahead_of_the_log_is_left_to_the_streams_thread() {
+    let mut scene = Scene::new();
+    let began = Instant::now();
+    let (_, next) = scene.while_lent(|scene| {
+        let ack = scene.append();
+        scene.send(&Message::Ack(Ack { received: ack.received.next(), ..ack }));
+        // The record before has not been acknowledged, and it may be this thread that appends the next.
+        assert!(!scene.borrow(ack.received, None));
+    });
+    assert!(next.unwrap_err().is_timeout());
+    assert!(began.elapsed() < scene.reader.of.patience / 2, "it waited for what it appends itself");
+}

@@ -268,6 +268,10 @@ impl Stream {
         let mut lane = reader.lane();
         lane.receiver()?.set_timeout(Some(self.server.options.peer_timeout))?;
         loop {
+            if let Some(ack) = lane.early.take() {
+                lane = self.take_acknowledgement(stream, reader, lane, ack)?;
+                continue;
+            }
             let header = match lane.header() {
                 Ok(header) => header,
                 // The stream was ended from this side, or the follower left between two frames.
