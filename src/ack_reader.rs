@@ -59,11 +59,13 @@ const LENDS: bool = cfg!(unix);
 /// Threads that wait for followers of a shard.
 #[derive(Debug, Default)]
 pub(crate) struct Waits {
-    /// How many waits have begun.
-    begun: AtomicU64,
-    /// How many of them have not ended.
-    present: AtomicU64,
+    /// How many of them have not ended, and in units of [`BEGUN`] how many have begun. In one, so that whoever begins
+    /// after one that is alone has a higher number.
+    counts: AtomicU64,
 }
+
+/// One wait that has begun. Above this the count starts again at zero some day, which compares as well.
+const BEGUN: u64 = 1 << 20;
 
 /// One of them, until it is dropped.
 pub(crate) struct Wait<'a> {
@@ -77,22 +79,21 @@ pub(crate) struct Wait<'a> {
 impl Waits {
     /// Another wait begins.
     pub(crate) fn begin(&self) -> Wait<'_> {
-        let is_alone = self.present.fetch_add(1, Ordering::SeqCst) == 0;
         // W1.
-        let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let counts = self.counts.fetch_add(BEGUN + 1, Ordering::SeqCst).wrapping_add(BEGUN + 1);
         fence(Ordering::SeqCst);
-        Wait { waits: self, number, is_alone }
+        Wait { waits: self, number: counts / BEGUN, is_alone: counts % BEGUN == 1 }
     }
 
     fn begun(&self) -> u64 {
         fence(Ordering::SeqCst);
-        self.begun.load(Ordering::SeqCst)
+        self.counts.load(Ordering::SeqCst) / BEGUN
     }
 }
 
 impl Drop for Wait<'_> {
     fn drop(&mut self) {
-        self.waits.present.fetch_sub(1, Ordering::SeqCst);
+        self.waits.counts.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -250,3 +250,15 @@ fn an_acknowledgement_ahead_of_the_log_is_left_to_the_streams_thread() {
     assert!(next.unwrap_err().is_timeout());
     assert!(began.elapsed() < scene.reader.of.patience / 2, "it waited for what it appends itself");
 }
+
+#[test]
+fn of_those_who_wait_at_once_only_the_first_is_alone() {
+    let waits = Waits { counts: AtomicU64::new(u64::MAX / BEGUN * BEGUN) };
+    let (first, second) = (waits.begin(), waits.begin());
+    assert!(first.is_alone && !second.is_alone);
+    assert!((first.number, second.number) == (0, 1) && waits.begun() == 1, "also where the count starts again");
+    drop(first);
+    assert!(!waits.begin().is_alone);
+    drop(second);
+    assert!(waits.begin().is_alone && waits.begun() == 3);
+}
