@@ -142,7 +142,7 @@ pub(crate) struct AckReader {
     lane: Mutex<Lane>,
     /// The lane is there for who waits alone. Written by the stream's thread.
     is_lent: AtomicBool,
-    /// Somebody has borrowed it since the stream's thread looked last. A hint.
+    /// A borrower has read since the stream's thread looked last. A hint.
     is_used: AtomicBool,
     /// Moves on whenever the stream's thread is to take the lane back.
     recalled: Watermark,
@@ -233,7 +233,7 @@ impl AckReader {
     /// somebody waits for who waits alone. Then it is to be [left](Self::leave) there.
     pub(crate) fn lends_after(&self, lane: &mut Lane, ack: &Ack) -> Result<Option<Lent>> {
         let is_there = |asked: &mut Asked| at(ack, asked.level) >= asked.lsn;
-        let Some(asked) = self.asked.lock().take_if(is_there).filter(|_| LENDS) else { return Ok(None) };
+        let Some(asked) = self.asked.lock().take_if(is_there).filter(|_| self.lends()) else { return Ok(None) };
         let lent = Lent { recalled: self.recalled.load() };
         // L1.
         self.is_lent.store(true, Ordering::SeqCst);
@@ -244,6 +244,11 @@ impl AckReader {
         }
         lane.receiver()?.set_timeout(Some(LONGEST_READ.min(self.of.timeout)))?;
         Ok(Some(lent))
+    }
+
+    /// During a rebuild what is waited for comes with other words than acknowledgements.
+    fn lends(&self) -> bool {
+        LENDS && self.of.follower.counts()
     }
 
     /// For the stream's thread, which has taken in `ack`: leaves the lane to borrowers until nobody has used it for a
@@ -326,8 +331,12 @@ impl AckReader {
         if let Some(mut lane) = self.lane.try_lock()
             && self.is_lent.load(Ordering::SeqCst)
         {
-            self.is_used.store(true, Ordering::Relaxed);
-            while goes_on() && self.read(&mut lane, goes_on, strategy) {}
+            while goes_on() {
+                self.is_used.store(true, Ordering::Relaxed);
+                if !self.read(&mut lane, goes_on, strategy) {
+                    break;
+                }
+            }
         }
         let is_over = is_over();
         if !is_over {

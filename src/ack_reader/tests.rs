@@ -262,3 +262,27 @@ fn of_those_who_wait_at_once_only_the_first_is_alone() {
     drop(second);
     assert!(waits.begin().is_alone && waits.begun() == 3);
 }
+
+#[cfg(unix)]
+#[test]
+fn who_finds_there_what_it_waits_for_does_not_keep_the_lane() {
+    let mut scene = Scene::new();
+    let (_, next) = scene.while_lent(|scene| {
+        scene.reader.is_used.store(false, Ordering::Relaxed);
+        // Of two followers it is the other one, say, that has not got it.
+        assert!(scene.borrow(scene.writer.end().head, None));
+        assert!(!scene.reader.is_used.load(Ordering::Relaxed));
+        scene.reader.recall_if_lent();
+    });
+    assert!(next.unwrap_err().is_timeout());
+}
+
+#[test]
+fn nothing_is_lent_while_the_follower_does_not_count() {
+    let mut scene = Scene::new();
+    let reader = Arc::clone(&scene.reader);
+    let ack = scene.append();
+    scene.reader.follower().set_counts(false);
+    reader.ask(&scene.commits.waits().begin(), RECEIVED, ack.received);
+    assert!(reader.lends_after(&mut reader.lane(), &ack).unwrap().is_none());
+}
