@@ -231,19 +231,22 @@ impl AckReader {
 
     /// For the stream's thread, which holds the lane and is about to take in `ack`: lends the lane if that is what
     /// somebody waits for who waits alone. Then it is to be [left](Self::leave) there.
-    pub(crate) fn lends_after(&self, lane: &mut Lane, ack: &Ack) -> Result<Option<Lent>> {
+    pub(crate) fn lends_after(&self, lane: &mut Lane, ack: &Ack) -> Option<Lent> {
         let is_there = |asked: &mut Asked| at(ack, asked.level) >= asked.lsn;
-        let Some(asked) = self.asked.lock().take_if(is_there).filter(|_| self.lends()) else { return Ok(None) };
+        let asked = self.asked.lock().take_if(is_there).filter(|_| self.lends())?;
         let lent = Lent { recalled: self.recalled.load() };
         // L1.
         self.is_lent.store(true, Ordering::SeqCst);
         // L2. Before anybody is woken by this acknowledgement, who then waits for the next.
-        if self.of.commits.waits().begun() != asked.wait {
-            self.is_lent.store(false, Ordering::SeqCst);
-            return Ok(None);
+        let is_alone = self.of.commits.waits().begun() == asked.wait;
+        // Some systems take no time-out for a stream that the peer has ended, of which there may be more to read.
+        let timeout = LONGEST_READ.min(self.of.timeout);
+        let is_to_borrow = |receiver: &mut Box<dyn FrameReceiver>| receiver.set_timeout(Some(timeout)).is_ok();
+        if is_alone && lane.receiver.as_mut().is_some_and(is_to_borrow) {
+            return Some(lent);
         }
-        lane.receiver()?.set_timeout(Some(LONGEST_READ.min(self.of.timeout)))?;
-        Ok(Some(lent))
+        self.lend_no_more();
+        None
     }
 
     /// During a rebuild what is waited for comes with other words than acknowledgements.
@@ -260,7 +263,7 @@ impl AckReader {
         lent: &Lent,
         ack: Ack,
         mut tell: impl FnMut(Ack),
-    ) -> Result<MutexGuard<'a, Lane>> {
+    ) -> MutexGuard<'a, Lane> {
         drop(lane);
         // As where nothing is lent, and here who was woken reads next.
         std::thread::yield_now();
@@ -274,14 +277,22 @@ impl AckReader {
             }
         }
         // Nobody borrows it from now on, and who has does not keep it.
-        self.is_lent.store(false, Ordering::SeqCst);
+        self.lend_no_more();
         let mut lane = self.lane.lock();
         self.tell_untold(&mut tell);
-        // Whatever ended a borrower's reading is met by whoever reads next.
-        if let Some(receiver) = &mut lane.receiver {
-            receiver.set_timeout(Some(self.of.timeout))?;
+        // Whatever ended a borrower's reading is met by whoever reads next, and so is what is left to be read of a
+        // stream that takes no time-out any more.
+        if let Some(receiver) = &mut lane.receiver
+            && let Err(error) = receiver.set_timeout(Some(self.of.timeout))
+        {
+            log::debug!("{error}");
         }
-        Ok(lane)
+        lane
+    }
+
+    /// For the stream's thread, before it lets go of a lane that it has lent and that nobody is to read any more.
+    pub(crate) fn lend_no_more(&self) {
+        self.is_lent.store(false, Ordering::SeqCst);
     }
 
     /// Tells of what borrowers have read, if anything.
@@ -293,7 +304,7 @@ impl AckReader {
 
     /// For the stream's thread, which has let go of the lane and leaves: nobody borrows it any more.
     pub(crate) fn close(&self) -> Option<Box<dyn FrameReceiver>> {
-        self.is_lent.store(false, Ordering::SeqCst);
+        self.lend_no_more();
         self.lane.lock().receiver.take()
     }
 

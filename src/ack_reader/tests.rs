@@ -76,7 +76,7 @@ impl Scene {
     fn lend<'a>(&mut self, lane: &mut MutexGuard<'a, Lane>) -> (Lent, Ack) {
         let ack = self.append();
         self.reader.ask(&self.commits.waits().begin(), RECEIVED, ack.received);
-        let lent = self.reader.lends_after(lane, &ack).unwrap().expect("it is not lent");
+        let lent = self.reader.lends_after(lane, &ack).expect("it is not lent");
         self.reader.take_in(&ack).unwrap();
         (lent, ack)
     }
@@ -98,7 +98,7 @@ impl Scene {
                 assert!(reader.untold.try_lock_for(Duration::from_secs(10)).is_some(), "told under a lock");
                 told.push(ack);
             };
-            let lane = reader.leave(lane, &lent, first, tell).unwrap();
+            let lane = reader.leave(lane, &lent, first, tell);
             drop(lane);
             doing.join().unwrap();
             reader.lane()
@@ -124,7 +124,7 @@ fn the_lane_is_lent_for_what_who_waits_alone_has_asked_for() {
     let reader = Arc::clone(&scene.reader);
     let mut lane = reader.lane();
     let [first, second, third] = [scene.append(), scene.append(), scene.append()];
-    let mut lends = |ack: &Ack| reader.lends_after(&mut lane, ack).unwrap().is_some();
+    let mut lends = |ack: &Ack| reader.lends_after(&mut lane, ack).is_some();
     assert!(!lends(&first), "nobody has asked");
     let waits = scene.commits.waits();
     let wait = waits.begin();
@@ -284,5 +284,5 @@ fn nothing_is_lent_while_the_follower_does_not_count() {
     let ack = scene.append();
     scene.reader.follower().set_counts(false);
     reader.ask(&scene.commits.waits().begin(), RECEIVED, ack.received);
-    assert!(reader.lends_after(&mut reader.lane(), &ack).unwrap().is_none());
+    assert!(reader.lends_after(&mut reader.lane(), &ack).is_none());
 }

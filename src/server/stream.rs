@@ -310,10 +310,11 @@ impl Stream {
     ) -> Result<MutexGuard<'a, Lane>> {
         let host = &self.of_shard.host;
         let tell = |ack: Ack| host.acknowledge(stream, ack.received, ack.durable, ack.applied, ack.chain);
-        let lent = reader.lends_after(&mut lane, &ack)?;
-        let may_have_woken = reader.take_in(&ack)?;
+        let lent = reader.lends_after(&mut lane, &ack);
+        // Behind one that ends the stream, nobody takes in another.
+        let may_have_woken = reader.take_in(&ack).inspect_err(|_| reader.lend_no_more())?;
         if let Some(lent) = lent {
-            return reader.leave(lane, &lent, ack, tell);
+            return Ok(reader.leave(lane, &lent, ack, tell));
         }
         if may_have_woken {
             // Whoever waited may have been woken on this processor, and what is left to do here is nothing to them: a
