@@ -337,8 +337,7 @@ impl AckReader {
         if !self.is_lent.load(Ordering::SeqCst) {
             return false;
         }
-        let has_time = || deadline.is_none_or(|deadline| deadline.duration_since(Instant::now()) >= LEAST_TIME);
-        let goes_on = || !is_over() && has_time();
+        let goes_on = || !is_over() && has_time(deadline);
         if let Some(mut lane) = self.lane.try_lock()
             && self.is_lent.load(Ordering::SeqCst)
         {
@@ -439,6 +438,11 @@ impl Lane {
         }
         Ok(true)
     }
+}
+
+/// Whether somebody with that deadline has the time to borrow.
+pub(crate) fn has_time(deadline: Option<Instant>) -> bool {
+    deadline.is_none_or(|deadline| deadline.duration_since(Instant::now()) >= LEAST_TIME)
 }
 
 /// What `ack` says at a level.

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
-use crate::ack_reader::{AckReader, Wait, Waits};
+use crate::ack_reader::{AckReader, Wait, Waits, has_time};
 use crate::error::{Error, Result};
 use crate::limits::MAX_FOLLOWERS;
 use crate::shipper::Shipper;
@@ -470,13 +470,16 @@ impl Commits {
         deadline: Option<Instant>,
     ) {
         let is_over = |reader: &AckReader| reader.has(level, lsn) || conditions.iter().any(Until::holds);
-        let reads = wait.is_alone && self.readers.read().len() == count;
+        let readers = self.readers.read();
+        if !wait.is_alone || readers.len() != count || !has_time(deadline) {
+            readers.iter().for_each(|reader| reader.recall_if_lent());
+            return;
+        }
+        drop(readers);
         let reader = |index: usize| self.readers.read().get(index).cloned();
         let mut index = 0;
         while let Some(reader) = reader(index) {
-            if !reads {
-                reader.recall_if_lent();
-            } else if !reader.borrow(|| is_over(&reader), self.log.options().wait, deadline) {
+            if !reader.borrow(|| is_over(&reader), self.log.options().wait, deadline) {
                 reader.ask(wait, level, lsn);
             }
             index += 1;
