@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::*;
-use crate::limits::BATCH_HEADER_LEN;
 use crate::types::{Chain, ClusterId, Epoch, RegionId, ShardId};
 use crate::wal::landmarks::LANDMARK_EVERY;
 use crate::wal::segment::SEGMENT_VERSION;
@@ -848,7 +847,7 @@ fn the_batch_that_seals_is_written_again_unless_something_behind_it_is_synced() 
         written() - before
     };
     assert_eq!(written_again(last.previous()), first.published() + behind);
-    assert_eq!(written_again(last), BATCH_HEADER_LEN + behind);
+    assert_eq!(written_again(last), crate::limits::BATCH_HEADER_LEN + behind);
     assert_eq!(written_again(head), 0);
 }
 

@@ -468,7 +468,7 @@ impl LogWriter {
     }
 
     /// Whether the open segment has all its blocks.
-    #[cfg(test)]
+    #[cfg(all(test, target_os = "linux"))]
     pub(super) fn takes_stores(&self) -> bool {
         self.open.as_ref().is_none_or(SegmentWriter::takes_stores)
     }

@@ -175,6 +175,7 @@ impl<'a> Contest<'a> {
     }
 
     /// A bare limit that not every system or file system has: left out where it fails.
+    #[cfg(target_os = "linux")]
     pub(super) fn bare_if_able(mut self, name: &'static str, run: impl FnMut() -> Result<Sample> + 'a) -> Contest<'a> {
         self.optional.push(name);
         self.bare(name, run)
