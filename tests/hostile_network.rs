@@ -13,11 +13,10 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::net::free_port;
 use common::process::{Beside, arg, outcome, run};
@@ -31,6 +30,7 @@ use towline::{Lsn, Node, NodeId, ShardId};
 /// How many times something is killed, or left to the weather.
 const ROUNDS: &str = "TOWLINE_HOSTILE_ROUNDS";
 /// How long the soak runs.
+#[cfg(target_os = "linux")]
 const SOAK: &str = "TOWLINE_SOAK_SECONDS";
 const FOLLOWERS: u64 = 2;
 
@@ -394,6 +394,8 @@ fn usage(process: &Beside) -> Option<(u64, u64)> {
 #[test]
 #[cfg(target_os = "linux")]
 fn memory_and_descriptors_stay_flat() {
+    use std::collections::BTreeMap;
+    use std::time::Instant;
     let Ok(seconds) = std::env::var(SOAK) else {
         println!("skipped: {SOAK} says for how long");
         return;
