@@ -206,7 +206,7 @@ impl DirectWriter {
     pub(super) fn new(path: &Path, len: usize, record_len: usize) -> io::Result<DirectWriter> {
         use std::os::unix::fs::OpenOptionsExt;
         drop(zeroed_file(path, len)?);
-        let direct = if cfg!(any(target_arch = "aarch64", target_arch = "arm")) { 0o200_000 } else { 0o40_000 };
+        let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
         let file = File::options().read(true).write(true).custom_flags(direct).open(path)?;
         let slot = vec![0; slot_len(record_len)];
         let buffer = vec![0; (slot.len() + PAGE).next_multiple_of(PAGE) + PAGE];
