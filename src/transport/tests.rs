@@ -60,6 +60,10 @@ fn what_is_sent_at_once_arrives(transport: &dyn Transport) {
     for round in 0..100 {
         let body = message.to_message_bytes();
         let sent = here.sender.send_at_once(FrameKind::Sync, 0, body.as_slice(), Body::EMPTY).unwrap();
+        if sent == SentAtOnce::Nothing && cfg!(windows) {
+            // Where a socket cannot be asked not to wait, which is a transport's right.
+            break;
+        }
         assert_eq!(sent, SentAtOnce::Whole, "round {round}");
         here.sender.flush().unwrap();
         here.sender.send_message(&message).unwrap();
