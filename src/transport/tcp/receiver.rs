@@ -28,6 +28,9 @@ use crate::wire::{BodyCheck, FrameHeader};
 const FULL_READS: u32 = 4;
 /// Reads in a row that the small buffer would have taken whole, after which it is enough again.
 const QUIET_READS: u32 = 8;
+/// How often a receiver that waits looks whether its stream was closed here: on Windows, where shutting a socket down
+/// wakes nobody who waits for its bytes already.
+const LOOK_EVERY: Option<Duration> = if cfg!(windows) { Some(Duration::from_millis(100)) } else { None };
 
 pub(super) struct TcpReceiver {
     socket: Arc<Shared>,
@@ -47,6 +50,8 @@ pub(super) struct TcpReceiver {
     timeout: Option<Duration>,
     deadline: Option<Instant>,
     spin: bool,
+    /// [`LOOK_EVERY`], but in tests.
+    look_every: Option<Duration>,
 }
 
 impl TcpReceiver {
@@ -64,6 +69,7 @@ impl TcpReceiver {
             timeout: None,
             deadline: None,
             spin: spin && MSG_DONTWAIT.is_some(),
+            look_every: LOOK_EVERY,
         }
     }
 
@@ -84,7 +90,7 @@ impl TcpReceiver {
         }
         while self.end - self.start < len {
             self.arm()?;
-            self.wait_spinning()?;
+            self.wait_readable()?;
             match (&self.socket.stream).read(&mut self.buffer[self.end..]) {
                 Ok(0) => return Err(self.ended(0)),
                 Ok(read) => {
@@ -142,7 +148,7 @@ impl TcpReceiver {
         while *filled < into.len() {
             // Here the buffer is empty: what arrives behind the bytes asked for goes there, with the same call.
             self.arm()?;
-            self.wait_spinning()?;
+            self.wait_readable()?;
             let room = into.len() - *filled;
             let mut parts = [IoSliceMut::new(&mut into[*filled..]), IoSliceMut::new(&mut self.buffer[..])];
             match (&self.socket.stream).read_vectored(&mut parts) {
@@ -194,11 +200,39 @@ impl TcpReceiver {
         receive_error(peer, io::Error::new(io::ErrorKind::ConnectionAborted, text))
     }
 
-    /// Where spinning was asked for: returns when a read will not block. Elsewhere at once.
-    fn wait_spinning(&self) -> Result<()> {
-        if !self.spin {
-            return Ok(());
+    /// Where spinning was asked for, or nothing wakes a read that blocks: returns when a read will not block. Elsewhere
+    /// at once.
+    fn wait_readable(&self) -> Result<()> {
+        match self.look_every {
+            _ if self.spin => self.wait_spinning(),
+            Some(every) => self.wait_looking(every),
+            None => Ok(()),
         }
+    }
+
+    /// By looking at the bytes and not by reading them: they are still there after a call that was given up.
+    fn wait_looking(&self, every: Duration) -> Result<()> {
+        let timed_out = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let until = timed_out.into_iter().chain(self.deadline).min();
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(receive_timed_out(&self.socket.peer));
+            }
+            let set = self.socket.stream.set_read_timeout(Some(left.map_or(every, |left| left.min(every))));
+            set.map_err(Error::network("set the time-out for", &self.socket.peer))?;
+            match self.socket.stream.peek(&mut [0]) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+                // Bytes, the end, or an error that the read will tell.
+                _ => return Ok(()),
+            }
+            if self.socket.is_closed_here() {
+                return Err(closed_here("receive from", &self.socket.peer));
+            }
+        }
+    }
+
+    fn wait_spinning(&self) -> Result<()> {
         let timed_out = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let until = timed_out.into_iter().chain(self.deadline).min();
         loop {
@@ -383,5 +417,35 @@ mod tests {
                 assert_eq!(receiver.receive_message().unwrap(), *message);
             }
         }
+    }
+
+    /// What breaks: a stream is closed, and who waits for its bytes is not woken, as on Windows. How: the socket is not
+    /// shut down here. What prevents harm: whoever waits looks now and then.
+    #[test]
+    fn a_receiver_that_nothing_wakes_sees_that_its_stream_was_closed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        let mut sending = TcpTransport::default().connection(near, "there".to_owned());
+        let shared = Arc::new(Shared { stream, peer: peer.to_string(), closed: AtomicBool::new(false) });
+        let mut receiver = TcpReceiver::new(Arc::clone(&shared), false);
+        receiver.look_every = Some(Duration::from_millis(2));
+        let message = Message::Sync(Sync { lsn: Lsn(7) });
+        std::thread::scope(|scope| {
+            let receiving = scope.spawn(|| {
+                receiver.set_timeout(Some(Duration::from_millis(10))).unwrap();
+                let error = receiver.receive_header().unwrap_err();
+                assert!(error.is_timeout(), "{error}");
+                receiver.set_timeout(None).unwrap();
+                assert_eq!(receiver.receive_message().unwrap(), message);
+                receiver.receive_header().unwrap_err()
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            sending.sender.send_message(&message).unwrap();
+            std::thread::sleep(Duration::from_millis(50));
+            shared.closed.store(true, std::sync::atomic::Ordering::SeqCst);
+            let error = receiving.join().unwrap();
+            assert!(error.to_string().contains("closed on this side"), "{error}");
+        });
     }
 }
