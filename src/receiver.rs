@@ -648,7 +648,7 @@ mod tests {
         let usual = crate::on_demand::ON_DEMAND_STACK;
         let leader = node(a.path(), usual).shards(1).segment_size(1 << 20).lead("leader").unwrap();
         // More than there are addresses.
-        let follower = node(b.path(), usize::MAX / 2).node_id(NodeId(2));
+        let follower = node(b.path(), crate::on_demand::TOO_MUCH_STACK).node_id(NodeId(2));
         let follower = follower.follow("leader", Arc::new(LogOnly)).unwrap();
         let mut writer = leader.writer(ShardId(0)).unwrap();
         let mut commit = |level: &str| {

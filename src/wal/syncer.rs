@@ -278,7 +278,7 @@ mod tests {
             let (wal, mut writer) = open(directory.path(), sync);
             let log = wal.log();
             // More than there are addresses.
-            log.syncer().state.lock().stack = usize::MAX / 2;
+            log.syncer().state.lock().stack = crate::on_demand::TOO_MUCH_STACK;
             writer.append(b"record").unwrap();
             assert_eq!(log.synced().load(), Lsn(synced), "{sync:?}");
             log.want_synced(Lsn(1));
@@ -299,7 +299,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (wal, mut writer) = open(directory.path(), SyncPolicy::Interval(Duration::from_secs(3600)));
         let log = wal.log();
-        log.syncer().state.lock().stack = usize::MAX / 2;
+        log.syncer().state.lock().stack = crate::on_demand::TOO_MUCH_STACK;
         for _ in 0..5 {
             writer.append(b"record").unwrap();
             assert_eq!(log.synced().load(), Lsn(1));
@@ -325,7 +325,7 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let (wal, mut writer) = open(directory.path(), sync);
             let log = wal.log();
-            log.syncer().state.lock().stack = usize::MAX / 2;
+            log.syncer().state.lock().stack = crate::on_demand::TOO_MUCH_STACK;
             for lsn in [1, 2, 3] {
                 // As what a follower receives, which nobody waits for.
                 assert_eq!(writer.append_batch_quietly(&[b"record"]).unwrap(), Lsn(lsn));
