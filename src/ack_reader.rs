@@ -11,21 +11,21 @@
 //! it, reads until it has what it waits for, and lets go of it, for the next time. The stream's thread takes the lane
 //! back when nobody has used it for a while, or when it is *recalled*: by whoever waits, finds it lent and cannot
 //! borrow it, not being alone, say; and by a borrower that meets anything but an acknowledgement, one of more than the
-//! log's mark says yet, or nothing for a while. What else a follower says, and how a stream ends, is the business of the
-//! stream's thread.
+//! log's mark says yet, or nothing for a while. What else a follower says, and how a stream ends, is the business of
+//! the stream's thread.
 //!
 //! # Nobody waits while nobody reads
 //!
-//! Who waits counts itself (W1), and then looks whether the lane is lent (W2): if it is, it borrows it or recalls it. The
-//! stream's thread says that it lends (L1), and then looks whether any wait has begun since the one that asked, which
-//! was alone (L2): if so, it does not lend. W1, W2, L1 and L2 are in one order, so either W2 finds the lane lent, or L2
-//! finds the wait. While that thread takes the lane back, it says first that it is not lent: who finds that need do
-//! nothing, for the thread is about to read. If all that were wrong, the lane would be back after
+//! Who waits counts itself (W1), and then looks whether the lane is lent (W2): if it is, it borrows it or recalls it.
+//! The stream's thread says that it lends (L1), and then looks whether any wait has begun since the one that asked,
+//! which was alone (L2): if so, it does not lend. W1, W2, L1 and L2 are in one order, so either W2 finds the lane lent,
+//! or L2 finds the wait. While that thread takes the lane back, it says first that it is not lent: who finds that need
+//! do nothing, for the thread is about to read. If all that were wrong, the lane would be back after
 //! [a moment](LENT_FOR).
 //!
 //! What borrowers read moves marks, and no more: the stream's thread tells the shard's host of it when it next wakes
-//! up. What the host does with it may call what users gave the node, and a thread that waits for a commit may hold locks
-//! which that wants.
+//! up. What the host does with it may call what users gave the node, and a thread that waits for a commit may hold
+//! locks which that wants.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -255,8 +255,8 @@ impl AckReader {
     }
 
     /// For the stream's thread, which has taken in `ack`: leaves the lane to borrowers until nobody has used it for a
-    /// while, or it is recalled, or the stream is over. `tell` tells the shard's host of that one, and of what they have
-    /// read.
+    /// while, or it is recalled, or the stream is over. `tell` tells the shard's host of that one, and of what they
+    /// have read.
     pub(crate) fn leave<'a>(
         &'a self,
         lane: MutexGuard<'a, Lane>,

@@ -1,8 +1,8 @@
 //! From acknowledgements to "committed".
 //!
 //! Each shard of a node has one [`Commits`]: the marks of its followers, what is acknowledged as widely as somebody
-//! asks, and the waiting for it. Acknowledgements come in on the threads that read them (`ack_reader`); who waits parks on
-//! watermarks, or is such a thread.
+//! asks, and the waiting for it. Acknowledgements come in on the threads that read them (`ack_reader`); who waits parks
+//! on watermarks, or is such a thread.
 //!
 //! `applied <= received` and `durable <= received <= written` hold for every follower; an acknowledgement that breaks
 //! that is refused where it is read.
@@ -460,8 +460,8 @@ impl Commits {
         shippers.iter().filter(|shipper| shipper.ship_at_once(lsn)).take(count).for_each(drop);
     }
 
-    /// Has what followers acknowledge read until one of `conditions` holds, by this thread where it can be: where nobody
-    /// else waits, and for all followers that there are.
+    /// Has what followers acknowledge read until one of `conditions` holds, by this thread where it can be: where
+    /// nobody else waits, and for all followers that there are.
     fn have_read(
         &self,
         wait: &Wait<'_>,

@@ -1,8 +1,8 @@
 //! The mark of a node that leads: a small file, `leading`, in the data directory from its start to its stop in order.
 //!
 //! A leader ships what is in its log, on its disk or not. Where the power goes, or the system stops, before a record is
-//! synced, the leader's log has lost it, and followers may have it; they may have acknowledged it as durable, and it may
-//! have been told to be committed. If the leader then went on under its epoch, it would give the same LSNs to other
+//! synced, the leader's log has lost it, and followers may have it; they may have acknowledged it as durable, and it
+//! may have been told to be committed. If the leader then went on under its epoch, it would give the same LSNs to other
 //! records. Two logs would have different records of one epoch, for which there is no rule but to refuse one of them,
 //! and what was acknowledged might be in the one that is refused. Under a newer epoch there is one: whoever decides who
 //! leads has compared the logs, and what the leader has not is cut from the others.

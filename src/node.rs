@@ -207,8 +207,8 @@ impl NodeBuilder {
     ///
     /// One node alone leads under an epoch. So a directory whose newest epoch came from another leader, because it has
     /// followed one or was deposed by one, leads only under a higher epoch, which must be given. Who gives it makes
-    /// sure that no other node is given the same. The same goes for a leader with followers that was not stopped in order
-    /// before the system went down: its log may have lost what they have.
+    /// sure that no other node is given the same. The same goes for a leader with followers that was not stopped in
+    /// order before the system went down: its log may have lost what they have.
     #[must_use]
     pub fn epoch(mut self, epoch: Epoch) -> Self {
         self.epoch = Some(epoch);

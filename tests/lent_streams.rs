@@ -1,5 +1,5 @@
-//! Commits that are waited for one at a time: the thread that waits reads the follower's acknowledgements by itself, and
-//! whatever else a follower does meanwhile comes to those whose business it is.
+//! Commits that are waited for one at a time: the thread that waits reads the follower's acknowledgements by itself,
+//! and whatever else a follower does meanwhile comes to those whose business it is.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets an error has failed")]
 
 mod common;

@@ -48,8 +48,8 @@ pub(super) struct Leader {
     /// This node's id [default: random, kept in the directory]
     #[arg(long)]
     node_id: Option<u64>,
-    /// Leadership term; needed, and higher than any before, where the newest was another leader's [default: as last
-    /// led]
+    /// Leadership term; needed, and higher than any before, where the newest was another leader's, or the system went
+    /// down while this node led and others followed [default: as last led]
     #[arg(long)]
     epoch: Option<u64>,
     /// Most bytes of log that each shard keeps, the open segment and spares included, whoever still needs them; 0 for

@@ -119,7 +119,8 @@ impl Nodes {
         (self.leader.local_address(), self.scratch.path())
     }
 
-    /// One follower more, in a directory of its own: of the leader, or of the newest follower where they are in a chain.
+    /// One follower more, in a directory of its own: of the leader, or of the newest follower where they are in a
+    /// chain.
     pub(super) fn add_follower(&mut self) -> Result<()> {
         let number = self.followers.len() + 1;
         let directory = self.scratch.path().join(format!("follower-{number}"));
