@@ -69,7 +69,6 @@ pub struct Leader {
     threads: Arc<Threads>,
     /// By shard: up to where the node's own target has applied; none without a target.
     applied: Vec<Option<Arc<Watermark>>>,
-    has_stopped: bool,
 }
 
 impl Leader {
@@ -147,7 +146,6 @@ impl Leader {
             checkpointer: Arc::clone(&checkpointer),
             threads,
             applied: applied.into_iter().map(|applied| Some(Arc::clone(applied?.told()))).collect(),
-            has_stopped: false,
         };
         leader.threads.spawn("tl-ckpt".to_owned(), move || checkpointer.run())?;
         hosting.start(&leader.threads)?;
@@ -356,15 +354,14 @@ impl Leader {
         self.server.drain();
         self.threads.join_all();
         self.writers.lock().clear();
+        // A leader has a log at least, until it has stopped; dropped after that, it stops once more.
+        let is_first = !self.wals.is_empty();
         let mut result = Ok(());
         for wal in self.wals.drain(..) {
             result = result.and(wal.close());
         }
         self.checkpointer.finish();
-        if !std::mem::replace(&mut self.has_stopped, true) {
-            result = result.and_then(|()| leading::end(&self.directory));
-        }
-        result
+        if is_first { result.and_then(|()| leading::end(&self.directory)) } else { result }
     }
 }
 

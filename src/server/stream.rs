@@ -8,9 +8,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Lanes, Server, ServerShard};
 use parking_lot::MutexGuard;
 
+use super::{Lanes, Server, ServerShard};
 use crate::ack_reader::{AckReader, AckStream, LENT_FOR, Lane};
 use crate::admission;
 use crate::caught::caught;
