@@ -30,6 +30,8 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let log_bytes = count * (size + BATCH_OVERHEAD);
         let bounded = if bench.quick { None } else { Some(Bounded::new(bench, &record)?) };
         let contest = Contest::new("append", size, Unit::RecordsPerSecond)
+            // Segments, and the spares that replace them.
+            .with_memory_in_use(2 * log_bytes)
             .bare("store to writable pages", || {
                 mapped.make_fresh()?;
                 mapped.make_writable();

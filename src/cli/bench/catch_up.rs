@@ -38,6 +38,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let from = from.collect::<towline::Result<Vec<_>>>()?;
         let len = from.iter().map(|part| part.len()).sum();
         let mut to = MappedFile::zeroed_in_pages(&path("to"), len)?;
+        to.make_fresh()?;
         let to_file = |prepare: &dyn Fn(&File) -> Result<()>| {
             let mut file = File::create(path("new"))?;
             let began = Instant::now();
@@ -48,11 +49,16 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
             Ok(sample)
         };
         let contest = Contest::new("catch-up", size, Unit::MegabytesPerSecond)
+            // What arrives, and the spares of who receives it.
+            .with_memory_in_use(u64::try_from(len)? + 2 * segment_size)
             .bare(TO_MAPPING, || {
-                to.make_fresh()?;
                 let began = Instant::now();
                 streams::stream_checked(&from, to.bytes_mut())?;
-                Ok(rate(bytes, began))
+                let sample = rate(bytes, began);
+                // Not only before the next round: as much more to be written back would have the system begin with
+                // that while others write.
+                to.make_fresh()?;
+                Ok(sample)
             })
             .bare(TO_FILE, || to_file(&|_| Ok(())));
         #[cfg(target_os = "linux")]

@@ -85,9 +85,13 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let mut bare_log = log("log".to_owned(), log_len)?;
         let from = log("from".to_owned(), STREAM_LEN)?;
         let mut sinks = (0..4).map(|sink| log(format!("to-{sink}"), STREAM_LEN)).collect::<Result<Vec<_>, _>>()?;
+        // Segments and spares of the leader and its followers.
+        let log_bytes =
+            |case: &Case, count| 2 * (1 + u64::from(case.followers)) * count * (size + super::BATCH_OVERHEAD);
         let cases = || CASES.iter().filter(|case| case.in_quick || !bench.quick);
         for case in cases() {
             Contest::new("fan-out", size, Unit::RecordsPerSecond)
+                .with_memory_in_use(log_bytes(case, count))
                 .bare(case.bare, || {
                     bare_log.make_writable();
                     let mut sinks: Vec<&mut [u8]> =

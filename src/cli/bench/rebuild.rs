@@ -104,6 +104,8 @@ fn compare_rebuilds(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<
         Ok(sample.with("puts_per_second", Some(puts)))
     };
     let contest = Contest::new("rebuild", stage.block_len(), Unit::MegabytesPerSecond)
+        // The base, and the beginning of what the load appends at both ends.
+        .with_memory_in_use(2 * bytes)
         .bare(COPY, || copy(false))
         .bare(SYNCED, || copy(true))
         .ours("idle leader", &[COPY, SYNCED], || stage.rebuild(bytes, &AtomicBool::new(false)))
@@ -160,6 +162,7 @@ fn compare_puts(bench: &Bench, stage: &Stage<'_>, writer: &RefCell<KvWriter<'_>>
         puts_beside(per_second, &|over| stage.rebuild(0, over).map(drop))
     };
     let contest = Contest::new("rebuild", stage.block_len(), Unit::RecordsPerSecond)
+        .with_memory_in_use(2 * stage.blocks * stage.block_len())
         .among_ours()
         .bare(WITHOUT, || {
             stage.settle()?;

@@ -28,7 +28,7 @@ use std::fmt;
 
 use hdrhistogram::Histogram;
 
-use super::{Bench, Error, Result};
+use super::{Bench, Error, Result, machine};
 
 /// What one round of one entrant gave.
 pub(super) struct Sample {
@@ -111,6 +111,8 @@ pub(super) struct Contest<'a> {
     all_run: bool,
     /// Each is compared with the one that is best of all, under this name.
     best: Option<&'static str>,
+    /// Bytes of memory that the one that takes most takes anew in a round.
+    memory: u64,
 }
 
 /// One comparison, done.
@@ -147,7 +149,15 @@ impl<'a> Contest<'a> {
             among_ours: false,
             all_run: false,
             best: None,
+            memory: 0,
         }
+    }
+
+    /// Has so many bytes of memory used just before each entrant's turn: what those that write new files take. See
+    /// [`machine::use_memory`].
+    pub(super) fn with_memory_in_use(mut self, bytes: u64) -> Contest<'a> {
+        self.memory = bytes;
+        self
     }
 
     /// Has everyone run, whatever is asked for: others look at what they find.
@@ -211,6 +221,7 @@ impl<'a> Contest<'a> {
     /// Runs the rounds and shows the results.
     pub(super) fn run(mut self, bench: &Bench) -> Result<()> {
         self.keep_wanted(bench);
+        let memory = bench.scratch("memory")?;
         for round in 0..bench.rounds() {
             let count = self.entrants.len();
             for turn in 0..count {
@@ -220,8 +231,13 @@ impl<'a> Contest<'a> {
                 if entrant.unable.is_some() {
                     continue;
                 }
+                machine::use_memory(memory.path(), self.memory)?;
                 match (entrant.run)() {
-                    Ok(sample) => entrant.samples.push(sample),
+                    Ok(sample) => {
+                        let (workload, unit) = (self.workload, self.unit.as_str());
+                        log::debug!("{workload}, round {}, {}: {:.1} {unit}", round + 1, entrant.name, sample.value);
+                        entrant.samples.push(sample);
+                    }
                     Err(error) if self.optional.contains(&entrant.name) => entrant.unable = Some(error),
                     Err(error) => return Err(format!("{}, {}: {error}", self.workload, entrant.name).into()),
                 }

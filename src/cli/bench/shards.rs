@@ -25,8 +25,9 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         // Of log, so that small records too fit in one segment. Two segments of it stand ready in each shard at both
         // ends.
         let count = bench.volume(256 << 20, 40 << 20) / (size + BATCH_OVERHEAD);
-        let mut contest =
-            Contest::new("shards", size, Unit::RecordsPerSecond).against_the_best("the best number of shards");
+        let mut contest = Contest::new("shards", size, Unit::RecordsPerSecond)
+            .against_the_best("the best number of shards")
+            .with_memory_in_use(4 * count * (size + BATCH_OVERHEAD));
         for (shards, name) in CASES {
             let record = &record;
             contest = contest.ours(name, &[], move || ours(bench, shards, record, count));

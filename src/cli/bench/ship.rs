@@ -34,6 +34,8 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let segment_size = ((count * (size + BATCH_OVERHEAD)) / 4 + (1 << 20)).next_multiple_of(4096).min(64 << 20);
         // Twice as many as are used: replenishing begins when half are gone.
         let spare_segments = 2 * (usize::try_from(count * (size + BATCH_OVERHEAD) / segment_size)? + 2);
+        // Segments and spares of a leader, and of each follower.
+        let log_bytes = |nodes: u64| 2 * nodes * count * (size + BATCH_OVERHEAD);
         let ready = |followers| {
             let wal = WalOptions {
                 sync: SyncPolicy::Never,
@@ -46,6 +48,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
             ours(bench, followers, settings, &record, count)
         };
         Contest::new("ship", size, Unit::MegabytesPerSecond)
+            .with_memory_in_use(log_bytes(2))
             .bare(READY, || {
                 let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
                 log.make_writable();
@@ -87,6 +90,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         }
         let mut passed_on = mapped("passed-on")?;
         Contest::new("ship", size, Unit::MegabytesPerSecond)
+            .with_memory_in_use(log_bytes(3))
             .bare(PASSED_ON, || {
                 let (mut log, mut copy) = (log.borrow_mut(), copy.borrow_mut());
                 log.make_writable();

@@ -28,6 +28,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         let count = bench.volume(256 << 20, 32 << 20) / size;
         Contest::new("stalled", size, Unit::RecordsPerSecond)
             .among_ours()
+            .with_memory_in_use(4 * count * (size + BATCH_OVERHEAD))
             .ours(HEALTHY, &[], || append(bench, &record, count, Fate::Healthy))
             .ours_if_able("one of two followers stopped", &[HEALTHY], || append(bench, &record, count, Fate::Stopped))
             .ours("one of two followers dead", &[HEALTHY], || append(bench, &record, count, Fate::Dead))
