@@ -26,7 +26,7 @@ use crate::caught::caught;
 use crate::epoch_fence::StreamUnder;
 use crate::error::{Error, RefusalCode, Result};
 use crate::follower_shard::FollowerShard;
-use crate::limits::MAX_PATIENCE_MS;
+use crate::limits::{LOG_PIECE_LEN, MAX_PATIENCE_MS};
 use crate::node::running::NODE_THREAD_STACK;
 use crate::on_demand::run_aside;
 use crate::parting::{self, OwnHistory};
@@ -40,7 +40,11 @@ use crate::wire::{
 };
 
 /// Log bytes taken in before they are checked and published: small enough to be checked while they are in the cache.
-const TAKE_IN: u64 = 256 * 1024;
+const TAKE_IN: u64 = LOG_PIECE_LEN;
+/// Of a frame with more than that, all but the last end at a multiple of this in their segment. Measured here, writing a
+/// new file in pieces of about 256 KiB: 3.7 GB/s with ends anywhere, 4.0 with ends at pages, 4.7 with these, and 5.0
+/// where each is a multiple of its own length.
+const TAKE_IN_TO: u64 = 64 * 1024;
 /// Log bytes after which the receiver acknowledges although more has arrived.
 const ACK_EVERY: u64 = 256 * 1024;
 /// A stream that lasted this long made stable progress: the next failure is the first again.
@@ -496,7 +500,7 @@ impl Receiver {
         let mut newer = false;
         let writer = self.own.writer()?;
         while receiver.remaining() > 0 {
-            let len = u64::from(receiver.remaining()).min(TAKE_IN);
+            let len = window_len(offset, u64::from(receiver.remaining()));
             let window = writer.ingest_window(segment, offset, len).map_err(blame(peer))?;
             receiver.receive_exact(window)?;
             let len = window.len() as u64;
@@ -522,6 +526,14 @@ impl Receiver {
         }
         Ok(total)
     }
+}
+
+/// How many of a frame's remaining bytes to take in next, where the first of them stands at `offset` of its segment.
+#[inline]
+fn window_len(offset: u64, remaining: u64) -> u64 {
+    let most = offset.saturating_add(TAKE_IN);
+    // An offset that no segment has is refused with the window.
+    if remaining <= TAKE_IN { remaining } else { (most - most % TAKE_IN_TO).saturating_sub(offset) }
 }
 
 /// Ends a stream that came to this. Says why it did.
@@ -635,6 +647,25 @@ mod tests {
     use crate::target::LogOnly;
     use crate::transport::InProcessTransport;
     use crate::types::{NodeId, ShardId};
+
+    #[test]
+    fn windows_of_a_long_frame_end_at_pieces() {
+        let ends = |mut offset: u64, mut remaining: u64| {
+            let mut ends = Vec::new();
+            while remaining > 0 {
+                let len = window_len(offset, remaining);
+                assert!(len > 0 && len <= remaining.min(TAKE_IN), "{len} of {remaining} from {offset} on");
+                (offset, remaining) = (offset + len, remaining - len);
+                ends.push(offset);
+            }
+            ends
+        };
+        assert_eq!(ends(4096, TAKE_IN), [4096 + TAKE_IN], "a frame that is taken in at once is");
+        assert_eq!(ends(0, 3 * TAKE_IN), [TAKE_IN, 2 * TAKE_IN, 3 * TAKE_IN]);
+        assert_eq!(ends(4096, 2 * TAKE_IN), [TAKE_IN, 2 * TAKE_IN, 2 * TAKE_IN + 4096]);
+        assert_eq!(ends(TAKE_IN_TO - 1, TAKE_IN + 2), [TAKE_IN, TAKE_IN + TAKE_IN_TO + 1]);
+        assert_eq!(window_len(u64::MAX - 5, 2 * TAKE_IN), 0, "which is refused with the offset");
+    }
 
     #[test]
     fn where_no_thread_can_be_started_the_receiver_does_without() {

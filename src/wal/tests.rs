@@ -192,6 +192,14 @@ fn a_log_fed_in_any_pieces_is_byte_for_byte_the_same() {
     }
 }
 
+/// Bytes behind the end of the open segment, in its file, that are not zero.
+#[cfg(target_os = "linux")]
+fn bytes_behind(wal: &Wal, writer: &LogWriter) -> usize {
+    let open = wal.log().segments().pop().unwrap();
+    let behind = &std::fs::read(open.path()).unwrap()[usize::try_from(writer.end().offset).unwrap()..];
+    behind.iter().filter(|byte| **byte != 0).count()
+}
+
 /// Long windows go through memory and the file, short ones through the mapping, and segments taken into use meanwhile
 /// may have no blocks yet: whatever the mixture, the logs are the same, the files as long as they should be, and what
 /// follows a batch that did not arrive whole is zeros.
@@ -204,7 +212,7 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
     let (leader, mut source) = Wal::open(leader_dir.path(), identity, options).unwrap();
     source.set_epoch(Epoch(1)).unwrap();
     let (follower, mut sink) = Wal::open(follower_dir.path(), identity, options).unwrap();
-    let mut without_blocks = 0;
+    let (mut without_blocks, mut cut_within) = (0, 0);
     for round in 0..12u64 {
         let lens = [200_000, 70_000, 300, 1 << 20, 5 << 20];
         let sizes = (0..20).map(|number| lens[usize::try_from((round + number) % 5).unwrap()]);
@@ -216,8 +224,11 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
         // Nothing has arrived behind the last batch: there is nothing to discard, nor to take in.
         sink.discard_partial();
         sink.ingest_filled(0).unwrap();
-        // The beginning of a batch that the stream did not bring to its end.
+        // The beginning of a batch that the stream did not bring to its end, in every second round behind a whole one.
         let end = sink.end();
+        if round % 2 == 0 {
+            source.append(&[8; 30_000]).unwrap();
+        }
         source.append(&[9; 150_000]).unwrap();
         let place = leader.log().position_after(end.head, end.chain).unwrap().unwrap();
         let range = leader.log().reader_at(place).unwrap().next_cut_anywhere(100_000).unwrap().unwrap();
@@ -225,9 +236,16 @@ fn a_log_fed_in_bulk_and_by_drops_is_byte_for_byte_the_same() {
         let len = window.len().min(range.bytes().len());
         window[..len].copy_from_slice(&range.bytes()[..len]);
         sink.ingest_filled(len as u64).unwrap();
+        let cut = usize::try_from(sink.ingest_position().1 - sink.end().offset).unwrap();
+        if sink.end() != end && cut > 100 {
+            cut_within += 1;
+            assert!(bytes_behind(&follower, &sink) > cut - 100, "the window is in the file to its end");
+        }
         sink.discard_partial();
+        assert_eq!(bytes_behind(&follower, &sink), 0);
     }
     feed(leader.log(), &mut sink, 256 * 1024);
+    assert!(cut_within > 2, "no window ended behind a whole batch and within another");
     assert!(without_blocks > 0, "no segment was taken into use without blocks");
     assert_eq!(source.end(), sink.end());
     assert_identical(leader.log(), follower.log());

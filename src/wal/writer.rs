@@ -105,6 +105,9 @@ pub struct LogWriter {
     /// Where `arrived` and `window` are if `is_staged`; else they are in the mapping (follower only).
     staging: Vec<u8>,
     is_staged: bool,
+    /// Of `arrived`, bytes that are in the file as well: a window is written to its end, also where that is within a
+    /// batch (follower only).
+    in_file: u64,
     /// Short windows since the last long one (follower only).
     short_windows: u32,
     /// A header page that is still arriving (follower only).
@@ -169,6 +172,7 @@ impl LogWriter {
             window: 0,
             staging: Vec::new(),
             is_staged: false,
+            in_file: 0,
             short_windows: BULK_ENDS,
             header_page: Vec::new(),
             header_due: false,
@@ -559,7 +563,7 @@ fn write_batch(
 ) -> Result<Chain> {
     frame.resize(limits::index(total), 0);
     let chain = put_batch(frame, header, fill);
-    let written = open.write_unpublished(frame);
+    let written = open.write_unpublished(0, frame);
     if frame.capacity() > KEEP_FRAME {
         *frame = Vec::new();
     }

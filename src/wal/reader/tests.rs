@@ -342,3 +342,28 @@ fn a_reader_whose_place_is_given_up_is_told_and_does_not_wait() {
     let record_bytes: u64 = range.records().map(|record| record.bytes.len() as u64).sum();
     assert!(record_bytes < range.len() && index(range.len()) == range.bytes().len());
 }
+
+#[test]
+fn ranges_for_streams_end_with_pieces_while_there_is_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let identity = LogIdentity { segment_size: 4 << 20, ..IDENTITY };
+    let options = WalOptions { sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (wal, mut writer) = Wal::open(directory.path(), identity, options).unwrap();
+    writer.set_epoch(Epoch(1)).unwrap();
+    while writer.end().offset < 3 << 20 {
+        writer.append(&[7; 1000]).unwrap();
+    }
+    let published = writer.end().offset;
+    // With room for less than a piece, there are two ranges more for each of the twelve.
+    for (most, expected) in [((1 << 20) - 16, 1), (LOG_PIECE_LEN, 1), (LOG_PIECE_LEN + 1, 1), (100_000, 1 + 2 * 12)] {
+        let mut reader = wal.log().reader_from(Lsn::FIRST).unwrap();
+        let (mut end, mut others) = (0, 0);
+        while let Some(range) = reader.next_cut_anywhere(most).unwrap() {
+            assert!(range.start() == end && range.len() <= most);
+            end = range.end();
+            others += u64::from(!end.is_multiple_of(LOG_PIECE_LEN));
+        }
+        assert_eq!(end, published);
+        assert_eq!(others, expected, "all but the last end with a piece, if any ends there at all: {most}");
+    }
+}

@@ -60,6 +60,7 @@ impl LogWriter {
             let staged = self.staging.get(..limits::index(self.arrived)).unwrap_or_default();
             open.unpublished(0..self.arrived).copy_from_slice(staged);
             self.is_staged = false;
+            self.in_file = 0;
         }
         if !self.is_staged {
             return Ok(open.unpublished(self.arrived..to));
@@ -126,11 +127,14 @@ impl LogWriter {
         // Also what was handed out and may have been filled without anybody saying so.
         let arrived = std::mem::take(&mut self.arrived) + std::mem::take(&mut self.window);
         self.header_page.clear();
-        let is_staged = std::mem::take(&mut self.is_staged);
-        if !std::mem::take(&mut self.header_due)
-            && !is_staged
-            && let Some(open) = self.open.as_mut().filter(|open| open.takes_stores())
-        {
+        let (is_staged, in_file) = (std::mem::take(&mut self.is_staged), std::mem::take(&mut self.in_file));
+        if std::mem::take(&mut self.header_due) {
+            return;
+        }
+        let Some(open) = &mut self.open else { return };
+        if is_staged {
+            open.clear_unpublished(in_file);
+        } else if open.takes_stores() {
             open.unpublished(0..arrived).fill(0);
         }
     }
@@ -253,11 +257,13 @@ impl LogWriter {
             return Ok(());
         }
         if self.is_staged {
-            let written = open.write_unpublished(self.staging.get(..whole).unwrap_or_default());
-            if let Err(error) = written {
-                open.clear_unpublished(whole as u64);
-                return Err(Error::io("write", open.segment().path())(error));
-            }
+            // The beginning of the next batch too: the windows of a long stretch end where the system's own pieces of a
+            // file do, and batches do not.
+            let from = std::mem::replace(&mut self.in_file, self.arrived);
+            let rest = limits::index(from)..limits::index(self.arrived);
+            open.write_unpublished(from, self.staging.get(rest).unwrap_or_default())
+                .map_err(Error::io("write", open.segment().path()))?;
+            self.in_file -= whole as u64;
             self.staging.copy_within(whole..limits::index(self.arrived), 0);
         }
         open.publish(whole as u64);
