@@ -32,6 +32,7 @@ use crate::allocate::allocate;
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
+use crate::wal::segment::is_zero;
 
 /// Bytes of the file that get their blocks together, once a block of the base comes there: no more of the disk than
 /// that is taken for what then does not come.
@@ -331,7 +332,7 @@ impl Shard {
             while !rest.is_empty() {
                 let (page, behind) = rest.split_at(index(PAGE_LEN - at % PAGE_LEN).min(rest.len()));
                 let to = at + page.len() as u64;
-                if page.iter().all(|&byte| byte == 0) {
+                if is_zero(page) {
                     self.write_zeros(at..to).map_err(Error::io("extend", &self.path))?;
                 }
                 (at, rest) = (to, behind);

@@ -39,6 +39,7 @@ use super::shard::Shard;
 use crate::error::{Error, Result};
 use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, BlockRun, KeptBase};
 use crate::types::Lsn;
+use crate::wal::segment::is_zero;
 
 struct SlotSource {
     shard: Arc<Shard>,
@@ -217,7 +218,7 @@ fn open_sink(shard: &Arc<Shard>, writer: &mut Writer, info: BaseInfo, kept: Kept
                     torn += 1;
                 }
             }
-        } else if blanks_too || bytes.iter().any(|&byte| byte != 0) {
+        } else if blanks_too || !is_zero(&bytes) {
             bytes.fill(0);
             shard.write_mapped(&mut writer.slots, slot, &bytes)?;
         }

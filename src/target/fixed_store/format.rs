@@ -67,6 +67,7 @@ use crate::limits::{MAX_SHARDS, PAGE_LEN};
 use crate::target::TargetTopology;
 use crate::target::router::ShardRouter;
 use crate::types::{Lsn, ShardId};
+use crate::wal::segment::is_zero;
 
 const MAGIC: [u8; 8] = *b"TOWLFIX\0";
 const FORMAT_VERSION: u16 = 1;
@@ -271,7 +272,7 @@ impl<'a> Slot<'a> {
         if bytes.len() != layout.slot_len() {
             return Err(format!("a slot has {} bytes, not {}", layout.slot_len(), bytes.len()));
         }
-        if bytes[4] == 0 && bytes.iter().all(|&byte| byte == 0) {
+        if bytes[4] == 0 && is_zero(bytes) {
             return Ok(Slot::Free);
         }
         let crc = slot_crc(slot, bytes);
@@ -284,9 +285,10 @@ impl<'a> Slot<'a> {
         let parsed = Slot::decode_prefix(layout, bytes)?;
         let value_len = u32_at(bytes, 16);
         let (key_len, value_end) = (usize::from(u16_at(bytes, 6)), layout.value_offset() + value_len as usize);
-        let zeros = |range: &[u8]| range.iter().all(|&byte| byte == 0);
         let key_end = SLOT_HEADER_LEN + key_len;
-        if value_len > layout.value_len || !zeros(&bytes[key_end..layout.value_offset()]) || !zeros(&bytes[value_end..])
+        if value_len > layout.value_len
+            || !is_zero(&bytes[key_end..layout.value_offset()])
+            || !is_zero(&bytes[value_end..])
         {
             return Err("unused bytes of the slot are in use".to_owned());
         }
