@@ -371,16 +371,17 @@ impl SegmentWriter {
         unsafe { self.segment.mapping.slice_mut(range) }
     }
 
-    /// Fills unpublished bytes, counted from the published end, through the file instead of the mapping: one system call,
-    /// and no page fault for each page. Readers of the mapping see them once they are published, because both are views of the same
-    /// page cache; that holds on Linux, so it is used there only.
+    /// Fills unpublished bytes, `from` being counted from the published end, through the file instead of the mapping: one
+    /// system call, and no page fault for each page. Readers of the mapping see them once they are published, because
+    /// both are views of the same page cache; that holds on Linux, so it is used there only.
     pub(crate) fn write_unpublished(&mut self, from: u64, bytes: &[u8]) -> io::Result<()> {
         assert!(self.room().checked_sub(from) >= Some(bytes.len() as u64), "writing past the end of a segment");
         write_all_at(&self.file, bytes, self.end + from)
     }
 
-    /// After a write that failed: leaves zeros where a part of it may be, as well as may be. What is left all the same
-    /// is no batch that counts: its checksum is wrong, and the next one begins in the same place.
+    /// After a write that failed, or is to count for nothing: leaves zeros where a part of it may be, as well as may be.
+    /// What is left all the same is no batch that counts: its checksum is wrong, and the next one begins in the same
+    /// place.
     pub(crate) fn clear_unpublished(&mut self, len: u64) {
         let to = (self.end + len).min(self.segment.mapping.len);
         for page in (self.end..to).step_by(limits::index(PAGE_LEN)) {

@@ -66,7 +66,6 @@ const CASES: [Case; 5] = [
         steady: "steady load, 2 followers in a chain",
         bare: "append beside 2 streams",
         in_quick: Quick::Steady,
-        ..ALONE
     },
     Case {
         followers: 4,
