@@ -118,6 +118,7 @@ pub mod types;
 pub mod wal;
 pub mod watermark;
 pub mod wire;
+mod zeros;
 
 pub use commit::{AckLevel, Commit, Commits, FollowerMarks, Outcome};
 pub use data_dir::Manifest;

@@ -10,8 +10,9 @@ use crate::error::{Error, Result};
 use crate::limits::{BATCH_ALIGNMENT, BATCH_HEADER_LEN, PAGE_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::types::{HybridTimestamp, Lsn, WalSegmentId};
 use crate::wal::batch::{self, BATCH_VERSION, Batch, BatchError, BatchHeader, Expected, FLAG_SEALING};
-use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION, SegmentHeader, is_zero, read_at, seals_nothing};
+use crate::wal::segment::{HEADER_PAGE, SEGMENT_VERSION, SegmentHeader, read_at, seals_nothing};
 use crate::wal::walk_ahead::WalkedAhead;
+use crate::zeros::is_zero;
 
 #[allow(clippy::cast_possible_truncation, reason = "a small constant")]
 const HEADER: usize = BATCH_HEADER_LEN as usize;

@@ -32,7 +32,7 @@ use crate::allocate::allocate;
 use crate::error::{Error, Result};
 use crate::limits::{PAGE_LEN, index};
 use crate::types::Lsn;
-use crate::wal::segment::is_zero;
+use crate::zeros::is_zero;
 
 /// Bytes of the file that get their blocks together, once a block of the base comes there: no more of the disk than
 /// that is taken for what then does not come.

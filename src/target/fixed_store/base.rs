@@ -39,7 +39,7 @@ use super::shard::Shard;
 use crate::error::{Error, Result};
 use crate::target::{BaseInfo, BaseSink, BaseSource, BlockId, BlockRun, KeptBase};
 use crate::types::Lsn;
-use crate::wal::segment::is_zero;
+use crate::zeros::is_zero;
 
 struct SlotSource {
     shard: Arc<Shard>,

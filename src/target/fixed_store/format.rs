@@ -67,7 +67,7 @@ use crate::limits::{MAX_SHARDS, PAGE_LEN};
 use crate::target::TargetTopology;
 use crate::target::router::ShardRouter;
 use crate::types::{Lsn, ShardId};
-use crate::wal::segment::is_zero;
+use crate::zeros::is_zero;
 
 const MAGIC: [u8; 8] = *b"TOWLFIX\0";
 const FORMAT_VERSION: u16 = 1;
