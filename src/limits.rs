@@ -40,8 +40,9 @@ pub const FRAME_HEADER_LEN: usize = 16;
 /// Log bytes in one `WalData` frame. Large enough to amortise a system call, small enough that heartbeats and acks
 /// never wait long behind one.
 pub const MAX_WAL_DATA_LEN: u32 = 1024 * 1024;
-/// Where more than a frame of log waits to be sent, frames end at a multiple of this in their segment, and who receives
-/// them takes in as much at a time: file systems keep what is written in aligned pieces, and large ones are cheaper.
+/// Where more log waits to be sent than a frame has room for, and that is more than this, the frame ends at a multiple
+/// of this in its segment. Who receives it takes in as much at a time: file systems keep what is written in aligned
+/// pieces, and large ones are cheaper.
 pub(crate) const LOG_PIECE_LEN: u64 = 256 * 1024;
 /// Base bytes in one `BaseData` frame, and so in one block: a mebibyte of value, and what a target keeps with it.
 pub const MAX_BASE_DATA_LEN: u32 = 1024 * 1024 + 16 * 1024;

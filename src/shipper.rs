@@ -365,7 +365,7 @@ impl Shipper {
         while sent < budget {
             // Read before the bytes: all records up to it are among what is published then.
             let written = self.log.written().load();
-            let most = (u64::from(MAX_WAL_DATA_LEN) - WalDataHeader::LEN as u64).min(budget - sent);
+            let most = u64::from(MAX_WAL_DATA_LEN).min(budget - sent);
             let next = lane.reader.next_cut_anywhere(most);
             if pace == Pace::AtOnce && next.is_err() {
                 // The shipper's thread meets it too, and has the time to tell the follower.

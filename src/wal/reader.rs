@@ -199,7 +199,8 @@ impl LogReader {
 impl LogReader {
     /// The next published bytes, at most `most_bytes` of them, all of one segment, for whoever passes bytes on and
     /// looks at no batch: unlike [`next`](Self::next), this cuts batches anywhere, and goes on inside of them. Where
-    /// there are more, it cuts where a [piece](LOG_PIECE_LEN) ends, if it can. `None` if there are none now.
+    /// there are more, and `most_bytes` is more than a [piece](LOG_PIECE_LEN), it cuts where one ends. `None` if there
+    /// are none now.
     ///
     /// A reader is read in the one way or in the other.
     ///
@@ -210,7 +211,8 @@ impl LogReader {
     pub(crate) fn next_cut_anywhere(&mut self, most_bytes: u64) -> Result<Option<LogRange>> {
         self.next_up_to(|log, segment, unread| {
             let most = unread.start.saturating_add(most_bytes);
-            let end = if unread.end <= most { unread.end } else { end_of_pieces(unread.start, most) };
+            let is_cut_short = unread.end > most && most_bytes > LOG_PIECE_LEN;
+            let end = if is_cut_short { most - most % LOG_PIECE_LEN } else { unread.end.min(most) };
             log.health().readable(segment, unread.start..end)
         })
     }
@@ -227,13 +229,6 @@ impl LogReader {
     pub(crate) fn put_back(&mut self, range: &LogRange) {
         self.offset = range.start();
     }
-}
-
-/// Where the last piece ends that ends between `from` and `most`; `most` if none does.
-#[inline]
-fn end_of_pieces(from: u64, most: u64) -> u64 {
-    let end = most - most % LOG_PIECE_LEN;
-    if end > from { end } else { most }
 }
 
 /// Where whole batches end that begin with `unread` and take at most `most_bytes`; the first one may take more.
