@@ -23,7 +23,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memmap2::MmapRaw;
 
@@ -50,8 +50,9 @@ const UNMAP_FROM: u64 = 4 * PAGE_LEN;
 pub(crate) struct Mapping {
     raw: MmapRaw,
     len: u64,
-    /// The device may still hold other bytes where the mapping has zeros.
-    holds_old_bytes: bool,
+    /// The device may still hold other bytes where the mapping has zeros. Written by who prepares the file and by the
+    /// segment's writer, before it seals the segment: whoever sees it sealed (Acquire) sees this too.
+    holds_old_bytes: AtomicBool,
 }
 
 impl Mapping {
@@ -67,12 +68,12 @@ impl Mapping {
         // folio at the next sync.
         #[cfg(unix)]
         let _ = raw.advise(memmap2::Advice::Random);
-        Ok(Mapping { raw, len, holds_old_bytes: false })
+        Ok(Mapping { raw, len, holds_old_bytes: AtomicBool::new(false) })
     }
 
     /// Whether the device may still hold what the file held before it got its zeros.
-    pub(crate) fn set_holds_old_bytes(&mut self, may_hold: bool) {
-        self.holds_old_bytes = may_hold;
+    pub(crate) fn set_holds_old_bytes(&self, may_hold: bool) {
+        self.holds_old_bytes.store(may_hold, Ordering::Relaxed);
     }
 
     /// Writes the pages of a range back and waits until the device has them, as `fdatasync` does for a file.
@@ -277,7 +278,11 @@ impl Segment {
     /// Where to sync to so that the published bytes are as they should be after a power cut: where the device may hold
     /// something else behind the last of them, and nothing more comes, to the end.
     pub(crate) fn sync_end(&self, is_sealed: bool) -> u64 {
-        if is_sealed && self.mapping.holds_old_bytes { self.mapping.len } else { self.published() }
+        if is_sealed && self.mapping.holds_old_bytes.load(Ordering::Relaxed) {
+            self.mapping.len
+        } else {
+            self.published()
+        }
     }
 
     /// Puts a range on stable storage.
@@ -371,18 +376,25 @@ impl SegmentWriter {
         unsafe { self.segment.mapping.slice_mut(range) }
     }
 
-    /// Fills unpublished bytes, `from` being counted from the published end, through the file instead of the mapping: one
-    /// system call, and no page fault for each page. Readers of the mapping see them once they are published, because
-    /// both are views of the same page cache; that holds on Linux, so it is used there only.
+    /// Fills unpublished bytes, `from` being counted from the published end, through the file instead of the mapping:
+    /// one system call, and no page fault for each page. Readers of the mapping see them once they are published,
+    /// because both are views of the same page cache; that holds on Linux, so it is used there only.
     pub(crate) fn write_unpublished(&mut self, from: u64, bytes: &[u8]) -> io::Result<()> {
         assert!(self.room().checked_sub(from) >= Some(bytes.len() as u64), "writing past the end of a segment");
         write_all_at(&self.file, bytes, self.end + from)
     }
 
-    /// After a write that failed, or is to count for nothing: leaves zeros where a part of it may be, as well as may be.
-    /// What is left all the same is no batch that counts: its checksum is wrong, and the next one begins in the same
-    /// place.
+    /// After a write that failed, or is to count for nothing: leaves zeros where a part of it may be, as well as may
+    /// be. What is left all the same are batches that nobody was told of, or the beginning of one, and the next one
+    /// begins in the same place.
     pub(crate) fn clear_unpublished(&mut self, len: u64) {
+        if len > 0 {
+            // The system may have written them to the device already.
+            self.segment.mapping.set_holds_old_bytes(true);
+        }
+        if self.stores {
+            return self.unpublished(0..len.min(self.room())).fill(0);
+        }
         let to = (self.end + len).min(self.segment.mapping.len);
         for page in (self.end..to).step_by(limits::index(PAGE_LEN)) {
             let _ = zero_in_pages(&self.file, page..(page + PAGE_LEN).min(to));
@@ -536,13 +548,19 @@ mod tests {
         let (segment, _writer, dir) = segment(4096);
         assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096; 2]);
         let file = File::options().read(true).write(true).open(segment.path()).unwrap();
-        let mut mapping = Mapping::new(&file, 65536).unwrap();
+        let mapping = Mapping::new(&file, 65536).unwrap();
         mapping.set_holds_old_bytes(true);
         let path = dir.path().join("segment");
         let (segment, writer) = Segment::new(*segment.header(), path, file, mapping, 4096, None);
         assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096, 65536]);
         segment.sync_range(0..65536).unwrap();
         drop(writer);
+        // Or where the beginning of a batch stood that did not come whole.
+        let (segment, mut writer, _dir) = self::segment(4096);
+        writer.clear_unpublished(0);
+        assert_eq!(segment.sync_end(true), 4096);
+        writer.clear_unpublished(1);
+        assert_eq!([false, true].map(|is_sealed| segment.sync_end(is_sealed)), [4096, 65536]);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! # Format, versions 2 and 3
 //!
 //! A segment file has a fixed size, a multiple of 4096 bytes, all of it allocated. Its first page is the header; the
-//! batches follow without gaps; behind the last batch there are zeros, but for what a crash leaves there until
-//! recovery cuts it. All numbers are little-endian.
+//! batches follow without gaps; behind the last batch there are zeros, but for what is arriving, and for what a crash
+//! leaves of that until recovery cuts it. All numbers are little-endian.
 //!
 //! | offset | size | field | meaning |
 //! |---:|---:|---|---|
@@ -169,11 +169,6 @@ pub(crate) fn seals_nothing(offset: u64, batch: &BatchHeader) -> Option<&'static
 #[must_use]
 pub const fn is_valid_size(bytes: u64) -> bool {
     MIN_SEGMENT_SIZE <= bytes && bytes <= MAX_SEGMENT_SIZE && bytes.is_multiple_of(PAGE_LEN)
-}
-
-/// Whether all bytes are zero, without an early exit inside a chunk, so that it compiles to vector instructions.
-pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(256).all(|chunk| chunk.iter().fold(0, |any, &byte| any | byte) == 0)
 }
 
 /// Fills a range of a file with real zeros, one page at a time.

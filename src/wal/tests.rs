@@ -200,6 +200,26 @@ fn bytes_behind(wal: &Wal, writer: &LogWriter) -> usize {
     behind.iter().filter(|byte| **byte != 0).count()
 }
 
+/// What breaks: a batch whose beginning is in the file goes on in the mapping, because it is too long for memory. What
+/// would be lost: the first bytes of what then goes in through the file, if they counted as written.
+#[test]
+fn behind_a_batch_too_long_for_memory_everything_is_written() {
+    let options = WalOptions { sync: SyncPolicy::Never, populate_ahead: 0, ..WalOptions::default() };
+    let identity = LogIdentity { segment_size: 8 << 20, ..identity() };
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (leader, mut source) = Wal::open(leader_dir.path(), identity, options).unwrap();
+    source.set_epoch(Epoch(1)).unwrap();
+    let (follower, mut sink) = Wal::open(follower_dir.path(), identity, options).unwrap();
+    source.append(&[1; 10_000]).unwrap();
+    source.append(&vec![2; 5 << 20]).unwrap();
+    for _ in 0..2000 {
+        source.append(&[3; 3000]).unwrap();
+    }
+    feed(leader.log(), &mut sink, 256 * 1024);
+    assert_eq!(source.end(), sink.end());
+    assert_identical(leader.log(), follower.log());
+}
+
 /// Long windows go through memory and the file, short ones through the mapping, and segments taken into use meanwhile
 /// may have no blocks yet: whatever the mixture, the logs are the same, the files as long as they should be, and what
 /// follows a batch that did not arrive whole is zeros.

@@ -105,8 +105,8 @@ pub struct LogWriter {
     /// Where `arrived` and `window` are if `is_staged`; else they are in the mapping (follower only).
     staging: Vec<u8>,
     is_staged: bool,
-    /// Of `arrived`, bytes that are in the file as well: a window is written to its end, also where that is within a
-    /// batch (follower only).
+    /// Of `arrived`, bytes that are in the file as well: a window in which a batch ends is written to its own end
+    /// (follower only).
     in_file: u64,
     /// Short windows since the last long one (follower only).
     short_windows: u32,

@@ -132,11 +132,7 @@ impl LogWriter {
             return;
         }
         let Some(open) = &mut self.open else { return };
-        if is_staged {
-            open.clear_unpublished(in_file);
-        } else if open.takes_stores() {
-            open.unpublished(0..arrived).fill(0);
-        }
+        open.clear_unpublished(if is_staged { in_file } else { arrived });
     }
 
     /// Opens the segment that a complete header page describes.
@@ -215,7 +211,7 @@ impl LogWriter {
         let mut whole = 0usize;
         let mut sealed = false;
         while !sealed && whole < arrived.len() {
-            // In memory only: what is in the file is never to be wrong, not even for a moment and not even unpublished.
+            // In memory only: this changes bytes for a moment, and those in the file are always as they came.
             // Only the first of a run can be the first of its segment, and if any is too far from there, the last is.
             if self.is_staged
                 && let Some((len, last)) =
@@ -260,9 +256,8 @@ impl LogWriter {
             // The beginning of the next batch too: the windows of a long stretch end where the system's own pieces of a
             // file do, and batches do not.
             let from = std::mem::replace(&mut self.in_file, self.arrived);
-            let rest = limits::index(from)..limits::index(self.arrived);
-            open.write_unpublished(from, self.staging.get(rest).unwrap_or_default())
-                .map_err(Error::io("write", open.segment().path()))?;
+            let rest = &self.staging[limits::index(from)..limits::index(self.arrived)];
+            open.write_unpublished(from, rest).map_err(Error::io("write", open.segment().path()))?;
             self.in_file -= whole as u64;
             self.staging.copy_within(whole..limits::index(self.arrived), 0);
         }

@@ -6,8 +6,9 @@ use super::*;
 use crate::limits::MIN_SEGMENT_SIZE;
 use crate::types::{ClusterId, RegionId, ShardId};
 use crate::wal::batch::COMPACT_BATCH_VERSION;
-use crate::wal::segment::OLDEST_SEGMENT_VERSION;
+use crate::wal::segment::{OLDEST_SEGMENT_VERSION, write_all_at};
 use crate::wal::{LogIdentity, Wal, WalOptions, scan};
+use crate::zeros::is_zero;
 
 const IDENTITY: LogIdentity =
     LogIdentity { cluster: ClusterId(9), region: RegionId(0), shard: ShardId(3), segment_size: MIN_SEGMENT_SIZE };
@@ -284,4 +285,45 @@ fn an_open_segment_that_cannot_be_filled_costs_no_spare() {
         assert_eq!(files(), before);
     }
     assert_eq!(writer.end().head, Lsn(1));
+}
+
+/// What breaks: the disk is full within what arrives in bulk. What would be lost: a log that ends where it says, if
+/// what got there stayed behind its end.
+#[test]
+#[cfg(target_os = "linux")]
+fn of_what_could_not_be_written_whole_nothing_stays() {
+    let (leader_dir, follower_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let identity = LogIdentity { segment_size: 1 << 20, ..IDENTITY };
+    let options = WalOptions { populate_ahead: 0, sync: SyncPolicy::Never, ..WalOptions::default() };
+    let (leader, mut source) = Wal::open(leader_dir.path(), identity, options).unwrap();
+    source.set_epoch(Epoch(1)).unwrap();
+    while source.end().offset < 600_000 {
+        source.append(&[7; 3000]).unwrap();
+    }
+    let (_follower, mut sink) = Wal::open(follower_dir.path(), identity, options).unwrap();
+    let bytes = leader.log().ranges_from(Lsn::FIRST).unwrap().remove(0).bytes().to_vec();
+    let take_in = |sink: &mut LogWriter, to: usize| {
+        let from = sink.ingest_position().1;
+        let rest = &bytes[limits::index(from)..to];
+        let window = sink.ingest_window(Lsn::FIRST, from, rest.len() as u64).unwrap();
+        let len = window.len();
+        window.copy_from_slice(&rest[..len]);
+        sink.ingest_filled(len as u64)
+    };
+    take_in(&mut sink, 4096).unwrap();
+    sink.open.as_mut().unwrap().fill().unwrap();
+    take_in(&mut sink, 200_000).unwrap();
+    let (end, in_file) = (sink.end(), sink.in_file);
+    assert!(in_file > 0 && in_file == sink.arrived, "the beginning of a batch is in the file");
+    let open = sink.open.as_mut().unwrap();
+    let path = open.segment().path().to_owned();
+    // As much of the next window gets there as the disk has room for.
+    let file = File::options().write(true).open(&path).unwrap();
+    write_all_at(&file, &bytes[200_000..300_000], 200_000).unwrap();
+    open.refuse_writes().unwrap();
+    let error = take_in(&mut sink, 400_000).unwrap_err();
+    assert!(matches!(error, Error::Io { action: "write", .. }), "{error}");
+    assert_eq!(sink.end(), end);
+    let behind = &std::fs::read(path).unwrap()[limits::index(end.offset)..];
+    assert!(is_zero(behind), "{} bytes of it stay", behind.iter().filter(|&&byte| byte != 0).count());
 }
