@@ -71,7 +71,8 @@ impl Mapping {
         Ok(Mapping { raw, len, holds_old_bytes: AtomicBool::new(false) })
     }
 
-    /// Whether the device may still hold what the file held before it got its zeros.
+    /// Whether the device may still hold what the file held before it got its zeros, or what arrived and counts for
+    /// nothing.
     pub(crate) fn set_holds_old_bytes(&self, may_hold: bool) {
         self.holds_old_bytes.store(may_hold, Ordering::Relaxed);
     }

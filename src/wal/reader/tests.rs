@@ -354,7 +354,7 @@ fn ranges_for_streams_end_with_pieces_while_there_is_more() {
         writer.append(&[7; 1000]).unwrap();
     }
     let published = writer.end().offset;
-    // With room for no more than a piece, as many as may be: who asks for no more goes on where it likes.
+    // Ends elsewhere than with a piece: the last one, and all those of a reader that takes less than a piece at a time.
     for (most, expected) in
         [(1 << 20, 1), (LOG_PIECE_LEN, 1), (LOG_PIECE_LEN + 1, 1), (100_000, published / 100_000 + 1)]
     {
@@ -366,6 +366,6 @@ fn ranges_for_streams_end_with_pieces_while_there_is_more() {
             others += u64::from(!end.is_multiple_of(LOG_PIECE_LEN));
         }
         assert_eq!(end, published);
-        assert_eq!(others, expected, "all but the last end with a piece, if they may hold more than one: {most}");
+        assert_eq!(others, expected, "{most} at a time");
     }
 }

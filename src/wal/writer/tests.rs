@@ -1,4 +1,5 @@
-//! Compact batches: where they are written, and that nothing is missing where they are read.
+//! Compact batches: where they are written, and that nothing is missing where they are read. And what the writer keeps
+//! account of that its log does not show.
 
 #![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
 
